@@ -1,0 +1,1618 @@
+"""Dropzone: the landing zone between devices and a database.
+
+The way of a payload, which is also the order of this file:
+
+1. A device POSTs JSON to `/ingest`. `RawStore.land` writes the exact bytes to `raw/<raw_id>.json`
+   and syncs the file and its folder entry to the disk. From that point on the payload is durable;
+   only then does the device get its 202.
+2. `Processor.process` reads pending payloads in order of arrival, `transform`s each into a
+   `Measurement` (UTC timestamp, mean, population standard deviation) or finds out why that is
+   impossible, upserts the measurements into the backend, and only then moves the payloads out of
+   `raw/`: to `processed/<UTC day of arrival>/`, or to `rejected/` beside the reason.
+3. A crash at any moment leaves a payload where it was. Doing a step again changes nothing, because
+   the backend keeps, for each timestamp, the row with the greatest `raw_id`: the last arrival.
+
+The state of a payload is the folder that its file lies in. Nothing else has to be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import errno
+import hashlib
+import hmac
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import tomllib
+import zlib
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from uuid import UUID
+
+import aiofiles.os
+import msgspec
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import ContentEncodingError
+from dotenv import dotenv_values
+from filelock import AsyncFileLock, Timeout
+from msgspec import Meta, Struct
+from tqdm import tqdm
+from uuid_utils.compat import uuid7
+
+from backends import (
+    Backend,
+    BackendError,
+    BackendUnavailable,
+    Measurement,
+    MeasurementNotFound,
+    create_backend,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "DataQualityError",
+    "DropzoneError",
+    "RawStore",
+    "create_app",
+    "load_config",
+    "transform",
+]
+
+log = logging.getLogger("dropzone")
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class DropzoneError(Exception):
+    """Root of what Dropzone raises: a sentence that says what to do, a stable `code`, a `status`.
+
+    `status` is the HTTP status (RFC 9110) of the answer that reports it; `extra` holds members
+    that the problem document (RFC 9457) carries besides.
+    """
+
+    code = "internal_error"
+    status = 500
+
+    def __init__(
+        self, detail: str, *, code: str | None = None, status: int | None = None, **extra: object
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or self.code
+        self.status = status or self.status
+        self.extra = extra
+
+
+class ConfigError(DropzoneError):
+    code = "config_invalid"
+
+
+class PayloadNotJson(DropzoneError):
+    code, status = "payload_not_json", 400
+
+
+class BodyBroken(DropzoneError):
+    code, status = "body_broken", 400
+
+
+class QueryInvalid(DropzoneError):
+    code, status = "query_invalid", 400
+
+
+class KeyRefused(DropzoneError):
+    code, status = "key_refused", 401
+
+
+class RawIdUnknown(DropzoneError):
+    code, status = "raw_id_unknown", 404
+
+
+class PayloadTooLarge(DropzoneError):
+    code, status = "payload_too_large", 413
+
+
+class EncodingUnsupported(DropzoneError):
+    code, status = "encoding_unsupported", 415
+
+
+class StorageUnavailable(DropzoneError):
+    code, status = "storage_unavailable", 503
+
+
+class StorageFull(StorageUnavailable):
+    code = "storage_full"
+
+
+class ProcessorBusy(DropzoneError):
+    code, status = "processor_busy", 503
+
+
+class DataQualityError(DropzoneError):
+    """A payload that cannot become a measurement; `code` is one of the table in the README."""
+
+    status = 422
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail, code=code)
+
+
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Secret:
+    """A string that shows itself to nobody but the caller of `reveal`."""
+
+    def __init__(self, text: str = "") -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __repr__(self) -> str:
+        return "Secret(set)" if self else "Secret(unset)"
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A section of `config.toml`, where each setting is explained."""
+
+
+class ServerConfig(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    max_body_bytes: Annotated[int, Meta(ge=1)] = 32 * 1024 * 1024
+
+
+class RawConfig(Section, frozen=True):
+    dir: Path = Path("data/raw")
+    processed_dir: Path | None = None
+    rejected_dir: Path | None = None
+
+
+class ProcessConfig(Section, frozen=True):
+    batch: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+
+
+class SqliteConfig(Section, frozen=True):
+    path: Path = Path("data/dropzone.sqlite")
+
+
+class PostgresConfig(Section, frozen=True):
+    url: Secret = Secret()
+    pool: Annotated[int, Meta(ge=1, le=1000)] = 10
+
+
+class StorageConfig(Section, frozen=True):
+    backend: str = "sqlite"
+    sqlite: SqliteConfig = SqliteConfig()
+    postgres: PostgresConfig = PostgresConfig()
+
+
+class AuthConfig(Section, frozen=True):
+    api_key: Secret = Secret()
+
+
+class LogConfig(Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Section, frozen=True):
+    """Every setting, checked, with its paths made absolute."""
+
+    server: ServerConfig = ServerConfig()
+    raw: RawConfig = RawConfig()
+    process: ProcessConfig = ProcessConfig()
+    storage: StorageConfig = StorageConfig()
+    auth: AuthConfig = AuthConfig()
+    log: LogConfig = LogConfig()
+
+
+Setting = tuple[str, ...]  # ("storage", "sqlite", "path")
+Settings = dict[Setting, object]
+
+
+def _settings_of(section: Section, prefix: Setting = ()) -> Settings:
+    """Return every setting below a section with its value."""
+    found: Settings = {}
+    for name, value in msgspec.structs.asdict(section).items():
+        inside = isinstance(value, Section)
+        found |= _settings_of(value, (*prefix, name)) if inside else {(*prefix, name): value}
+    return found
+
+
+DEFAULTS = _settings_of(Config())
+VARIABLES: dict[str, Setting] = {
+    **{"DROPZONE_" + "_".join(setting).upper(): setting for setting in DEFAULTS},
+    "DROPZONE_API_KEY": ("auth", "api_key"),
+    "DROPZONE_BACKEND": ("storage", "backend"),
+    "DROPZONE_DATABASE_URL": ("storage", "postgres", "url"),
+}
+PATHS = {
+    ("raw", "dir"),
+    ("raw", "processed_dir"),
+    ("raw", "rejected_dir"),
+    ("storage", "sqlite", "path"),
+}
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    overrides: Mapping[Setting, object] | None = None,
+) -> Config:
+    """Return the configuration: `overrides` > environment > `.env` > file > defaults.
+
+    The file is `path`, or what `DROPZONE_CONFIG` names, or `config.toml` in the working directory,
+    or the one beside this program; `.env` is looked for in the same two folders. A relative path
+    counts from the folder of the file that it stands in, in a variable from the working directory.
+    Raises `ConfigError`, which names the setting or the variable.
+    """
+    env_file = _in_reach(".env")
+    dotenv = dotenv_values(env_file) if env_file else {}
+    variables = {name: text for name, text in {**dotenv, **environ}.items() if text}
+    named = path or variables.get("DROPZONE_CONFIG")
+    file = Path(named) if named else _in_reach("config.toml")
+    here, home = Path.cwd(), file.absolute().parent if file else Path.cwd()
+    settings = _absolute({setting: DEFAULTS[setting] for setting in PATHS}, home)
+    settings |= _absolute(_read_toml(file) if file else {}, home)
+    settings |= _absolute(_read_variables(dotenv), env_file.parent if env_file else here)
+    settings |= _absolute(_read_variables(environ), here)
+    if "DROPZONE_DATABASE_URL" in variables and not BACKEND_VARIABLES & variables.keys():
+        settings["storage", "backend"] = "postgres"
+    config = _checked(settings | dict(overrides or {}), variables)
+    if config.storage.backend == "postgres" and not config.storage.postgres.url:
+        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    return config
+
+
+BACKEND_VARIABLES = {"DROPZONE_BACKEND", "DROPZONE_STORAGE_BACKEND"}
+
+
+def _in_reach(name: str) -> Path | None:
+    files = (Path.cwd() / name, Path(__file__).resolve().parent / name)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _absolute(settings: Settings, base: Path) -> Settings:
+    paths = {
+        s: base / Path(p).expanduser()
+        for s in PATHS
+        if isinstance(p := settings.get(s), str | Path)
+    }
+    return settings | paths
+
+
+def _read_toml(file: Path) -> Settings:
+    def flat(table: dict[str, Any], prefix: Setting = ()) -> Settings:
+        found: Settings = {}
+        for key, value in table.items():
+            is_table = isinstance(value, dict) and (*prefix, key) not in DEFAULTS
+            found |= flat(value, (*prefix, key)) if is_table else {(*prefix, key): value}
+        return found
+
+    try:
+        return flat(tomllib.loads(file.read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also what is no UTF-8
+        raise ConfigError(f"{file} is not TOML: {error}") from None
+
+
+def _read_variables(variables: Mapping[str, str | None]) -> Settings:
+    found: Settings = {}
+    for name, text in variables.items():
+        if text and name.startswith("DROPZONE_") and name != "DROPZONE_CONFIG":
+            if name not in VARIABLES:
+                raise ConfigError(f"the variable {name} is unknown; known: {', '.join(VARIABLES)}")
+            found[VARIABLES[name]] = text
+    return found
+
+
+def _checked(settings: Settings, variables: Mapping[str, str]) -> Config:
+    nested: dict[str, Any] = {}
+    for (*sections, key), value in settings.items():
+        table: Any = nested
+        for section in sections:  # what should be a section and is not, the check below names
+            table = table.setdefault(section, {}) if isinstance(table, dict) else {}
+        table[key] = value
+    try:
+        return msgspec.convert(nested, Config, strict=False, dec_hook=_from_text)
+    except msgspec.ValidationError as error:
+        setting = str(error).partition("`$.")[2].rstrip("`")
+        source = [name for name in variables if ".".join(VARIABLES.get(name, ())) == setting]
+        raise ConfigError(f"configuration: {error} {source or ''}".rstrip()) from None
+
+
+def _from_text(kind: type, value: object) -> object:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place to a ValueError)
+    return kind(value)
+
+
+# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_json(body: bytes) -> object:
+    """Return the value of a JSON document (RFC 8259), or raise `PayloadNotJson` with the position.
+
+    Let in besides, since devices send them: a byte order mark, the literals NaN, Infinity and
+    -Infinity, and numbers beyond a double, which become infinities. Of equal names the last counts.
+    """
+    try:
+        return msgspec.json.decode(body)  # several times as fast as `json`, but stricter
+    except RecursionError:
+        raise PayloadNotJson("nested too deeply: send a flatter document") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _parse_leniently(body)
+
+
+def _parse_leniently(body: bytes) -> object:
+    try:
+        return json.loads(body.decode("utf-8-sig"), parse_int=_parse_int)
+    except UnicodeDecodeError as error:
+        raise PayloadNotJson(
+            f"not UTF-8: {error.reason} at byte {error.start}", position=error.start
+        ) from None
+    except json.JSONDecodeError as error:
+        problem = error.msg if body.strip() else "the body is empty"
+        position = len(error.doc[: error.pos].encode())
+        raise PayloadNotJson(
+            f"not JSON: {problem} at line {error.lineno}, column {error.colno} (byte {position})",
+            line=error.lineno,
+            column=error.colno,
+            position=position,
+        ) from None
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 400 else float(digits)  # int() refuses 4,301 digits
+
+
+# ── Raw store: where payloads lie ─────────────────────────────────────────────────────────────────
+
+
+class Rejection(Struct, frozen=True):
+    """Why a payload is in the quarantine: the content of `rejected/<raw_id>.reason.json`."""
+
+    raw_id: UUID
+    code: str
+    detail: str
+    rejected_at: datetime
+
+
+State = Literal["pending", "processed", "rejected"]
+
+PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
+BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+
+
+def raw_id_of(name: str) -> UUID | None:
+    """Return the raw_id that a file name stands for, or None for the name of another file."""
+    match = PAYLOAD_NAME.fullmatch(name)
+    return UUID(match[1]) if match else None
+
+
+def arrival_of(raw_id: UUID) -> datetime | None:
+    """Return when a payload arrived (UTC, milliseconds; RFC 9562), None if not a UUIDv7."""
+    if raw_id.version != 7:
+        return None
+    return datetime.fromtimestamp((raw_id.int >> 80) / 1000, UTC)
+
+
+def next_raw_id(last: UUID) -> UUID:
+    """Return a new UUIDv7 that is greater than `last`, whatever the clock says."""
+    fresh = uuid7()
+    if fresh > last:
+        return fresh
+    step = 1 + (fresh.int & 0xFFFFFFFF)
+    if (last.int & RAND_B) + step <= RAND_B:
+        return UUID(int=last.int + step)
+    return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
+
+
+class RawStore:
+    """Payloads as files; the folder that a file lies in is the payload's state.
+
+    Methods without `async` block on the disk and belong in a thread (`asyncio.to_thread`).
+    """
+
+    def __init__(self, config: RawConfig) -> None:
+        siblings = config.dir.parent
+        self.raw = config.dir
+        self.processed = config.processed_dir or siblings / "processed"
+        self.rejected = config.rejected_dir or siblings / "rejected"
+        self.incoming = siblings / "incoming"
+        self.folders = (self.raw, self.processed, self.rejected, self.incoming)
+        self.lock_file = siblings / "process.lock"
+        self._last = UUID(int=0)
+        self._gathered: list[tuple[Sequence[bytes], asyncio.Future[list[UUID]]]] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Create the folders that are missing and find the greatest `raw_id` so far."""
+        await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        for folder in self.folders:
+            _make_folder(folder)
+        days = sorted(os.listdir(self.processed))
+        folders = [self.raw, self.rejected, *(self.processed / day for day in days[-1:])]
+        names = itertools.chain.from_iterable(map(os.listdir, folders))
+        ids = filter(None, map(raw_id_of, names))
+        self._last = max((i for i in ids if i.version == 7), default=UUID(int=0))
+
+    async def close(self) -> None:
+        """Wait until everything that was handed to `land` is on disk."""
+        while self._writer:
+            await asyncio.wait([self._writer])
+
+    # Landing: one writer takes whatever has gathered while it wrote the group before, and
+    # acknowledges a group only after its files and then their folder entries have been synced.
+
+    async def land(self, bodies: Sequence[bytes]) -> list[UUID]:
+        """Store payloads durably, unchanged; return their new raw_ids, in order.
+
+        Raises `StorageFull` or `StorageUnavailable`; then none of them has been acknowledged.
+        """
+        acknowledged: asyncio.Future[list[UUID]] = asyncio.get_running_loop().create_future()
+        self._gathered.append((bodies, acknowledged))
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_gathered())
+        return await acknowledged
+
+    async def _write_gathered(self) -> None:
+        while self._gathered:
+            group, self._gathered = self._gathered, []
+            try:
+                ids = iter(await self._write([body for bodies, _ in group for body in bodies]))
+            except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
+                problem = _storage_error(error)
+                for _, acknowledged in group:
+                    if not acknowledged.done():
+                        acknowledged.set_exception(problem)
+            else:
+                for bodies, acknowledged in group:
+                    raw_ids = list(itertools.islice(ids, len(bodies)))
+                    if not acknowledged.done():
+                        acknowledged.set_result(raw_ids)
+        self._writer = None
+
+    @aiofiles.os.wrap  # one hop to a thread for the whole group
+    def _write(self, bodies: Sequence[bytes]) -> list[UUID]:
+        raw_ids = []
+        for body in bodies:
+            self._last = raw_id = next_raw_id(self._last)
+            incoming = self.incoming / f"{raw_id}.json"
+            try:
+                with open(incoming, "xb") as file:
+                    file.write(body)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(incoming, self._path(raw_id, "pending"))
+            except OSError:
+                incoming.unlink(missing_ok=True)
+                raise
+            raw_ids.append(raw_id)
+        _sync_folder(self.raw)
+        return raw_ids
+
+    # Reading
+
+    def _path(self, raw_id: UUID, state: State) -> Path:
+        if state == "pending":
+            return self.raw / f"{raw_id}.json"
+        if state == "rejected":
+            return self.rejected / f"{raw_id}.json"
+        arrival = arrival_of(raw_id)
+        return self.processed / (f"{arrival:%Y-%m-%d}" if arrival else "unknown") / f"{raw_id}.json"
+
+    def read(self, raw_id: UUID) -> tuple[State, bytes]:
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+        tries: tuple[State, ...] = ("pending", "processed", "rejected", "pending")
+        for state in tries:  # pending twice: a retry may move it back meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                return state, self._path(raw_id, state).read_bytes()
+        raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+
+    def read_pending(self, raw_id: UUID) -> bytes | None:
+        """Return a pending payload, None if it is no longer pending.
+
+        Raises `DataQualityError` for a file that cannot be read, so that it does not stop the rest.
+        """
+        try:
+            return self._path(raw_id, "pending").read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in BROKEN_FILE:
+                raise _storage_error(error) from error
+            raise DataQualityError(
+                "payload_unreadable", f"the file cannot be read: {error.strerror}"
+            ) from error
+
+    def pending(self) -> list[UUID]:
+        """Return the raw_ids of the pending payloads in order of arrival."""
+        return sorted(filter(None, map(raw_id_of, os.listdir(self.raw))))
+
+    def trouble(self) -> str | None:
+        """Return what stands in the way of landing, or None."""
+        for folder in (self.raw, self.incoming):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                return f"{folder} is not there or not writable"
+        return None
+
+    def strays(self) -> list[str]:
+        """Return the names in the raw folder that are not those of payloads."""
+        return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
+
+    def rejection(self, raw_id: UUID) -> Rejection:
+        """Return why a payload was rejected."""
+        try:
+            return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
+        except (FileNotFoundError, msgspec.DecodeError) as error:
+            moved = datetime.fromtimestamp(self._path(raw_id, "rejected").stat().st_ctime, UTC)
+            return Rejection(raw_id, "reason_missing", f"the reason cannot be read: {error}", moved)
+
+    def rejections(self) -> list[UUID]:
+        """Return the raw_ids of the rejected payloads in order of arrival."""
+        return sorted(filter(None, map(raw_id_of, os.listdir(self.rejected))))
+
+    def _reason(self, raw_id: UUID) -> Path:
+        return self.rejected / f"{raw_id}.reason.json"
+
+    # Settling: moves are renames, so that a payload is in exactly one folder at any moment.
+
+    def settle(self, processed: Iterable[UUID], rejected: Iterable[Rejection]) -> None:
+        """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
+        for rejection in rejected:
+            reason = self.incoming / f"{rejection.raw_id}.reason.json"
+            reason.write_bytes(msgspec.json.encode(rejection))
+            os.replace(reason, self._reason(rejection.raw_id))  # before the payload: none without
+            self._move(rejection.raw_id, "rejected")
+        for raw_id in processed:
+            self._move(raw_id, "processed")
+
+    def _move(self, raw_id: UUID, state: State) -> None:
+        target = self._path(raw_id, state)
+        try:
+            os.rename(self._path(raw_id, "pending"), target)
+        except FileNotFoundError:
+            target.parent.mkdir(exist_ok=True)  # the first of its day
+            with contextlib.suppress(FileNotFoundError):  # or gone: somebody else has moved it
+                os.rename(self._path(raw_id, "pending"), target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents so that they survive a power cut too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _storage_error(error: Exception) -> StorageUnavailable:
+    """Say what went wrong with the disk in words that an operator can act on."""
+    log.error("the data folder failed", exc_info=error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return StorageFull("the disk is full; try again later")
+    reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+    return StorageUnavailable(f"the payload could not be stored ({reason}); try again later")
+
+
+# ── Transform: a payload becomes a measurement (pure functions) ───────────────────────────────────
+
+TIME_STAMP = re.compile(
+    r"(\d{4}-?(?:\d\d-?\d\d|W\d\d-?\d))"  # a calendar or week date
+    r"(?:[T ](\d\d)((?::?\d\d)?)((?::?\d\d)?)((?:[.,]\d+)?)(Z|[+-]\d\d(?::?\d\d)?)?)?",
+    re.ASCII | re.IGNORECASE,
+)
+SHOWN = 60  # characters of a bad value that an error shows
+
+
+def transform(raw_id: UUID, body: bytes) -> Measurement:
+    """Return the measurement that a payload stands for, or raise `DataQualityError`.
+
+    The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
+    at least one finite number. Other members are left alone.
+    """
+    try:
+        document = parse_json(body)
+    except PayloadNotJson as error:
+        raise DataQualityError(error.code, error.detail) from None
+    if not isinstance(document, dict):
+        raise DataQualityError(
+            "payload_not_object", f"the payload is {_shown(document)}, no object"
+        )
+    if "time_stamp" not in document:
+        raise DataQualityError("time_stamp_missing", "the payload has no time_stamp")
+    timestamp_utc = parse_time_stamp(document["time_stamp"])
+    if "data" not in document:
+        raise DataQualityError("data_missing", "the payload has no data")
+    mean, std_dev = mean_and_std_dev(_finite_values(document["data"]))
+    return Measurement(timestamp_utc, mean, std_dev, raw_id)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def parse_time_stamp(value: object) -> datetime:
+    """Return the moment in UTC that a time stamp names (RFC 3339; ISO 8601 calendar or week date).
+
+    Digits finer than a microsecond are cut off. 24:00 is the midnight that ends its day, and a leap
+    second (23:59:60 UTC) counts as the second after it, as in POSIX time and in PostgreSQL.
+    """
+    match = TIME_STAMP.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        hint = "not an ISO 8601 date and time such as 2019-05-01T06:00:00-04:00"
+        raise DataQualityError("time_stamp_invalid", f"time_stamp is {_shown(value)}: {hint}")
+    day, hour, minute, second, fraction, offset = match.groups()
+    if offset is None:
+        hint = "add Z or an offset such as -04:00"
+        raise DataQualityError(
+            "time_stamp_without_offset", f"time_stamp is {_shown(value)}: {hint}"
+        )
+    day_ends = hour == "24" and not any(map(int, re.findall(r"\d+", minute + second + fraction)))
+    leaps = second.endswith("60")
+    hour, second = ("00" if day_ends else hour), (second[:-2] + "59" if leaps else second)
+    try:
+        local = datetime.fromisoformat(f"{day}T{hour}{minute}{second}{fraction}{offset}".upper())
+        moment = local.astimezone(UTC)
+        if leaps and (moment.hour, moment.minute) != (23, 59):
+            raise ValueError("a leap second is 23:59:60 in UTC")  # noqa: TRY301
+        return moment + timedelta(days=day_ends, seconds=leaps)
+    except OverflowError:
+        hint = "outside the years 1 to 9999 in UTC"
+    except ValueError as error:
+        if not day.startswith("0000"):
+            raise DataQualityError(
+                "time_stamp_invalid", f"time_stamp is {_shown(value)}: {error}"
+            ) from None
+        hint = "outside the years 1 to 9999"
+    raise DataQualityError("time_stamp_out_of_range", f"time_stamp is {_shown(value)}: {hint}")
+
+
+def _finite_values(data: object) -> list[float]:
+    if not isinstance(data, list):
+        raise DataQualityError("data_not_array", f"data is {_shown(data)}, no array of numbers")
+    if not data:
+        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+    try:
+        if set(map(type, data)) <= {float, int}:
+            values = list(map(float, data))
+            if all(map(math.isfinite, values)):
+                return values
+    except OverflowError:  # an integer beyond a double
+        pass
+    raise _bad_value(data)
+
+
+def _bad_value(data: list[Any]) -> DataQualityError:
+    """Name the first value that is no number; if all are numbers, the first that is not finite."""
+    for index, value in enumerate(data):
+        if type(value) not in (float, int):
+            wrong = f"data[{index}] is {_shown(value)}, no number"
+            return DataQualityError("value_not_numeric", wrong)
+    index = next(i for i, value in enumerate(data) if not abs(value) <= sys.float_info.max)
+    wrong = f"data[{index}] is {_shown(data[index])}, no finite double"
+    return DataQualityError("value_not_finite", wrong)
+
+
+def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
+    """Return the arithmetic mean and the population standard deviation of finite values.
+
+    Two passes with exact sums: the mean is within 1 ulp, the deviation within a few. The rounding
+    error of the mean is the mean of the deviations from it, and is taken out of them again (the
+    corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so that squares
+    neither overflow nor vanish. Where sums leave the range of a double, exact fractions take over.
+    """
+    count = len(values)
+    try:
+        mean = math.fsum(values) / count
+        deviations = [value - mean for value in values]
+        residual = math.fsum(deviations) / count
+        std_dev = math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
+        if math.isfinite(std_dev):
+            return mean, std_dev
+    except OverflowError:  # of fsum, near 1e308
+        pass
+    return statistics.mean(values), statistics.pstdev(values)
+
+
+# ── Processing: pending payloads become rows ──────────────────────────────────────────────────────
+
+LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
+REJECTIONS_SHOWN = 1000  # in one answer; /rejected lists all
+
+
+class ProcessResult(Struct, frozen=True):
+    """What one run did: `checked` = `processed` + `failed` payloads; `remaining` are pending."""
+
+    processed: int
+    failed: int
+    checked: int
+    remaining: int
+    rejected: list[Rejection]
+
+
+class Processor:
+    """Turns pending payloads into rows of the backend, one processor at a time per data folder."""
+
+    def __init__(self, raw: RawStore, backend: Backend, batch: int) -> None:
+        self._raw = raw
+        self._backend = backend
+        self._batch = batch
+
+    async def process(
+        self, limit: int | None = None, on_batch: Callable[[int], object] = id
+    ) -> ProcessResult:
+        """Process what is pending now, the earliest arrival first, `limit` payloads at most.
+
+        Raises `BackendUnavailable`: what is not in the backend by then is still pending, and
+        `ProcessorBusy` when another processor keeps the data folder for longer than 10 s.
+        """
+        processed, rejected = 0, list[Rejection]()
+        async with self._alone():
+            pending = await asyncio.to_thread(self._raw.pending)
+            todo = pending[:limit]
+            for start in range(0, len(todo), self._batch):
+                batch = todo[start : start + self._batch]
+                rows, rejections = await self._process_batch(batch)
+                processed += rows
+                rejected += rejections
+                on_batch(len(batch))
+            remaining = len(await asyncio.to_thread(self._raw.pending))
+        failed = len(rejected)
+        log.info("processed %d, rejected %d, %d pending", processed, failed, remaining)
+        return ProcessResult(
+            processed, failed, processed + failed, remaining, rejected[:REJECTIONS_SHOWN]
+        )
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        try:
+            async with AsyncFileLock(self._raw.lock_file, timeout=LOCK_PATIENCE):
+                yield
+        except Timeout:
+            raise ProcessorBusy(
+                "another processor is at work on this data folder; try again"
+            ) from None
+
+    async def _process_batch(self, raw_ids: Sequence[UUID]) -> tuple[int, list[Rejection]]:
+        rows, rejections = await asyncio.to_thread(self._judge, raw_ids)
+        refused = await self._upsert(rows) if rows else []
+        refused_ids = {rejection.raw_id for rejection in refused}
+        stored = [row.raw_id for row in rows if row.raw_id not in refused_ids]
+        rejections += refused
+        await asyncio.to_thread(self._raw.settle, stored, rejections)
+        return len(stored), rejections
+
+    def _judge(self, raw_ids: Iterable[UUID]) -> tuple[list[Measurement], list[Rejection]]:
+        rows: list[Measurement] = []
+        rejections: list[Rejection] = []
+        for raw_id in raw_ids:
+            try:
+                body = self._raw.read_pending(raw_id)
+                if body is not None:
+                    rows.append(transform(raw_id, body))
+            except DataQualityError as error:
+                rejections.append(Rejection(raw_id, error.code, error.detail, datetime.now(UTC)))
+        return rows, rejections
+
+    async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
+        """Upsert rows; return those that the backend itself refuses, found by halving."""
+        try:
+            await self._backend.upsert(rows)
+        except BackendUnavailable:
+            raise
+        except BackendError as error:
+            if len(rows) > 1:
+                half = len(rows) // 2
+                return await self._upsert(rows[:half]) + await self._upsert(rows[half:])
+            [row] = rows
+            return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
+        return []
+
+
+# ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
+
+
+class Health(Struct, frozen=True):
+    """The process lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Struct, frozen=True):
+    """Whether payloads can be landed; each check is `ok` or says what is wrong."""
+
+    status: Literal["ok", "unavailable"]
+    checks: dict[str, str]
+
+
+class Accepted(Struct, frozen=True):
+    """The payload is on disk under this raw_id."""
+
+    raw_id: UUID
+    status: Literal["accepted"] = "accepted"
+
+
+class MeasurementPage(Struct, frozen=True):
+    """Measurements in order; `next` is the `after` of the page behind this one, if there is one."""
+
+    measurements: list[Measurement]
+    next: datetime | None
+
+
+class RejectionPage(Struct, frozen=True):
+    """Rejected payloads in order of arrival; `next` is the `after` of the page behind this one."""
+
+    rejected: list[Rejection]
+    total: int
+    next: UUID | None
+
+
+class Receipt(Struct, frozen=True):
+    """Where a payload is and what became of it.
+
+    `received_at` is read from the raw_id. A processed payload has its `measurement`, or the
+    `superseded_by` of a later payload for the same timestamp; a rejected one has its `rejection`.
+    """
+
+    raw_id: UUID
+    state: State
+    received_at: datetime | None
+    bytes: int
+    sha256: str
+    measurement: Measurement | None = None
+    superseded_by: UUID | None = None
+    rejection: Rejection | None = None
+
+
+class Problem(Struct, frozen=True):
+    """An RFC 9457 problem document; `code` is stable, `detail` is for people."""
+
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    type: str = "about:blank"
+
+
+class ProcessQuery(Struct, frozen=True):
+    limit: Annotated[int, Meta(ge=1, description="Process this many payloads at most.")] | None = (
+        None
+    )
+
+
+PageSize = Annotated[int, Meta(ge=1, le=10_000, description="Return this many at most.")]
+
+
+class MeasurementsQuery(Struct, frozen=True):
+    since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
+    until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
+    after: Annotated[datetime, Meta(tz=True, description="The `next` of a page.")] | None = None
+    limit: PageSize = 1000
+    order: Annotated[Literal["asc", "desc"], Meta(description="By timestamp.")] = "asc"
+    format: Annotated[Literal["json", "csv"], Meta(description="Goes before Accept.")] | None = None
+
+
+class RejectedQuery(Struct, frozen=True):
+    after: Annotated[UUID, Meta(description="The `next` of a page.")] | None = None
+    limit: PageSize = 1000
+
+
+# ── HTTP: routes ──────────────────────────────────────────────────────────────────────────────────
+
+Handler = Callable[..., Awaitable[web.StreamResponse]]
+
+CONFIG = web.AppKey("CONFIG", Config)
+RAW = web.AppKey("RAW", RawStore)
+BACKEND = web.AppKey("BACKEND", Backend)
+PROCESSOR = web.AppKey("PROCESSOR", Processor)
+PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
+REQUEST_ID = web.RequestKey("REQUEST_ID", str)
+
+
+class Route(NamedTuple):
+    """What registers a route, guards it and describes it, so that none of these can drift."""
+
+    method: str
+    path: str
+    scope: Literal["ingest", "process", "read"] | None  # None: no key is needed
+    answers: dict[int, tuple[type | str, ...]]  # the types (as JSON) or media types of each status
+    problems: tuple[int, ...]  # besides those that any route like it may give
+    query: type[Struct] | None
+    handler: Handler
+
+
+ROUTES: list[Route] = []
+
+
+def route(
+    method: str,
+    path: str,
+    scope: Literal["ingest", "process", "read"] | None,
+    answers: dict[int, tuple[type | str, ...]],
+    problems: tuple[int, ...] = (),
+    query: type[Struct] | None = None,
+) -> Callable[[Handler], Handler]:
+    """Make a handler a route; with a `query`, the handler is called with the checked query too."""
+
+    def add(handler: Handler) -> Handler:
+        ROUTES.append(Route(method, path, scope, answers, problems, query, handler))
+        return handler
+
+    return add
+
+
+@route("GET", "/health", None, {200: (Health,)})
+async def health(_: web.Request) -> web.Response:
+    """Say that the process lives."""
+    return answer(Health())
+
+
+@route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
+async def ready(request: web.Request) -> web.Response:
+    """Say whether payloads can be landed; the backend is shown, but landing does not need it."""
+    raw = await asyncio.to_thread(request.app[RAW].trouble)
+    checks = {"raw": raw or "ok", "backend": await trouble_of(request.app[BACKEND]) or "ok"}
+    return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
+
+
+@route("POST", "/ingest", "ingest", {202: (Accepted,)}, (400, 413, 415, 503))
+async def ingest(request: web.Request) -> web.Response:
+    """Land a payload: any JSON document, whatever its Content-Type, stored as it is."""
+    body = await read_body(request, request.app[CONFIG].server.max_body_bytes)
+    parse_json(body)
+    [raw_id] = await request.app[RAW].land([body])
+    return answer(Accepted(raw_id), 202, {"Location": f"{request.app[PREFIX]}/raw/{raw_id}"})
+
+
+@route("POST", "/process", "process", {200: (ProcessResult,)}, (503,), ProcessQuery)
+async def process(request: web.Request, query: ProcessQuery) -> web.Response:
+    """Turn the pending payloads into measurements."""
+    return answer(await request.app[PROCESSOR].process(query.limit))
+
+
+@route(
+    "GET", "/measurements", "read", {200: (MeasurementPage, "text/csv")}, (503,), MeasurementsQuery
+)
+async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Response:
+    """List measurements by timestamp, as JSON or CSV (RFC 4180); `Link` leads to the next page."""
+    rows = await request.app[BACKEND].find(
+        since=query.since,
+        until=query.until,
+        after=query.after,
+        limit=query.limit + 1,
+        descending=query.order == "desc",
+    )
+    rows, more = rows[: query.limit], len(rows) > query.limit
+    page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
+    headers = {"Vary": "Accept"}
+    if more:
+        following = request.rel_url.update_query(after=msgspec.to_builtins(page)["next"])
+        headers["Link"] = f'<{following}>; rel="next"'
+    accept = request.headers.get("Accept", "")
+    wants_csv = "text/csv" in accept and "application/json" not in accept
+    if query.format == "csv" or (query.format is None and wants_csv):
+        return web.Response(text=as_csv(rows), content_type="text/csv", headers=headers)
+    return answer(page, headers=headers)
+
+
+def as_csv(rows: Sequence[Measurement]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Measurement.__struct_fields__)
+    writer.writerows(msgspec.to_builtins(row).values() for row in rows)
+    return text.getvalue()
+
+
+@route("GET", "/measurements/{timestamp}", "read", {200: (Measurement,)}, (400, 404, 503))
+async def measurement(request: web.Request) -> web.Response:
+    """Return the measurement at one timestamp."""
+    timestamp = moment_in("timestamp", request.match_info["timestamp"])
+    return answer(await request.app[BACKEND].get(timestamp))
+
+
+@route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503))
+async def receipt(request: web.Request) -> web.Response:
+    """Return where a payload is and what became of it."""
+    raw, raw_id = request.app[RAW], raw_id_in(request)
+    state, body = await asyncio.to_thread(raw.read, raw_id)
+    row = rejection = None
+    if state == "processed":
+        row = await row_in_place_of(request.app[BACKEND], raw_id, body)
+    elif state == "rejected":
+        rejection = await asyncio.to_thread(raw.rejection, raw_id)
+    own = row if row and row.raw_id == raw_id else None
+    superseded_by = row.raw_id if row and not own else None
+    arrival, digest = arrival_of(raw_id), hashlib.sha256(body).hexdigest()
+    return answer(Receipt(raw_id, state, arrival, len(body), digest, own, superseded_by, rejection))
+
+
+async def row_in_place_of(backend: Backend, raw_id: UUID, body: bytes) -> Measurement | None:
+    """Return the row that stands at the timestamp of a payload, None if there is none."""
+    with contextlib.suppress(DataQualityError, MeasurementNotFound):
+        made = await asyncio.to_thread(transform, raw_id, body)
+        return await backend.get(made.timestamp_utc)
+    return None
+
+
+@route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,))
+async def payload(request: web.Request) -> web.Response:
+    """Return the exact bytes that arrived."""
+    _, body = await asyncio.to_thread(request.app[RAW].read, raw_id_in(request))
+    return web.Response(body=body, content_type="application/json")
+
+
+@route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
+async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
+    """List the rejected payloads with their reasons, in order of arrival."""
+    raw = request.app[RAW]
+    raw_ids = await asyncio.to_thread(raw.rejections)
+    behind = [raw_id for raw_id in raw_ids if query.after is None or raw_id > query.after]
+    shown = behind[: query.limit]
+    reasons = await asyncio.to_thread(lambda: [raw.rejection(raw_id) for raw_id in shown])
+    following = shown[-1] if len(behind) > query.limit else None
+    return answer(RejectionPage(reasons, len(raw_ids), following))
+
+
+@route("GET", "/openapi.json", None, {200: ("application/json",)})
+async def openapi(request: web.Request) -> web.Response:
+    """Describe this API (OpenAPI 3.1)."""
+    return answer(openapi_document(request.app[PREFIX]))
+
+
+@route("GET", "/docs", None, {200: ("text/html",)})
+async def docs(_: web.Request) -> web.Response:
+    """Show the description of this API as a page."""
+    return web.Response(text=DOCS_PAGE, content_type="text/html")
+
+
+@route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
+async def docs_asset(request: web.Request) -> web.StreamResponse:
+    """Return a file of the page, which comes with the package swagger-ui-py."""
+    spec = importlib.util.find_spec("swagger_ui")
+    folder = Path(spec.origin or "").parent if spec else Path()
+    return web.FileResponse(folder / "static" / request.match_info["asset"])
+
+
+DOCS_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Dropzone API</title>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<body><div id="page"></div><script src="docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#page", validatorUrl: null})</script></body>
+</html>
+"""
+
+
+# ── HTTP: the edge ────────────────────────────────────────────────────────────────────────────────
+
+PROBLEM_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    415: {"Accept-Encoding": "gzip, deflate"},
+    503: {"Retry-After": "5"},
+}
+REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
+INLINE_INFLATE = 64 * 1024  # compressed bytes; more than that is undone in a thread
+
+
+def answer(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+@web.middleware
+async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request its id, and every error its problem document."""
+    given = request.headers.get("X-Request-ID", "")
+    request_id = given if REQUEST_ID_FORM.fullmatch(given) else uuid7().hex
+    request[REQUEST_ID] = request_id
+    try:
+        response = await handler(request)
+    except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
+        response = problem(request, error)
+    response.headers["X-Request-ID"] = request_id
+    level = logging.DEBUG if response.status < 400 else logging.INFO
+    if log.isEnabledFor(level):
+        log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
+    return response
+
+
+def problem(request: web.Request, error: Exception) -> web.Response:
+    """Render an error as a problem document (RFC 9457)."""
+    known = as_dropzone_error(error)
+    status, headers = known.status, PROBLEM_HEADERS.get(known.status, {})
+    if isinstance(error, web.HTTPException):
+        headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+    if status == 500:
+        log.error("request %s failed", request[REQUEST_ID], exc_info=error)
+    title = HTTPStatus(status).phrase
+    document = Problem(title, status, known.detail, known.code, request[REQUEST_ID])
+    response = answer(msgspec.structs.asdict(document) | known.extra, status, headers)
+    response.content_type = "application/problem+json"
+    return response
+
+
+def as_dropzone_error(error: Exception) -> DropzoneError:
+    match error:
+        case DropzoneError():
+            return error
+        case BackendUnavailable():
+            return DropzoneError(str(error), code="backend_unavailable", status=503)
+        case MeasurementNotFound():
+            return DropzoneError(str(error), code="measurement_not_found", status=404)
+        case BackendError():
+            return DropzoneError(str(error), code="backend_error", status=500)
+        case web.HTTPException():
+            code = HTTPStatus(error.status).name.lower()
+            return DropzoneError(error.reason, code=code, status=error.status)
+    return DropzoneError("an error inside Dropzone; its log names it by this request_id")
+
+
+def endpoint(route: Route) -> Handler:
+    """Return the handler of a route behind its guard and the check of its query."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if route.scope:
+            authorize(request)
+        if route.query:
+            return await route.handler(request, query_in(request, route.query))
+        return await route.handler(request)
+
+    return handle
+
+
+def authorize(request: web.Request) -> None:
+    """Raise `KeyRefused` unless the request carries the API key, or none is configured."""
+    wanted = request.app[CONFIG].auth.api_key
+    if not wanted:
+        return
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    given = request.headers.get("x-api-key") or (
+        token.strip() if scheme.lower() == "bearer" else ""
+    )
+    if not given:
+        raise KeyRefused("an API key is needed: send it in the header x-api-key")
+    if not hmac.compare_digest(given.encode(errors="replace"), wanted.reveal().encode()):
+        raise KeyRefused("the API key is wrong")
+
+
+def query_in(request: web.Request, kind: type[Struct]) -> Struct:
+    """Return the query as its type; raises `QueryInvalid` naming the parameter."""
+    values: dict[str, object] = {}
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for name, text in request.query.items():
+        if name not in fields or name in values:
+            wrong = "given twice" if name in values else f"unknown; known: {', '.join(fields)}"
+            raise QueryInvalid(f"the parameter {name} is {wrong}", parameter=name)
+        values[name] = moment_in(name, text) if "datetime" in str(fields[name]) else text
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        wrong, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`")
+        raise QueryInvalid(f"the parameter {name} is wrong: {wrong}", parameter=name) from None
+
+
+def moment_in(name: str, text: str) -> datetime:
+    """Return the moment (UTC) that a parameter names; the + of its offset may come as a space."""
+    try:
+        return parse_time_stamp(re.sub(r" (\d\d:?\d\d)$", r"+\1", text))
+    except DataQualityError as error:
+        wrong = error.detail.removeprefix("time_stamp is ")
+        raise QueryInvalid(f"the parameter {name} is wrong: {wrong}", parameter=name) from None
+
+
+def raw_id_in(request: web.Request) -> UUID:
+    text = request.match_info["raw_id"]
+    try:
+        return UUID(text)
+    except ValueError:
+        raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID") from None
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """Return the body with its Content-Encoding undone, `limit` bytes at most.
+
+    A server that embeds this application has undone the encoding already, unless told otherwise.
+    """
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+        raise EncodingUnsupported(f"Content-Encoding is {_shown(encoding)}: send gzip or deflate")
+    if (request.content_length or 0) > limit:
+        raise too_large(limit)
+    body = bytearray()
+    try:
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                raise too_large(limit)
+    except (ClientPayloadError, ContentEncodingError, ConnectionError) as error:
+        raise BodyBroken(f"the body did not arrive whole: {error}") from None
+    if encoding == "identity" or request.content.total_compressed_bytes is not None:
+        return bytes(body)
+    if len(body) <= INLINE_INFLATE:
+        return inflate(body, limit)
+    return await asyncio.to_thread(inflate, body, limit)
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the payload has more than {limit} bytes: send less at a time")
+
+
+def inflate(data: bytes | bytearray, limit: int) -> bytes:
+    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950)."""
+    whole = bytearray()
+    while data:
+        inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: by the header, either
+        try:
+            whole += inflater.decompress(data, limit + 1 - len(whole))
+        except zlib.error as error:
+            raise BodyBroken(f"the compressed body is broken: {error}") from None
+        if len(whole) > limit:
+            raise too_large(limit)
+        if not inflater.eof:
+            raise BodyBroken("the compressed body ends too early")
+        data = inflater.unused_data.lstrip(b"\0")
+    return bytes(whole)
+
+
+# ── HTTP: the description of the routes ───────────────────────────────────────────────────────────
+
+OPENAPI_INFO = {
+    "title": "Dropzone",
+    "version": __version__,
+    "description": "The landing zone between devices and a database: POST JSON to /ingest, POST "
+    "/process, GET /measurements. No key is needed where none is configured. An answer with status "
+    "429 or 503 asks to be tried again, after the seconds in Retry-After.",
+}
+SECURITY_SCHEMES = {
+    "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "bearer": {"type": "http", "scheme": "bearer"},
+}
+PATH_FORMATS = {"raw_id": "uuid", "timestamp": "date-time"}
+
+
+def openapi_document(prefix: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of `ROUTES`, made of the types that the code itself uses."""
+    documented = [route for route in ROUTES if route.answers]
+    kinds = [kind for route in documented for kinds in route.answers.values() for kind in kinds]
+    types = {Problem, *(kind for kind in kinds if isinstance(kind, type))}
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    paths: dict[str, dict[str, Any]] = {}
+    for route in documented:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": OPENAPI_INFO,
+        "servers": [{"url": prefix or "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": SECURITY_SCHEMES},
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    statuses = {*route.problems, *([401] if route.scope else ()), *([400] if route.query else ())}
+    answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
+    operation: dict[str, Any] = {
+        "operationId": route.handler.__name__,
+        "summary": route.handler.__doc__,
+        "parameters": _parameters(route),
+        "responses": {str(status): _response(status, kinds) for status, kinds in answers.items()},
+    }
+    if route.scope:
+        operation["security"] = [{name: []} for name in SECURITY_SCHEMES] + [{}]
+    if route.handler is ingest:
+        operation["requestBody"] = {"required": True, "content": {"*/*": {"schema": {}}}}
+    return operation
+
+
+def _response(status: int, kinds: tuple[type | str, ...]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for kind in kinds:
+        if isinstance(kind, str):
+            content[kind] = {"schema": {} if "json" in kind else {"type": "string"}}
+        else:
+            media = "application/problem+json" if kind is Problem else "application/json"
+            content[media] = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
+    return {"description": HTTPStatus(status).phrase, "content": content}
+
+
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name in re.findall(r"{(\w+)}", route.path):
+        schema = {"type": "string", "format": PATH_FORMATS[name]}
+        found.append({"name": name, "in": "path", "required": True, "schema": schema})
+    if route.query:
+        _, schemas = msgspec.json.schema_components([route.query])
+        for name, schema in schemas[route.query.__name__]["properties"].items():
+            found.append({"name": name, "in": "query", "schema": schema})
+    return found
+
+
+# ── Application ───────────────────────────────────────────────────────────────────────────────────
+
+
+def create_app(config: Config | None = None, *, backend: Backend | None = None) -> web.Application:
+    """Return the application, ready to be served or to be mounted in another with `add_subapp`.
+
+    `config` is `load_config()` unless given. A `backend` that is handed in takes the place of the
+    configured one; either is opened and closed with the application. Nothing is touched before.
+    """
+    config = config or load_config()
+    app = web.Application(middlewares=[edge])
+    app[CONFIG] = config
+    app[RAW] = RawStore(config.raw)
+    app[BACKEND] = backend or backend_of(config)
+    app[PROCESSOR] = Processor(app[RAW], app[BACKEND], config.process.batch)
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post
+        add(route.path, endpoint(route), name=route.handler.__name__)
+    app.cleanup_ctx.append(lifecycle)
+    return app
+
+
+def backend_of(config: Config) -> Backend:
+    """Return the configured backend; raises `ConfigError`."""
+    name, options = config.storage.backend, dict[str, object]()
+    if name == "sqlite":
+        options = {"path": config.storage.sqlite.path}
+    elif name == "postgres":
+        postgres = config.storage.postgres
+        options = {"url": postgres.url.reveal(), "pool": postgres.pool}
+    try:
+        return create_backend(name, **options)
+    except ValueError as error:
+        raise ConfigError(f"storage.backend: {error}") from error
+
+
+async def lifecycle(app: web.Application) -> AsyncIterator[None]:
+    """Open what the application works with; close it when the last request is answered."""
+    app[PREFIX] = str(app.router["health"].url_for()).removesuffix("/health")
+    if not app[CONFIG].auth.api_key:
+        log.warning("no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
+    await app[RAW].open()
+    for name in await asyncio.to_thread(app[RAW].strays):
+        log.warning("%s is left alone: it is not named <uuid>.json", app[RAW].raw / name)
+    try:
+        await app[BACKEND].open()
+    except BackendError as error:
+        log.warning("the backend does not answer, landing goes on: %s", error)
+    yield
+    await app[RAW].close()
+    await app[BACKEND].close()
+
+
+# ── Command line ──────────────────────────────────────────────────────────────────────────────────
+
+GROUP_BYTES = 8 * 1024 * 1024  # of a file that is landed at a time
+
+
+async def serve(config: Config, _: argparse.Namespace) -> int:
+    """serve the API (what happens without a command)"""
+    runner = web.AppRunner(create_app(config), access_log=None, auto_decompress=False)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, config.server.host, config.server.port).start()
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        for host, port, *_rest in runner.addresses:
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
+        await stop.wait()
+        log.info("stopping")
+    except OSError as error:
+        log.error("cannot listen on port %d: %s", config.server.port, error.strerror)  # noqa: TRY400
+        return os.EX_UNAVAILABLE
+    finally:
+        await runner.cleanup()
+    return os.EX_OK
+
+
+async def ingest_files(config: Config, args: argparse.Namespace) -> int:
+    """land JSON or NDJSON files without a server, each whole or not at all"""
+    raw, code = RawStore(config.raw), os.EX_OK
+    await raw.open()
+    for name in args.files:
+        try:
+            with readable_twice(name) as file:
+                await ingest_file(raw, name, file, config.server.max_body_bytes)
+        except (PayloadNotJson, PayloadTooLarge, OSError) as error:
+            code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
+            print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+    await raw.close()
+    return code
+
+
+@contextlib.contextmanager
+def readable_twice(name: str) -> Iterator[BinaryIO]:
+    with contextlib.ExitStack() as stack:
+        if name != "-":
+            yield stack.enter_context(open(name, "rb"))
+        else:
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            yield copy
+
+
+async def ingest_file(raw: RawStore, name: str, file: BinaryIO, limit: int) -> None:
+    total = sum(1 for _ in documents_in(file, limit))  # all of it is good before any is landed
+    with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
+        group: list[bytes] = []
+        for number, document in enumerate(documents_in(file, limit), 1):
+            group.append(document)
+            if number == total or sum(map(len, group)) >= GROUP_BYTES or len(group) >= 1000:
+                for raw_id in await raw.land(group):
+                    print(raw_id)
+                bar.update(len(group))
+                group = []
+
+
+def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Yield the payloads of a file: one JSON document, or one on each line (NDJSON)."""
+    file.seek(0)
+    whole = file.read(limit + 1)
+    try:
+        parse_json(whole)
+    except PayloadNotJson as error:
+        if not whole.strip():
+            raise
+        not_whole = error
+    else:
+        if len(whole) > limit:
+            raise too_large(limit)
+        yield whole
+        return
+    file.seek(0)
+    for number, line in enumerate(iter(lambda: file.readline(limit + 2), b""), 1):
+        document = line.rstrip(b"\r\n")
+        if len(document) > limit:
+            raise too_large(limit)
+        try:
+            if document.strip():
+                parse_json(document)
+                yield document
+        except PayloadNotJson as error:
+            wrong = PayloadNotJson(f"line {number}: {error}") if number > 1 else not_whole
+            raise (too_large(limit) if number == 1 and len(whole) > limit else wrong) from None
+
+
+async def process_pending(config: Config, args: argparse.Namespace) -> int:
+    """turn the pending payloads into measurements, with or without a server beside it"""
+    raw, backend = RawStore(config.raw), backend_of(config)
+    await raw.open()
+    try:
+        with tqdm(total=len(raw.pending()[: args.limit]), unit=" payloads", disable=None) as bar:
+            processor = Processor(raw, backend, config.process.batch)
+            result = await processor.process(args.limit, bar.update)
+    finally:
+        await backend.close()
+    print(msgspec.json.format(msgspec.json.encode(result)).decode())
+    return os.EX_OK
+
+
+async def check(config: Config, _: argparse.Namespace) -> int:
+    """name what is wrong with the configuration and its surroundings; then the exit code is 78"""
+    raw, backend = RawStore(config.raw), backend_of(config)
+    troubles = {f"data folder {config.raw.dir}": await folder_trouble(raw)}
+    try:
+        troubles[f"backend {config.storage.backend}"] = await trouble_of(backend)
+    finally:
+        await backend.close()
+    for name, trouble in troubles.items():
+        print(f"wrong  {name}: {trouble}" if trouble else f"ok     {name}")
+    if not config.auth.api_key:
+        print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
+    return os.EX_CONFIG if any(troubles.values()) else os.EX_OK
+
+
+async def folder_trouble(raw: RawStore) -> str | None:
+    try:
+        await raw.open()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
+    if strays := raw.strays():
+        return f"not named <uuid>.json, move them elsewhere: {', '.join(strays)}"
+    return raw.trouble()
+
+
+async def trouble_of(backend: Backend) -> str | None:
+    """Return why a backend does not answer, None if it does."""
+    try:
+        await backend.open()
+        await backend.ping()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", metavar="FILE", help="read this file instead of config.toml")
+    common.add_argument("--host", help="listen on this address")
+    common.add_argument("--port", type=int, help="listen on this port")
+    title = "The landing zone between devices and a database."
+    parser = argparse.ArgumentParser(prog="dropzone.py", parents=[common], description=title)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
+    added = {}
+    for name, run in runs.items():
+        added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
+        added[name].set_defaults(run=run)
+    added["ingest"].add_argument("files", nargs="+", metavar="FILE", help="- is standard input")
+    added["process"].add_argument("--limit", type=int, help="process this many payloads at most")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code (of sysexits.h: 75 try again, 78 configuration)."""
+    args = arguments(argv)
+    given: Settings = {("server", n): getattr(args, n) for n in ("host", "port") if n in args}
+    try:
+        config = load_config(getattr(args, "config", None), overrides=given)
+        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=config.log.level.upper(), format=form)
+        code: int = asyncio.run(args.run(config, args))
+        return code
+    except (BackendError, DropzoneError) as error:
+        print(f"dropzone: {error}", file=sys.stderr)
+        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import csv
 import errno
+import gzip
 import hashlib
 import hmac
 import importlib.util
@@ -48,16 +50,16 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal
 from uuid import UUID
 
 import aiofiles.os
 import msgspec
-from aiohttp import ClientPayloadError, web
-from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp import web
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, Timeout
 from msgspec import Meta, Struct
@@ -237,30 +239,28 @@ class Config(Section, frozen=True):
 
 
 Setting = tuple[str, ...]  # ("storage", "sqlite", "path")
-Settings = dict[Setting, object]
+Table = dict[str, Any]
 
 
-def _settings_of(section: Section, prefix: Setting = ()) -> Settings:
-    """Return every setting below a section with its value."""
-    found: Settings = {}
-    for name, value in msgspec.structs.asdict(section).items():
-        inside = isinstance(value, Section)
-        found |= _settings_of(value, (*prefix, name)) if inside else {(*prefix, name): value}
-    return found
+def _settings_of(section: type[Any], prefix: Setting = ()) -> Iterator[Setting]:
+    """Yield every setting below a section."""
+    for setting in msgspec.structs.fields(section):
+        is_section = isinstance(setting.type, type) and issubclass(setting.type, Section)
+        inside = _settings_of(setting.type, (*prefix, setting.name)) if is_section else ()
+        yield from inside or [(*prefix, setting.name)]
 
 
-DEFAULTS = _settings_of(Config())
 VARIABLES: dict[str, Setting] = {
-    **{"DROPZONE_" + "_".join(setting).upper(): setting for setting in DEFAULTS},
+    **{"DROPZONE_" + "_".join(setting).upper(): setting for setting in _settings_of(Config)},
     "DROPZONE_API_KEY": ("auth", "api_key"),
     "DROPZONE_BACKEND": ("storage", "backend"),
     "DROPZONE_DATABASE_URL": ("storage", "postgres", "url"),
 }
 PATHS = {
-    ("raw", "dir"),
-    ("raw", "processed_dir"),
-    ("raw", "rejected_dir"),
-    ("storage", "sqlite", "path"),
+    ("raw", "dir"): "data/raw",
+    ("raw", "processed_dir"): None,
+    ("raw", "rejected_dir"): None,
+    ("storage", "sqlite", "path"): "data/dropzone.sqlite",
 }
 
 
@@ -275,24 +275,33 @@ def load_config(
     The file is `path`, or what `DROPZONE_CONFIG` names, or `config.toml` in the working directory,
     or the one beside this program; `.env` is looked for in the same two folders. A relative path
     counts from the folder of the file that it stands in, in a variable from the working directory.
-    Raises `ConfigError`, which names the setting or the variable.
+    An empty variable is as good as none. Raises `ConfigError`, which names the setting.
     """
-    env_file = _in_reach(".env")
-    dotenv = dotenv_values(env_file) if env_file else {}
-    variables = {name: text for name, text in {**dotenv, **environ}.items() if text}
-    named = path or variables.get("DROPZONE_CONFIG")
-    file = Path(named) if named else _in_reach("config.toml")
-    here, home = Path.cwd(), file.absolute().parent if file else Path.cwd()
-    settings = _absolute({setting: DEFAULTS[setting] for setting in PATHS}, home)
-    settings |= _absolute(_read_toml(file) if file else {}, home)
-    settings |= _absolute(_read_variables(dotenv), env_file.parent if env_file else here)
-    settings |= _absolute(_read_variables(environ), here)
-    if "DROPZONE_DATABASE_URL" in variables and not BACKEND_VARIABLES & variables.keys():
-        settings["storage", "backend"] = "postgres"
-    config = _checked(settings | dict(overrides or {}), variables)
-    if config.storage.backend == "postgres" and not config.storage.postgres.url:
-        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
-    return config
+    here, env_file = Path.cwd(), _in_reach(".env")
+    environ = {name: text for name, text in environ.items() if text}
+    dotenv, dotenv_home = (_read_dotenv(env_file), env_file.parent) if env_file else ({}, here)
+    file = _in_reach("config.toml")
+    if "DROPZONE_CONFIG" in dotenv:
+        file = dotenv_home / dotenv["DROPZONE_CONFIG"]
+    if named := path or environ.get("DROPZONE_CONFIG"):
+        file = here / named
+    table = _read_toml(file) if file else {}
+    for setting, default in PATHS.items():
+        _set(
+            table,
+            setting,
+            _absolute(_get(table, setting) or default, file.parent if file else here),
+        )
+    for variables, home in ((dotenv, dotenv_home), (environ, here)):
+        for name, text in variables.items():
+            if found := _setting_of(name):
+                _set(table, found, _absolute(text, home) if found in PATHS else text)
+    names = dotenv.keys() | environ.keys()
+    if "DROPZONE_DATABASE_URL" in names and not BACKEND_VARIABLES & names:
+        _set(table, ("storage", "backend"), "postgres")
+    for setting, value in (overrides or {}).items():
+        _set(table, setting, value)
+    return _checked(table, names)
 
 
 BACKEND_VARIABLES = {"DROPZONE_BACKEND", "DROPZONE_STORAGE_BACKEND"}
@@ -303,59 +312,68 @@ def _in_reach(name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _absolute(settings: Settings, base: Path) -> Settings:
-    paths = {
-        s: base / Path(p).expanduser()
-        for s in PATHS
-        if isinstance(p := settings.get(s), str | Path)
-    }
-    return settings | paths
-
-
-def _read_toml(file: Path) -> Settings:
-    def flat(table: dict[str, Any], prefix: Setting = ()) -> Settings:
-        found: Settings = {}
-        for key, value in table.items():
-            is_table = isinstance(value, dict) and (*prefix, key) not in DEFAULTS
-            found |= flat(value, (*prefix, key)) if is_table else {(*prefix, key): value}
-        return found
-
+def _read_toml(file: Path) -> Table:
     try:
-        return flat(tomllib.loads(file.read_text("utf-8")))
+        return tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also what is no UTF-8
         raise ConfigError(f"{file} is not TOML: {error}") from None
 
 
-def _read_variables(variables: Mapping[str, str | None]) -> Settings:
-    found: Settings = {}
-    for name, text in variables.items():
-        if text and name.startswith("DROPZONE_") and name != "DROPZONE_CONFIG":
-            if name not in VARIABLES:
-                raise ConfigError(f"the variable {name} is unknown; known: {', '.join(VARIABLES)}")
-            found[VARIABLES[name]] = text
-    return found
-
-
-def _checked(settings: Settings, variables: Mapping[str, str]) -> Config:
-    nested: dict[str, Any] = {}
-    for (*sections, key), value in settings.items():
-        table: Any = nested
-        for section in sections:  # what should be a section and is not, the check below names
-            table = table.setdefault(section, {}) if isinstance(table, dict) else {}
-        table[key] = value
+def _read_dotenv(file: Path) -> dict[str, str]:
     try:
-        return msgspec.convert(nested, Config, strict=False, dec_hook=_from_text)
+        return {name: text for name, text in dotenv_values(file).items() if text}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _setting_of(name: str) -> Setting | None:
+    """Return the setting that a variable is for, None for one that is none of Dropzone's."""
+    if not name.startswith("DROPZONE_") or name == "DROPZONE_CONFIG":
+        return None
+    if name not in VARIABLES:
+        raise ConfigError(f"the variable {name} is unknown; known: {', '.join(VARIABLES)}")
+    return VARIABLES[name]
+
+
+def _get(table: Any, setting: Setting) -> Any:
+    for key in setting:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
+
+
+def _set(table: Any, setting: Setting, value: object) -> None:
+    *sections, key = setting
+    for section in sections:
+        if isinstance(table, dict):
+            table = table.setdefault(section, {})
+    if isinstance(table, dict) and value is not None:  # what is no section, the check names
+        table[key] = value
+
+
+def _absolute(path: object, home: Path) -> object:
+    if not isinstance(path, str):
+        return path
+    try:
+        return str(home / Path(path).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"{path} names the home folder of nobody") from None
+
+
+def _checked(table: Table, names: Iterable[str]) -> Config:
+    try:
+        config = msgspec.convert(table, Config, strict=False, dec_hook=_from_text)
     except msgspec.ValidationError as error:
         setting = str(error).partition("`$.")[2].rstrip("`")
-        source = [name for name in variables if ".".join(VARIABLES.get(name, ())) == setting]
-        raise ConfigError(f"configuration: {error} {source or ''}".rstrip()) from None
+        sources = [name for name in names if ".".join(VARIABLES.get(name, ())) == setting]
+        raise ConfigError(f"configuration: {error} {' '.join(sources)}".rstrip()) from None
+    if config.storage.backend == "postgres" and not config.storage.postgres.url:
+        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    return config
 
 
 def _from_text(kind: type, value: object) -> object:
-    if isinstance(value, kind):
-        return value
     if not isinstance(value, str):
         raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place to a ValueError)
     return kind(value)
@@ -372,22 +390,23 @@ def parse_json(body: bytes) -> object:
     """
     try:
         return msgspec.json.decode(body)  # several times as fast as `json`, but stricter
-    except RecursionError:
-        raise PayloadNotJson("nested too deeply: send a flatter document") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _parse_leniently(body)
 
 
 def _parse_leniently(body: bytes) -> object:
+    mark = len(codecs.BOM_UTF8) if body.startswith(codecs.BOM_UTF8) else 0
     try:
-        return json.loads(body.decode("utf-8-sig"), parse_int=_parse_int)
+        return json.loads(body[mark:].decode(), parse_int=_parse_int)
+    except RecursionError:
+        raise PayloadNotJson("nested too deeply: send a flatter document") from None
     except UnicodeDecodeError as error:
-        raise PayloadNotJson(
-            f"not UTF-8: {error.reason} at byte {error.start}", position=error.start
-        ) from None
+        position = mark + error.start
+        wrong = f"not UTF-8: {error.reason} at byte {position}"
+        raise PayloadNotJson(wrong, position=position) from None
     except json.JSONDecodeError as error:
-        problem = error.msg if body.strip() else "the body is empty"
-        position = len(error.doc[: error.pos].encode())
+        problem = error.msg if error.doc.strip() else "the body is empty"
+        position = mark + len(error.doc[: error.pos].encode())
         raise PayloadNotJson(
             f"not JSON: {problem} at line {error.lineno}, column {error.colno} (byte {position})",
             line=error.lineno,
@@ -415,7 +434,8 @@ class Rejection(Struct, frozen=True):
 State = Literal["pending", "processed", "rejected"]
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
-BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP}
+DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
+BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
 
@@ -427,10 +447,13 @@ def raw_id_of(name: str) -> UUID | None:
 
 
 def arrival_of(raw_id: UUID) -> datetime | None:
-    """Return when a payload arrived (UTC, milliseconds; RFC 9562), None if not a UUIDv7."""
-    if raw_id.version != 7:
+    """Return when a payload arrived (UTC, milliseconds), None if its raw_id is no UUIDv7."""
+    try:
+        return (
+            datetime.fromtimestamp((raw_id.int >> 80) / 1000, UTC) if raw_id.version == 7 else None
+        )
+    except ValueError:  # beyond the year 9999
         return None
-    return datetime.fromtimestamp((raw_id.int >> 80) / 1000, UTC)
 
 
 def next_raw_id(last: UUID) -> UUID:
@@ -438,7 +461,7 @@ def next_raw_id(last: UUID) -> UUID:
     fresh = uuid7()
     if fresh > last:
         return fresh
-    step = 1 + (fresh.int & 0xFFFFFFFF)
+    step = 1 + (fresh.int & (1 << 48) - 1)
     if (last.int & RAND_B) + step <= RAND_B:
         return UUID(int=last.int + step)
     return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
@@ -463,17 +486,29 @@ class RawStore:
         self._writer: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Create the folders that are missing and find the greatest `raw_id` so far."""
-        await asyncio.to_thread(self._open)
+        """Create the folders that are missing and find the greatest `raw_id` so far.
+
+        Raises `StorageUnavailable`.
+        """
+        try:
+            await asyncio.to_thread(self._open)
+        except OSError as error:
+            raise StorageUnavailable(
+                f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
+            ) from error
 
     def _open(self) -> None:
         for folder in self.folders:
             _make_folder(folder)
-        days = sorted(os.listdir(self.processed))
-        folders = [self.raw, self.rejected, *(self.processed / day for day in days[-1:])]
-        names = itertools.chain.from_iterable(map(os.listdir, folders))
-        ids = filter(None, map(raw_id_of, names))
-        self._last = max((i for i in ids if i.version == 7), default=UUID(int=0))
+            if folder.stat().st_dev != self.raw.stat().st_dev:
+                raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
+        self._last = self._greatest_raw_id()
+
+    def _greatest_raw_id(self) -> UUID:
+        names = os.listdir(self.raw) + os.listdir(self.rejected)
+        days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
+        names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
+        return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
 
     async def close(self) -> None:
         """Wait until everything that was handed to `land` is on disk."""
@@ -513,22 +548,28 @@ class RawStore:
 
     @aiofiles.os.wrap  # one hop to a thread for the whole group
     def _write(self, bodies: Sequence[bytes]) -> list[UUID]:
-        raw_ids = []
-        for body in bodies:
-            self._last = raw_id = next_raw_id(self._last)
-            incoming = self.incoming / f"{raw_id}.json"
-            try:
-                with open(incoming, "xb") as file:
-                    file.write(body)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.rename(incoming, self._path(raw_id, "pending"))
-            except OSError:
-                incoming.unlink(missing_ok=True)
-                raise
-            raw_ids.append(raw_id)
-        _sync_folder(self.raw)
+        raw_ids: list[UUID] = []
+        try:
+            for body in bodies:
+                self._last = raw_id = next_raw_id(self._last)
+                raw_ids.append(raw_id)
+                self._write_file(raw_id, body)
+            _sync_folder(self.raw)
+        except OSError:
+            for raw_id in raw_ids:  # none of a group that was not acknowledged
+                for path in (self.incoming / f"{raw_id}.json", self._path(raw_id, "pending")):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            raise
         return raw_ids
+
+    def _write_file(self, raw_id: UUID, body: bytes) -> None:
+        incoming = self.incoming / f"{raw_id}.json"
+        with open(incoming, "xb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(incoming, self._path(raw_id, "pending"))
 
     # Reading
 
@@ -555,9 +596,9 @@ class RawStore:
         """
         try:
             return self._path(raw_id, "pending").read_bytes()
-        except FileNotFoundError:
-            return None
         except OSError as error:
+            if not os.path.lexists(self._path(raw_id, "pending")):
+                return None
             if error.errno not in BROKEN_FILE:
                 raise _storage_error(error) from error
             raise DataQualityError(
@@ -580,11 +621,14 @@ class RawStore:
         return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
 
     def rejection(self, raw_id: UUID) -> Rejection:
-        """Return why a payload was rejected."""
+        """Return why a payload was rejected; raises `RawIdUnknown` if it was not."""
+        try:
+            moved = datetime.fromtimestamp(self._path(raw_id, "rejected").lstat().st_ctime, UTC)
+        except FileNotFoundError:
+            raise RawIdUnknown(f"{raw_id} is not rejected") from None
         try:
             return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
-        except (FileNotFoundError, msgspec.DecodeError) as error:
-            moved = datetime.fromtimestamp(self._path(raw_id, "rejected").stat().st_ctime, UTC)
+        except (FileNotFoundError, ValueError) as error:  # also what is no UTF-8
             return Rejection(raw_id, "reason_missing", f"the reason cannot be read: {error}", moved)
 
     def rejections(self) -> list[UUID]:
@@ -607,13 +651,14 @@ class RawStore:
             self._move(raw_id, "processed")
 
     def _move(self, raw_id: UUID, state: State) -> None:
-        target = self._path(raw_id, state)
+        source, target = self._path(raw_id, "pending"), self._path(raw_id, state)
         try:
-            os.rename(self._path(raw_id, "pending"), target)
+            target.parent.mkdir(parents=True, exist_ok=True)  # the first of its day
+            os.rename(source, target)
         except FileNotFoundError:
-            target.parent.mkdir(exist_ok=True)  # the first of its day
-            with contextlib.suppress(FileNotFoundError):  # or gone: somebody else has moved it
-                os.rename(self._path(raw_id, "pending"), target)
+            pass  # somebody else has moved it
+        except OSError as error:  # one bad file never stops the rest
+            log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
 
 
 def _sync_folder(folder: Path) -> None:
@@ -644,8 +689,10 @@ def _storage_error(error: Exception) -> StorageUnavailable:
 # ── Transform: a payload becomes a measurement (pure functions) ───────────────────────────────────
 
 TIME_STAMP = re.compile(
-    r"(\d{4}-?(?:\d\d-?\d\d|W\d\d-?\d))"  # a calendar or week date
-    r"(?:[T ](\d\d)((?::?\d\d)?)((?::?\d\d)?)((?:[.,]\d+)?)(Z|[+-]\d\d(?::?\d\d)?)?)?",
+    r"(?P<day>\d{4}-?(?:\d\d-?\d\d|W\d\d-?\d))"  # a calendar or week date
+    r"(?:[T ](?P<hour>\d\d)"
+    r"(?:(?P<colon>:?)(?P<minute>\d\d)(?:(?P=colon)(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
+    r"(?P<offset>Z|[+-](?P<hours>[01]\d|2[0-3])(?::?(?P<minutes>[0-5]\d))?)?)?",
     re.ASCII | re.IGNORECASE,
 )
 SHOWN = 60  # characters of a bad value that an error shows
@@ -676,7 +723,7 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
 
 def _shown(value: object) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
@@ -692,30 +739,37 @@ def parse_time_stamp(value: object) -> datetime:
     if match is None:
         hint = "not an ISO 8601 date and time such as 2019-05-01T06:00:00-04:00"
         raise DataQualityError("time_stamp_invalid", f"time_stamp is {_shown(value)}: {hint}")
-    day, hour, minute, second, fraction, offset = match.groups()
-    if offset is None:
+    if not match["offset"]:
         hint = "add Z or an offset such as -04:00"
         raise DataQualityError(
             "time_stamp_without_offset", f"time_stamp is {_shown(value)}: {hint}"
         )
-    day_ends = hour == "24" and not any(map(int, re.findall(r"\d+", minute + second + fraction)))
-    leaps = second.endswith("60")
-    hour, second = ("00" if day_ends else hour), (second[:-2] + "59" if leaps else second)
     try:
-        local = datetime.fromisoformat(f"{day}T{hour}{minute}{second}{fraction}{offset}".upper())
-        moment = local.astimezone(UTC)
-        if leaps and (moment.hour, moment.minute) != (23, 59):
-            raise ValueError("a leap second is 23:59:60 in UTC")  # noqa: TRY301
-        return moment + timedelta(days=day_ends, seconds=leaps)
-    except OverflowError:
-        hint = "outside the years 1 to 9999 in UTC"
-    except ValueError as error:
-        if not day.startswith("0000"):
-            raise DataQualityError(
-                "time_stamp_invalid", f"time_stamp is {_shown(value)}: {error}"
-            ) from None
-        hint = "outside the years 1 to 9999"
-    raise DataQualityError("time_stamp_out_of_range", f"time_stamp is {_shown(value)}: {hint}")
+        day = datetime.fromisoformat(match["day"].upper()).replace(tzinfo=UTC)
+        moment = day + (_time_of_day(match) - _offset(match))
+        if match["second"] == "60" and (moment.hour, moment.minute) != (0, 0):
+            raise ValueError("a leap second is 23:59:60 in UTC")
+    except (OverflowError, ValueError) as error:
+        code, hint = "time_stamp_invalid", str(error)
+        if isinstance(error, OverflowError) or match["day"].startswith("0000"):
+            code, hint = "time_stamp_out_of_range", "outside the years 1 to 9999 in UTC"
+        raise DataQualityError(code, f"time_stamp is {_shown(value)}: {hint}") from None
+    return moment
+
+
+def _time_of_day(match: re.Match[str]) -> timedelta:
+    hour, minute, second = (int(match[name] or 0) for name in ("hour", "minute", "second"))
+    fraction = match["fraction"] or ""
+    day_ends = hour == 24 and not (minute or second or fraction.strip("0"))
+    if not (hour < 24 or day_ends) or minute > 59 or second > 60:
+        raise ValueError("there is no such time of day")
+    microsecond = int(fraction[:6].ljust(6, "0"))
+    return timedelta(hours=hour, minutes=minute, seconds=second, microseconds=microsecond)
+
+
+def _offset(match: re.Match[str]) -> timedelta:
+    offset = timedelta(hours=int(match["hours"] or 0), minutes=int(match["minutes"] or 0))
+    return -offset if match["offset"].startswith("-") else offset
 
 
 def _finite_values(data: object) -> list[float]:
@@ -768,11 +822,14 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
 # ── Processing: pending payloads become rows ──────────────────────────────────────────────────────
 
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
-REJECTIONS_SHOWN = 1000  # in one answer; /rejected lists all
+REJECTIONS_SHOWN = 1000
 
 
 class ProcessResult(Struct, frozen=True):
-    """What one run did: `checked` = `processed` + `failed` payloads; `remaining` are pending."""
+    """What one run did: `checked` = `processed` + `failed` payloads; `remaining` are pending.
+
+    `rejected` holds the first 1,000 that failed; `GET /rejected` lists all.
+    """
 
     processed: int
     failed: int
@@ -790,9 +847,11 @@ class Processor:
         self._batch = batch
 
     async def process(
-        self, limit: int | None = None, on_batch: Callable[[int], object] = id
+        self, limit: int | None = None, progress: Callable[[int, int], object] = max
     ) -> ProcessResult:
         """Process what is pending now, the earliest arrival first, `limit` payloads at most.
+
+        `progress` is called before each batch with how many payloads are done, and of how many.
 
         Raises `BackendUnavailable`: what is not in the backend by then is still pending, and
         `ProcessorBusy` when another processor keeps the data folder for longer than 10 s.
@@ -802,11 +861,11 @@ class Processor:
             pending = await asyncio.to_thread(self._raw.pending)
             todo = pending[:limit]
             for start in range(0, len(todo), self._batch):
-                batch = todo[start : start + self._batch]
-                rows, rejections = await self._process_batch(batch)
+                progress(start, len(todo))
+                stop = start + self._batch
+                rows, rejections = await self._process_batch(todo[start:stop])
                 processed += rows
                 rejected += rejections
-                on_batch(len(batch))
             remaining = len(await asyncio.to_thread(self._raw.pending))
         failed = len(rejected)
         log.info("processed %d, rejected %d, %d pending", processed, failed, remaining)
@@ -959,55 +1018,63 @@ BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-
-
-class Route(NamedTuple):
-    """What registers a route, guards it and describes it, so that none of these can drift."""
-
-    method: str
-    path: str
-    scope: Literal["ingest", "process", "read"] | None  # None: no key is needed
-    answers: dict[int, tuple[type | str, ...]]  # the types (as JSON) or media types of each status
-    problems: tuple[int, ...]  # besides those that any route like it may give
-    query: type[Struct] | None
-    handler: Handler
+PING_PATIENCE = 3.0  # seconds
 
 
 ROUTES: list[Route] = []
 
 
-def route(
-    method: str,
-    path: str,
-    scope: Literal["ingest", "process", "read"] | None,
-    answers: dict[int, tuple[type | str, ...]],
-    problems: tuple[int, ...] = (),
-    query: type[Struct] | None = None,
-) -> Callable[[Handler], Handler]:
-    """Make a handler a route; with a `query`, the handler is called with the checked query too."""
+@dataclass
+class Route:
+    """Makes the handler that it decorates a route: registers, guards and describes it.
 
-    def add(handler: Handler) -> Handler:
-        ROUTES.append(Route(method, path, scope, answers, problems, query, handler))
+    The one place for all three, so that none can drift from the others.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    scope: Literal["ingest", "process", "read"] | None  # None: no key is needed
+    answers: dict[int, tuple[type | str, ...]]  # the types (as JSON) or media types of each status
+    problems: tuple[int, ...] = ()  # besides those of every route with a scope or a query
+    query: type[Struct] | None = None  # the checked query is the handler's second argument
+    handler: Handler = field(init=False)
+
+    def __call__(self, handler: Handler) -> Handler:
+        self.handler = handler
+        ROUTES.append(self)
         return handler
 
-    return add
 
-
-@route("GET", "/health", None, {200: (Health,)})
+@Route("GET", "/health", None, {200: (Health,)})
 async def health(_: web.Request) -> web.Response:
     """Say that the process lives."""
     return answer(Health())
 
 
-@route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
+@Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
 async def ready(request: web.Request) -> web.Response:
     """Say whether payloads can be landed; the backend is shown, but landing does not need it."""
     raw = await asyncio.to_thread(request.app[RAW].trouble)
     checks = {"raw": raw or "ok", "backend": await trouble_of(request.app[BACKEND]) or "ok"}
-    return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
+    if raw:
+        return answer(Readiness("unavailable", checks), 503, STATUS_HEADERS[503])
+    return answer(Readiness("ok", checks))
 
 
-@route("POST", "/ingest", "ingest", {202: (Accepted,)}, (400, 413, 415, 503))
+async def trouble_of(backend: Backend) -> str | None:
+    """Return why a backend does not answer, None if it does."""
+    try:
+        async with asyncio.timeout(PING_PATIENCE):
+            await backend.open()
+            await backend.ping()
+    except TimeoutError:
+        return f"no answer within {PING_PATIENCE} s"
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@Route("POST", "/ingest", "ingest", {202: (Accepted,)}, (400, 413, 415, 503))
 async def ingest(request: web.Request) -> web.Response:
     """Land a payload: any JSON document, whatever its Content-Type, stored as it is."""
     body = await read_body(request, request.app[CONFIG].server.max_body_bytes)
@@ -1016,13 +1083,13 @@ async def ingest(request: web.Request) -> web.Response:
     return answer(Accepted(raw_id), 202, {"Location": f"{request.app[PREFIX]}/raw/{raw_id}"})
 
 
-@route("POST", "/process", "process", {200: (ProcessResult,)}, (503,), ProcessQuery)
+@Route("POST", "/process", "process", {200: (ProcessResult,)}, (503,), ProcessQuery)
 async def process(request: web.Request, query: ProcessQuery) -> web.Response:
     """Turn the pending payloads into measurements."""
     return answer(await request.app[PROCESSOR].process(query.limit))
 
 
-@route(
+@Route(
     "GET", "/measurements", "read", {200: (MeasurementPage, "text/csv")}, (503,), MeasurementsQuery
 )
 async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Response:
@@ -1055,14 +1122,14 @@ def as_csv(rows: Sequence[Measurement]) -> str:
     return text.getvalue()
 
 
-@route("GET", "/measurements/{timestamp}", "read", {200: (Measurement,)}, (400, 404, 503))
+@Route("GET", "/measurements/{timestamp}", "read", {200: (Measurement,)}, (400, 404, 503))
 async def measurement(request: web.Request) -> web.Response:
     """Return the measurement at one timestamp."""
     timestamp = moment_in("timestamp", request.match_info["timestamp"])
     return answer(await request.app[BACKEND].get(timestamp))
 
 
-@route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503))
+@Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503))
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
     raw, raw_id = request.app[RAW], raw_id_in(request)
@@ -1086,14 +1153,14 @@ async def row_in_place_of(backend: Backend, raw_id: UUID, body: bytes) -> Measur
     return None
 
 
-@route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,))
+@Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,))
 async def payload(request: web.Request) -> web.Response:
     """Return the exact bytes that arrived."""
     _, body = await asyncio.to_thread(request.app[RAW].read, raw_id_in(request))
     return web.Response(body=body, content_type="application/json")
 
 
-@route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
+@Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
 async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
     """List the rejected payloads with their reasons, in order of arrival."""
     raw = request.app[RAW]
@@ -1105,19 +1172,19 @@ async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
     return answer(RejectionPage(reasons, len(raw_ids), following))
 
 
-@route("GET", "/openapi.json", None, {200: ("application/json",)})
+@Route("GET", "/openapi.json", None, {200: ("application/json",)})
 async def openapi(request: web.Request) -> web.Response:
     """Describe this API (OpenAPI 3.1)."""
     return answer(openapi_document(request.app[PREFIX]))
 
 
-@route("GET", "/docs", None, {200: ("text/html",)})
+@Route("GET", "/docs", None, {200: ("text/html",)})
 async def docs(_: web.Request) -> web.Response:
     """Show the description of this API as a page."""
     return web.Response(text=DOCS_PAGE, content_type="text/html")
 
 
-@route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
+@Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
 async def docs_asset(request: web.Request) -> web.StreamResponse:
     """Return a file of the page, which comes with the package swagger-ui-py."""
     spec = importlib.util.find_spec("swagger_ui")
@@ -1137,7 +1204,7 @@ DOCS_PAGE = """<!DOCTYPE html>
 
 # ── HTTP: the edge ────────────────────────────────────────────────────────────────────────────────
 
-PROBLEM_HEADERS = {
+STATUS_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     415: {"Accept-Encoding": "gzip, deflate"},
     503: {"Retry-After": "5"},
@@ -1173,7 +1240,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
     known = as_dropzone_error(error)
-    status, headers = known.status, PROBLEM_HEADERS.get(known.status, {})
+    status, headers = known.status, STATUS_HEADERS.get(known.status, {})
     if isinstance(error, web.HTTPException):
         headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
     if status == 500:
@@ -1225,7 +1292,7 @@ def authorize(request: web.Request) -> None:
     )
     if not given:
         raise KeyRefused("an API key is needed: send it in the header x-api-key")
-    if not hmac.compare_digest(given.encode(errors="replace"), wanted.reveal().encode()):
+    if not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.reveal().encode()):
         raise KeyRefused("the API key is wrong")
 
 
@@ -1237,6 +1304,8 @@ def query_in(request: web.Request, kind: type[Struct]) -> Struct:
         if name not in fields or name in values:
             wrong = "given twice" if name in values else f"unknown; known: {', '.join(fields)}"
             raise QueryInvalid(f"the parameter {name} is {wrong}", parameter=name)
+        if text == "null":  # which would count as not given
+            raise QueryInvalid(f"the parameter {name} is null: leave it out", parameter=name)
         values[name] = moment_in(name, text) if "datetime" in str(fields[name]) else text
     try:
         return msgspec.convert(values, kind, strict=False)
@@ -1249,7 +1318,7 @@ def query_in(request: web.Request, kind: type[Struct]) -> Struct:
 def moment_in(name: str, text: str) -> datetime:
     """Return the moment (UTC) that a parameter names; the + of its offset may come as a space."""
     try:
-        return parse_time_stamp(re.sub(r" (\d\d:?\d\d)$", r"+\1", text))
+        return parse_time_stamp(re.sub(r" (\d\d(?::?\d\d)?)$", r"+\1", text))
     except DataQualityError as error:
         wrong = error.detail.removeprefix("time_stamp is ")
         raise QueryInvalid(f"the parameter {name} is wrong: {wrong}", parameter=name) from None
@@ -1279,7 +1348,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
             body += chunk
             if len(body) > limit:
                 raise too_large(limit)
-    except (ClientPayloadError, ContentEncodingError, ConnectionError) as error:
+    except (web.RequestPayloadError, ConnectionError) as error:
         raise BodyBroken(f"the body did not arrive whole: {error}") from None
     if encoding == "identity" or request.content.total_compressed_bytes is not None:
         return bytes(body)
@@ -1294,19 +1363,19 @@ def too_large(limit: int) -> PayloadTooLarge:
 
 def inflate(data: bytes | bytearray, limit: int) -> bytes:
     """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950)."""
-    whole = bytearray()
-    while data:
-        inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: by the header, either
-        try:
-            whole += inflater.decompress(data, limit + 1 - len(whole))
-        except zlib.error as error:
-            raise BodyBroken(f"the compressed body is broken: {error}") from None
-        if len(whole) > limit:
-            raise too_large(limit)
-        if not inflater.eof:
-            raise BodyBroken("the compressed body ends too early")
-        data = inflater.unused_data.lstrip(b"\0")
-    return bytes(whole)
+    try:
+        if data[:2] == b"\x1f\x8b":
+            whole = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+        else:
+            inflater = zlib.decompressobj()
+            whole = inflater.decompress(data, limit + 1)
+            if len(whole) <= limit and (not inflater.eof or inflater.unused_data):
+                raise EOFError("the data do not end where they should")
+    except (OSError, EOFError, zlib.error) as error:
+        raise BodyBroken(f"the compressed body is broken: {error}") from None
+    if len(whole) > limit:
+        raise too_large(limit)
+    return whole
 
 
 # ── HTTP: the description of the routes ───────────────────────────────────────────────────────────
@@ -1331,6 +1400,8 @@ def openapi_document(prefix: str) -> dict[str, Any]:
     kinds = [kind for route in documented for kinds in route.answers.values() for kind in kinds]
     types = {Problem, *(kind for kind in kinds if isinstance(kind, type))}
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    for schema in schemas.values():
+        schema["required"] = list(schema["properties"])  # what has a default is sent as well
     paths: dict[str, dict[str, Any]] = {}
     for route in documented:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
@@ -1378,7 +1449,12 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     if route.query:
         _, schemas = msgspec.json.schema_components([route.query])
         for name, schema in schemas[route.query.__name__]["properties"].items():
-            found.append({"name": name, "in": "query", "schema": schema})
+            given = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+            given |= next(
+                (kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}), {}
+            )
+            given |= {k: v for k, v in schema.items() if k == "default" and v is not None}
+            found.append({"name": name, "in": "query", "schema": given})
     return found
 
 
@@ -1395,7 +1471,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app = web.Application(middlewares=[edge])
     app[CONFIG] = config
     app[RAW] = RawStore(config.raw)
-    app[BACKEND] = backend or backend_of(config)
+    app[BACKEND] = backend_of(config) if backend is None else backend
     app[PROCESSOR] = Processor(app[RAW], app[BACKEND], config.process.batch)
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
@@ -1430,22 +1506,26 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         await app[BACKEND].open()
     except BackendError as error:
         log.warning("the backend does not answer, landing goes on: %s", error)
-    yield
-    await app[RAW].close()
-    await app[BACKEND].close()
+    try:
+        yield
+    finally:
+        await app[RAW].close()
+        await app[BACKEND].close()
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
+GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 GROUP_BYTES = 8 * 1024 * 1024  # of a file that is landed at a time
 
 
 async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
-    runner = web.AppRunner(create_app(config), access_log=None, auto_decompress=False)
+    app, where = create_app(config), (config.server.host, config.server.port)
+    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=GRACE)
     await runner.setup()
     try:
-        await web.TCPSite(runner, config.server.host, config.server.port).start()
+        await web.TCPSite(runner, *where).start()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -1455,7 +1535,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
         await stop.wait()
         log.info("stopping")
     except OSError as error:
-        log.error("cannot listen on port %d: %s", config.server.port, error.strerror)  # noqa: TRY400
+        log.error("cannot listen on %s:%d: %s", *where, error.strerror)  # noqa: TRY400
         return os.EX_UNAVAILABLE
     finally:
         await runner.cleanup()
@@ -1464,41 +1544,41 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
 
 async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     """land JSON or NDJSON files without a server, each whole or not at all"""
-    raw, code = RawStore(config.raw), os.EX_OK
+    raw, limit, code = RawStore(config.raw), config.server.max_body_bytes, os.EX_OK
     await raw.open()
     for name in args.files:
-        try:
-            with readable_twice(name) as file:
-                await ingest_file(raw, name, file, config.server.max_body_bytes)
-        except (PayloadNotJson, PayloadTooLarge, OSError) as error:
-            code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
-            print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = open_twice_readable(name, stack)
+                total = sum(1 for _ in documents_in(file, limit))  # before any of it is landed
+            except (PayloadNotJson, PayloadTooLarge, OSError) as error:
+                code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
+                print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+            else:
+                await land_all(raw, documents_in(file, limit), name, total)
     await raw.close()
     return code
 
 
-@contextlib.contextmanager
-def readable_twice(name: str) -> Iterator[BinaryIO]:
-    with contextlib.ExitStack() as stack:
-        if name != "-":
-            yield stack.enter_context(open(name, "rb"))
-        else:
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(sys.stdin.buffer, copy)
-            yield copy
+def open_twice_readable(name: str, stack: contextlib.ExitStack) -> BinaryIO:
+    file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
+    if name != "-" and file.seekable():
+        return file
+    copy = stack.enter_context(tempfile.TemporaryFile())
+    shutil.copyfileobj(file, copy)
+    return copy
 
 
-async def ingest_file(raw: RawStore, name: str, file: BinaryIO, limit: int) -> None:
-    total = sum(1 for _ in documents_in(file, limit))  # all of it is good before any is landed
+async def land_all(raw: RawStore, documents: Iterator[bytes], name: str, total: int) -> None:
     with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
-        group: list[bytes] = []
-        for number, document in enumerate(documents_in(file, limit), 1):
-            group.append(document)
-            if number == total or sum(map(len, group)) >= GROUP_BYTES or len(group) >= 1000:
-                for raw_id in await raw.land(group):
-                    print(raw_id)
-                bar.update(len(group))
-                group = []
+        while group := list(itertools.islice(documents, 1)):
+            size = len(group[0])
+            while size < GROUP_BYTES and len(group) < 1000 and (more := next(documents, None)):
+                group.append(more)
+                size += len(more)
+            for raw_id in await raw.land(group):
+                print(raw_id)
+            bar.update(len(group))
 
 
 def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
@@ -1506,14 +1586,14 @@ def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
     file.seek(0)
     whole = file.read(limit + 1)
     try:
+        if len(whole) > limit:
+            raise too_large(limit)
         parse_json(whole)
-    except PayloadNotJson as error:
+    except (PayloadNotJson, PayloadTooLarge) as error:
         if not whole.strip():
             raise
         not_whole = error
     else:
-        if len(whole) > limit:
-            raise too_large(limit)
         yield whole
         return
     file.seek(0)
@@ -1526,8 +1606,7 @@ def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
                 parse_json(document)
                 yield document
         except PayloadNotJson as error:
-            wrong = PayloadNotJson(f"line {number}: {error}") if number > 1 else not_whole
-            raise (too_large(limit) if number == 1 and len(whole) > limit else wrong) from None
+            raise (PayloadNotJson(f"line {number}: {error}") if number > 1 else not_whole) from None
 
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
@@ -1535,9 +1614,15 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
     raw, backend = RawStore(config.raw), backend_of(config)
     await raw.open()
     try:
-        with tqdm(total=len(raw.pending()[: args.limit]), unit=" payloads", disable=None) as bar:
+        with tqdm(unit=" payloads", disable=None) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
             processor = Processor(raw, backend, config.process.batch)
-            result = await processor.process(args.limit, bar.update)
+            result = await processor.process(args.limit, show)
+            show(result.checked, result.checked)
     finally:
         await backend.close()
     print(msgspec.json.format(msgspec.json.encode(result)).decode())
@@ -1562,21 +1647,11 @@ async def check(config: Config, _: argparse.Namespace) -> int:
 async def folder_trouble(raw: RawStore) -> str | None:
     try:
         await raw.open()
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
+    except StorageUnavailable as error:
+        return str(error)
     if strays := raw.strays():
         return f"not named <uuid>.json, move them elsewhere: {', '.join(strays)}"
     return raw.trouble()
-
-
-async def trouble_of(backend: Backend) -> str | None:
-    """Return why a backend does not answer, None if it does."""
-    try:
-        await backend.open()
-        await backend.ping()
-    except BackendError as error:
-        return str(error)
-    return None
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1595,20 +1670,34 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
     added["ingest"].add_argument("files", nargs="+", metavar="FILE", help="- is standard input")
-    added["process"].add_argument("--limit", type=int, help="process this many payloads at most")
+    added["process"].add_argument("--limit", type=positive, help="process this many at most")
     return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """Return a whole number of 1 or more; argparse names this function in its error."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code (of sysexits.h: 75 try again, 78 configuration)."""
     args = arguments(argv)
-    given: Settings = {("server", n): getattr(args, n) for n in ("host", "port") if n in args}
+    given: dict[Setting, object] = {
+        ("server", n): getattr(args, n) for n in ("host", "port") if n in args
+    }
     try:
         config = load_config(getattr(args, "config", None), overrides=given)
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(level=config.log.level.upper(), format=form)
+        level = config.log.level if args.run is serve else "warning"  # a command reports by itself
+        logging.basicConfig(level=level.upper(), format=form)
         code: int = asyncio.run(args.run(config, args))
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # whoever read standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.EX_IOERR
     except (BackendError, DropzoneError) as error:
         print(f"dropzone: {error}", file=sys.stderr)
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL

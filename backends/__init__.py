@@ -1,0 +1,208 @@
+"""What a row is, what a backend promises, and how one is chosen by its name.
+
+A backend keeps one row per timestamp. Dropzone calls it from one event loop; several processes
+may use the same database at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from math import isfinite
+from typing import Protocol, cast
+from uuid import UUID
+
+import msgspec
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendUnavailable",
+    "Measurement",
+    "MeasurementNotFound",
+    "create_backend",
+    "require_utc",
+    "timestamp_text",
+    "window",
+    "winners",
+]
+
+BUILT_IN = {
+    "memory": f"{__name__}.memory:MemoryBackend",
+    "sqlite": f"{__name__}.sqlite:SqliteBackend",
+    "postgres": f"{__name__}.postgres:PostgresBackend",
+}
+RESOLUTION = timedelta(microseconds=1)
+LATEST = datetime.max.replace(tzinfo=UTC)
+
+
+class BackendError(Exception):
+    """The backend refused these very data; the same call would be refused again."""
+
+
+class BackendUnavailable(BackendError):
+    """The data are not the reason: repeat the call later, or once the message's advice is done."""
+
+
+class MeasurementNotFound(BackendError, LookupError):
+    """No row has this timestamp."""
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One row: the statistics of one payload.
+
+    `timestamp_utc` is aware, at UTC, in years 1 to 9999, to the microsecond. `mean` and `std_dev`
+    are finite and in the payload's own unit, `std_dev` not negative. `raw_id` names the payload.
+    Raises ValueError for anything else.
+    """
+
+    timestamp_utc: datetime
+    mean: float
+    std_dev: float
+    raw_id: UUID
+
+    def __post_init__(self) -> None:
+        require_utc(self.timestamp_utc)
+        if not isfinite(self.mean):
+            raise ValueError(f"mean is {self.mean}: give a finite number")
+        if not (isfinite(self.std_dev) and self.std_dev >= 0):
+            raise ValueError(f"std_dev is {self.std_dev}: give a finite number, 0 or greater")
+
+
+class Backend(Protocol):
+    """Where measurements are kept.
+
+    Every method but `close` opens the backend first where that has not succeeded yet, so that a
+    service which started while its database was down recovers by itself. Every method may raise
+    BackendUnavailable (try again later: whatever is wrong with the database or the way to it) or
+    BackendError (these data are refused); a driver's own exceptions are their cause and never get
+    out. No message, repr or cause shows a password. Timestamps are aware and at UTC; any other
+    raises ValueError.
+    """
+
+    async def open(self) -> None:
+        """Connect, and create the table where it is missing.
+
+        Idempotent, also while another process opens the same database. Raises BackendUnavailable
+        where it cannot be reached, or has a table `measurements` of another shape.
+        """
+
+    async def close(self) -> None:
+        """Let go of all connections, but never of a pool that was handed in. Idempotent."""
+
+    async def ping(self) -> None:
+        """Make one round trip to the database, or raise."""
+
+    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        """Write all of `measurements` or, when it raises, none; durable on return.
+
+        For each timestamp the row with the greatest `raw_id` stands, whichever call comes first.
+        The same `raw_id` again overwrites its row. A batch may be empty, in any order, and hold
+        one timestamp many times; of several with one `raw_id`, the last stands.
+        """
+
+    async def get(self, timestamp_utc: datetime) -> Measurement:
+        """Return the row of this timestamp, or raise MeasurementNotFound."""
+
+    async def find(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: datetime | None = None,
+        limit: int = 100,
+        descending: bool = False,
+    ) -> list[Measurement]:
+        """Return at most `limit` rows with `since <= timestamp_utc < until`.
+
+        They are ordered by timestamp, the earliest first, or with `descending` the latest.
+        `after` is an exclusive cursor: only rows that follow it in that order. Pass the last
+        timestamp of one page to get the next. Raises ValueError for a negative `limit`.
+        """
+
+    async def count(self) -> int:
+        """Return the number of rows."""
+
+
+def create_backend(name: str, **options: object) -> Backend:
+    """Make the backend `name`: memory, sqlite, postgres, or `package.module:Class` of one's own.
+
+    `options` are handed to its class. Nothing is opened; a module is imported only when it is
+    chosen. Raises ValueError with what to do where there is no such backend.
+    """
+    module, _, attribute = BUILT_IN.get(name, name).partition(":")
+    if not (module and attribute):
+        known = ", ".join(BUILT_IN)
+        raise ValueError(f"no backend is called {name!r}: choose {known} or package.module:Class")
+    try:
+        factory = getattr(import_module(module), attribute)
+    except Exception as error:  # a module can fail in any way
+        raise ValueError(
+            f"backend {name!r} cannot be imported: {error}. Install its package, "
+            f"and check that {module} is importable and has {attribute}"
+        ) from error
+    try:
+        backend = factory(**options)
+    except TypeError as error:
+        raise ValueError(f"backend {name!r} does not accept its options: {error}") from error
+    if missing := [method for method in _METHODS if not callable(getattr(backend, method, None))]:
+        raise ValueError(f"backend {name!r} lacks {', '.join(missing)}: see {Backend.__module__}")
+    return cast("Backend", backend)
+
+
+def require_utc(timestamp: datetime) -> datetime:
+    """Return `timestamp`; raise ValueError unless it is aware and at UTC."""
+    if timestamp.utcoffset() != timedelta(0):
+        raise ValueError(f"{timestamp.isoformat()} is not at UTC: use astimezone(timezone.utc)")
+    return timestamp
+
+
+def timestamp_text(timestamp: datetime) -> str:
+    """Return the ISO 8601 form of one width, whose alphabetical order is the order of time.
+
+    Raises ValueError unless `timestamp` is at UTC.
+    """
+    naive = require_utc(timestamp).replace(tzinfo=None)
+    return naive.isoformat(timespec="microseconds") + "Z"
+
+
+def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Return the row that stands for each timestamp, ordered by timestamp.
+
+    One order for everybody keeps concurrent upserts from waiting for each other in a circle, and
+    PostgreSQL refuses a statement that would touch one row twice.
+    """
+    standing: dict[datetime, Measurement] = {}
+    for measurement in measurements:
+        rival = standing.get(measurement.timestamp_utc)
+        if rival is None or measurement.raw_id >= rival.raw_id:
+            standing[measurement.timestamp_utc] = measurement
+    return [standing[timestamp] for timestamp in sorted(standing)]
+
+
+def window(
+    since: datetime | None,
+    until: datetime | None,
+    after: datetime | None,
+    limit: int,
+    *,
+    descending: bool,
+) -> tuple[datetime | None, datetime | None]:
+    """Return the arguments of `find` as one half-open range, None meaning without bound.
+
+    Folding the cursor into the range lets an index start at the page, however deep it lies.
+    """
+    for timestamp in filter(None, (since, until, after)):
+        require_utc(timestamp)
+    if limit < 0:
+        raise ValueError(f"limit is {limit}: give 0 or more")
+    if after is None:
+        return since, until
+    if descending:
+        return since, after if until is None else min(until, after)
+    if after == LATEST:
+        return LATEST, LATEST
+    following = after + RESOLUTION
+    return following if since is None else max(since, following), until
+
+
+_METHODS = [name for name in vars(Backend) if not name.startswith("_")]

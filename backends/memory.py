@@ -1,0 +1,70 @@
+"""Rows in a dictionary, for tests and for embedding: gone when the process ends."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from datetime import datetime
+
+from backends import Measurement, MeasurementNotFound, require_utc, window, winners
+
+
+class MemoryBackend:
+    """A Backend that holds its rows as long as the object lives; `close` keeps them."""
+
+    def __init__(self) -> None:
+        self._rows: dict[datetime, Measurement] = {}
+        self._timestamps: list[datetime] = []
+
+    async def open(self) -> None:
+        """Do nothing: there is nothing to connect to."""
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to let go of."""
+
+    async def ping(self) -> None:
+        """Do nothing: memory answers."""
+
+    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.upsert; durable as long as the object lives."""
+        standing = winners([*self._rival_rows(measurements), *measurements])
+        self._rows.update((row.timestamp_utc, row) for row in standing)
+
+    async def get(self, timestamp_utc: datetime) -> Measurement:
+        """See Backend.get."""
+        try:
+            return self._rows[require_utc(timestamp_utc)]
+        except KeyError:
+            raise MeasurementNotFound(f"no measurement at {timestamp_utc.isoformat()}") from None
+
+    async def find(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: datetime | None = None,
+        limit: int = 100,
+        descending: bool = False,
+    ) -> list[Measurement]:
+        """See Backend.find."""
+        low, high = window(since, until, after, limit, descending=descending)
+        timestamps = self._ordered()
+        first = 0 if low is None else bisect_left(timestamps, low)
+        end = len(timestamps) if high is None else bisect_left(timestamps, high)
+        if descending:
+            page = timestamps[max(first, end - limit) : end][::-1]
+        else:
+            page = timestamps[first : min(end, first + limit)]
+        return [self._rows[timestamp] for timestamp in page]
+
+    async def count(self) -> int:
+        """See Backend.count."""
+        return len(self._rows)
+
+    def _rival_rows(self, measurements: Sequence[Measurement]) -> list[Measurement]:
+        timestamps = {row.timestamp_utc for row in measurements}
+        return [self._rows[timestamp] for timestamp in timestamps if timestamp in self._rows]
+
+    def _ordered(self) -> list[datetime]:
+        # Rows are never deleted, so equal lengths mean that nothing was added since the last sort.
+        if len(self._timestamps) != len(self._rows):
+            self._timestamps = sorted(self._rows)
+        return self._timestamps

@@ -1,0 +1,210 @@
+"""Rows in one SQLite file: durable, nothing to install, open to several processes at once."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TypeVar
+from uuid import UUID
+
+from backends import (
+    BackendError,
+    BackendUnavailable,
+    Measurement,
+    MeasurementNotFound,
+    timestamp_text,
+    window,
+    winners,
+)
+
+T = TypeVar("T")
+Row = tuple[str, float, float, str]
+
+# Not STRICT: SQLite before 3.37 could not open the file.
+CREATE_TABLE = """
+CREATE TABLE IF NOT EXISTS measurements (
+    timestamp_utc TEXT NOT NULL PRIMARY KEY,
+    mean REAL NOT NULL,
+    std_dev REAL NOT NULL,
+    raw_id TEXT NOT NULL
+) WITHOUT ROWID
+"""
+COLUMNS = 'SELECT name, type, "notnull", pk FROM pragma_table_info(?) ORDER BY cid'
+EXPECTED_COLUMNS = [
+    ("timestamp_utc", "TEXT", 1, 1),
+    ("mean", "REAL", 1, 0),
+    ("std_dev", "REAL", 1, 0),
+    ("raw_id", "TEXT", 1, 0),
+]
+UPSERT = """
+INSERT INTO measurements (timestamp_utc, mean, std_dev, raw_id)
+VALUES (?, ?, ?, ?)
+ON CONFLICT (timestamp_utc) DO UPDATE
+SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
+WHERE excluded.raw_id >= measurements.raw_id
+"""
+GET = "SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements WHERE timestamp_utc = ?"
+# A year's first digit lies between the empty text and '~'.
+FIND_ASCENDING = """
+SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
+WHERE timestamp_utc >= coalesce(?, '') AND timestamp_utc < coalesce(?, '~')
+ORDER BY timestamp_utc ASC LIMIT ?
+"""
+FIND_DESCENDING = """
+SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
+WHERE timestamp_utc >= coalesce(?, '') AND timestamp_utc < coalesce(?, '~')
+ORDER BY timestamp_utc DESC LIMIT ?
+"""
+COUNT = "SELECT count(*) FROM measurements"
+PING = "SELECT 1"
+
+# What the data are the reason for; everything else is trouble with the file.
+REFUSALS = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
+
+
+class SqliteBackend:
+    """A Backend in the file `path`, whose folder is created.
+
+    `busy_timeout` is how many seconds a call waits for another process's write to end before it
+    raises BackendUnavailable. The sign of a zero is not kept: -0.0 reads back as 0.0.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
+        self._path = Path(path)
+        self._busy_timeout = busy_timeout
+        # Only this one thread touches the connection, which is why there are no locks.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._connection: sqlite3.Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"SqliteBackend({str(self._path)!r})"
+
+    async def open(self) -> None:
+        """See Backend.open."""
+        await self._in_thread(self._opened)
+
+    async def close(self) -> None:
+        """See Backend.close."""
+        await self._in_thread(self._close)
+
+    async def ping(self) -> None:
+        """See Backend.ping."""
+        await self._fetch(PING)
+
+    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.upsert."""
+        rows = [_row(measurement) for measurement in winners(measurements)]
+        await self._in_thread(partial(self._write, rows))
+
+    async def get(self, timestamp_utc: datetime) -> Measurement:
+        """See Backend.get."""
+        rows = await self._fetch(GET, timestamp_text(timestamp_utc))
+        if not rows:
+            raise MeasurementNotFound(f"no measurement at {timestamp_utc.isoformat()}")
+        return self._measurement(rows[0])
+
+    async def find(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: datetime | None = None,
+        limit: int = 100,
+        descending: bool = False,
+    ) -> list[Measurement]:
+        """See Backend.find."""
+        bounds = window(since, until, after, limit, descending=descending)
+        texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
+        rows = await self._fetch(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
+        return [self._measurement(row) for row in rows]
+
+    async def count(self) -> int:
+        """See Backend.count."""
+        return int((await self._fetch(COUNT))[0][0])
+
+    async def _fetch(self, sql: str, *parameters: object) -> list[Row]:
+        return await self._in_thread(lambda: self._opened().execute(sql, parameters).fetchall())
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        with self._errors():
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except REFUSALS as error:
+            raise BackendError(f"{self._path} refuses these data: {error}") from error
+        except (sqlite3.Error, OSError) as error:
+            raise BackendUnavailable(
+                f"{self._path}: {error}. Check that it is a SQLite database, its rights and the "
+                "disk, that no other program keeps it locked, and try again"
+            ) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(
+                self._path, timeout=self._busy_timeout, isolation_level=None
+            )
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        self._write_ahead(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(CREATE_TABLE)
+        if connection.execute(COLUMNS, ("measurements",)).fetchall() != EXPECTED_COLUMNS:
+            raise BackendUnavailable(
+                f"{self._path} has a table measurements of another shape: rename that table, "
+                f"or choose another file. Expected: {' '.join(CREATE_TABLE.split())}"
+            )
+
+    def _write_ahead(self, connection: sqlite3.Connection) -> None:
+        # SQLite does not apply its busy timeout to this change, which needs the file for itself.
+        deadline = monotonic() + self._busy_timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic() > deadline:
+                    raise
+                sleep(0.01)
+            else:
+                return
+
+    def _write(self, rows: list[Row]) -> None:
+        with self._opened() as connection:
+            # Asking for the write lock first means waiting for it here, never failing halfway.
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(UPSERT, rows)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _measurement(self, row: Row) -> Measurement:
+        timestamp, mean, std_dev, raw_id = row
+        try:
+            return Measurement(datetime.fromisoformat(timestamp), mean, std_dev, UUID(raw_id))
+        except (TypeError, ValueError) as error:
+            raise BackendError(
+                f"{self._path} has a row {row!r} that is no measurement: delete it ({error})"
+            ) from error
+
+
+def _row(measurement: Measurement) -> Row:
+    timestamp = timestamp_text(measurement.timestamp_utc)
+    return timestamp, measurement.mean, measurement.std_dev, str(measurement.raw_id)

@@ -1,0 +1,39 @@
+"""Fixtures for every test file."""
+
+from collections.abc import Iterator
+
+import asyncpg
+import pytest
+from postgres_server import PostgresServer
+
+# A new schema takes milliseconds, where a new database would take tenths of a second. Whatever
+# the test before left connected or altered would otherwise be in the way.
+EMPTY_DATABASE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid();
+ALTER DATABASE postgres RESET ALL;
+DROP SCHEMA public CASCADE;
+CREATE SCHEMA public;
+GRANT USAGE ON SCHEMA public TO PUBLIC;
+"""
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One PostgreSQL for the whole run; a test that stops it starts it again."""
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def postgres_url(postgres_server: PostgresServer) -> str:
+    """The address, password included, of a database that is empty for this test."""
+    url = postgres_server.url()
+    writable = {"default_transaction_read_only": "off"}
+    connection = await asyncpg.connect(url, server_settings=writable)
+    try:
+        await connection.execute(EMPTY_DATABASE)
+    finally:
+        await connection.close()
+    return url

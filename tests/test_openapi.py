@@ -1,0 +1,382 @@
+"""The description at /openapi.json is true: of the routes, of what they take, of what they say."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+import requests
+import schemathesis
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
+from jsonschema import Draft202012Validator, FormatChecker
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from schemathesis.checks import CHECKS, load_all_checks
+
+from backends import BackendUnavailable, Measurement
+from backends.memory import MemoryBackend
+from dropzone import (
+    ROUTES,
+    AuthConfig,
+    Config,
+    Problem,
+    RawConfig,
+    Secret,
+    ServerConfig,
+    create_app,
+)
+
+READING = {"time_stamp": "2019-05-01T10:00:00Z", "data": [0, 2]}
+KEY = {"x-api-key": "sesam"}
+NOT_DESCRIBED = {("GET", "/docs/{asset}")}  # the files of the page
+FORMATS = FormatChecker()
+Client = TestClient[web.Request, web.Application]
+Answers = list[tuple[str, str, int, str, bytes]]  # method, path, status, media type, body
+
+
+@FORMATS.checks("uuid", raises=ValueError)
+def is_uuid(text: object) -> bool:
+    """Check the canonical form."""
+    return not isinstance(text, str) or str(UUID(text)) == text
+
+
+@FORMATS.checks("date-time", raises=ValueError)
+def is_moment(text: object) -> bool:
+    """Check RFC 3339, with an offset."""
+    if not isinstance(text, str):
+        return True
+    return "T" in text and datetime.fromisoformat(text).utcoffset() is not None
+
+
+class Outage(MemoryBackend):
+    """A backend that goes down when it is told to."""
+
+    down = False
+
+    async def upsert(self, measurements: Any) -> None:
+        """Write, or be down."""
+        self._fail()
+        await super().upsert(measurements)
+
+    async def get(self, timestamp_utc: datetime) -> Measurement:
+        """Read, or be down."""
+        self._fail()
+        return await super().get(timestamp_utc)
+
+    async def find(self, **options: Any) -> list[Measurement]:
+        """Read, or be down."""
+        self._fail()
+        return await super().find(**options)
+
+    def _fail(self) -> None:
+        if self.down:
+            raise BackendUnavailable("the database does not answer")
+
+
+def config_in(folder: Path, key: str = "") -> Config:
+    """Return a configuration with a limit that a test can pass."""
+    return Config(
+        server=ServerConfig(max_body_bytes=20_000),
+        raw=RawConfig(dir=folder / "raw"),
+        auth=AuthConfig(api_key=Secret(key)),
+    )
+
+
+@pytest.fixture
+def backend() -> Outage:
+    """Return a backend that is up."""
+    return Outage()
+
+
+@pytest.fixture
+async def client(aiohttp_client: Any, tmp_path: Path, backend: Outage) -> Client:
+    """Serve with a key."""
+    return await aiohttp_client(create_app(config_in(tmp_path, "sesam"), backend=backend))
+
+
+@pytest.fixture
+async def document(client: Client) -> dict[str, Any]:
+    """Return the description as the service gives it."""
+    answer = await client.get("/openapi.json")
+    return await answer.json()
+
+
+def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the operation of each method and path."""
+    return {
+        (method.upper(), path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def checker(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Validator:
+    """Return what validates a value against a schema of the document."""
+    whole = {"components": document["components"], **schema}
+    return Draft202012Validator(whole, format_checker=FORMATS)
+
+
+async def test_valid(document: dict[str, Any]) -> None:
+    """The document is valid OpenAPI 3.1, and so is every schema in it."""
+    assert document["openapi"].startswith("3.1")
+    assert [str(error) for error in OpenAPIV31SpecValidator(document).iter_errors()] == []
+    for schema in document["components"]["schemas"].values():
+        Draft202012Validator.check_schema(schema)
+
+
+async def test_every_route(client: Client, document: dict[str, Any]) -> None:
+    """Every registered route is described, and every described one is registered."""
+    app: web.Application = client.app
+    registered = {
+        (route.method, route.resource.canonical)
+        for route in app.router.routes()
+        if route.resource and route.method != "HEAD"
+    }
+    assert registered - NOT_DESCRIBED == operations(document).keys()
+
+
+async def test_operations(document: dict[str, Any]) -> None:
+    """Every operation has an id of its own, says what it does, and names its path parameters."""
+    found = operations(document)
+    assert len({operation["operationId"] for operation in found.values()}) == len(found)
+    for (_, path), operation in found.items():
+        assert operation["summary"]
+        named = [p["name"] for p in operation["parameters"] if p["in"] == "path"]
+        assert named == re.findall(r"{(\w+)}", path)
+
+
+async def test_query_parameters(document: dict[str, Any]) -> None:
+    """The query parameters are the fields of the query types, each with its description."""
+    found = operations(document)
+    for route in ROUTES:
+        if (route.method, route.path) in found:
+            parameters = found[route.method, route.path]["parameters"]
+            described = [p for p in parameters if p["in"] == "query"]
+            fields = msgspec.structs.fields(route.query) if route.query else ()
+            assert [p["name"] for p in described] == [field.encode_name for field in fields]
+            assert not any(p.get("required") for p in described)
+    assert any(route.query for route in ROUTES)
+
+
+async def test_defaults_are_what_happens(client: Client, document: dict[str, Any]) -> None:
+    """A request with every documented default written out gets what one without them gets."""
+    await client.post("/ingest", json=READING, headers=KEY)
+    await client.post("/process", headers=KEY)
+    for (method, path), operation in operations(document).items():
+        if method == "GET" and "{" not in path:
+            schemas = {p["name"]: p["schema"] for p in operation["parameters"]}
+            defaults = {name: s["default"] for name, s in schemas.items() if s.get("default")}
+            if defaults:
+                plain = await client.get(path, headers=KEY)
+                spelled = await client.get(path, headers=KEY, params=defaults)
+                assert await plain.read() == await spelled.read()
+
+
+async def test_no_null_in_a_query(document: dict[str, Any]) -> None:
+    """No query parameter is described as nullable: a query has no null, one leaves it away."""
+    for operation in operations(document).values():
+        for parameter in operation["parameters"]:
+            assert '"null"' not in json.dumps(parameter["schema"]), parameter["name"]
+
+
+async def test_security(client: Client, document: dict[str, Any]) -> None:
+    """What is described as guarded is 401 without a key, and nothing else is."""
+    for (method, path), operation in operations(document).items():
+        concrete = path.replace("{raw_id}", str(UUID(int=0))).replace("{timestamp}", "x")
+        answer = await client.request(method, concrete)
+        assert (
+            (answer.status == 401) == ("security" in operation) == ("401" in operation["responses"])
+        )
+    schemes = document["components"]["securitySchemes"]
+    assert schemes["api_key"] == {"type": "apiKey", "in": "header", "name": "x-api-key"}
+
+
+async def test_retry_after_is_sent_with_503(
+    client: Client, document: dict[str, Any], backend: Outage
+) -> None:
+    """Where a 503 is described, an outage gives it, and it says when to try again."""
+    await client.post("/ingest", json=READING, headers=KEY)
+    backend.down = True
+    for method, path in [("POST", "/process"), ("GET", "/measurements")]:
+        answer = await client.request(method, path, headers=KEY)
+        assert answer.status == 503
+        assert "503" in operations(document)[method, path]["responses"]
+        assert answer.headers["Retry-After"].isdigit()
+
+
+async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
+    """Make the service give every kind of answer that it has."""
+    found: Answers = []
+
+    async def ask(
+        method: str, template: str, tail: str = "", key: Any = KEY, **options: Any
+    ) -> Any:
+        names = {"raw_id": options.pop("raw_id", ""), "timestamp": options.pop("timestamp", "")}
+        path = re.sub(r"{(\w+)}", lambda match: names[match[1]], template)
+        headers = {**key, **options.pop("headers", {})}
+        answer = await client.request(method, path + tail, headers=headers, **options)
+        body = await answer.read()
+        found.append((method, template, answer.status, answer.content_type, body))
+        return json.loads(body) if "json" in answer.content_type else body
+
+    async def read_all(ids: list[str]) -> None:
+        for raw_id in [*ids, str(UUID(int=1)), "x"]:
+            await ask("GET", "/raw/{raw_id}", raw_id=raw_id)
+            await ask("GET", "/raw/{raw_id}/payload", raw_id=raw_id)
+        for moment in ("2019-05-01T10:00:00Z", "2019-05-01T10:00:01Z", "noon"):
+            await ask("GET", "/measurements/{timestamp}", timestamp=moment)
+        for path in ("/measurements", "/rejected"):
+            for tail in ("", "?limit=1", "?limit=0", "?after=x", "?unknown=1"):
+                await ask("GET", path, tail)
+        await ask("GET", "/measurements", "?format=csv&order=desc")
+        for path in ("/health", "/ready", "/openapi.json", "/docs"):
+            await ask("GET", path)
+
+    bodies = [READING, READING, READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}, [], {"a": 1}]
+    ids = [(await ask("POST", "/ingest", json=body))["raw_id"] for body in bodies]
+    await ask("POST", "/ingest", data=b"{")
+    await ask("POST", "/ingest", data=b"1" * 20_001)
+    await ask("POST", "/ingest", data=b"1", headers={"Content-Encoding": "x-unknown"})
+    await ask("POST", "/ingest", data=b"1", headers={"x-api-key": "wrong"})
+    await read_all(ids)
+    await ask("POST", "/process", "?limit=0")
+    await ask("POST", "/process", "?limit=1")
+    await ask("POST", "/process")
+    await ask("POST", "/process")
+    await read_all(ids)
+    await ask("POST", "/ingest", json=READING)
+    backend.down = True
+    await ask("POST", "/process")
+    await read_all(ids)
+    (folder / "raw").rename(folder / "away")
+    await ask("GET", "/ready")
+    await ask("POST", "/ingest", json=READING)
+    for method, path, _, _, _ in tuple(found):
+        await ask(method, path, key={}, raw_id="x", timestamp="x")
+    return found
+
+
+async def test_every_answer(
+    client: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
+) -> None:
+    """Every answer that the service gives has a documented status, media type and shape."""
+    found = await all_answers(client, backend, tmp_path)
+    for method, path, status, media, body in found:
+        responses = operations(document)[method, path]["responses"]
+        assert str(status) in responses, (method, path, status, body)
+        content = responses[str(status)]["content"]
+        assert media in content, (method, path, status, media)
+        if "json" in media:
+            errors = checker(document, content[media]["schema"]).iter_errors(json.loads(body))
+            assert [e.message for e in errors] == [], (method, path, status, body)
+    given = {(method, path, str(status)) for method, path, status, _, _ in found}
+    described = {
+        (*place, status)
+        for place, operation in operations(document).items()
+        for status in operation["responses"]
+    }
+    assert described - given == set(), "described, and never given in this walk"
+
+
+async def test_answers_have_no_other_members(
+    client: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
+) -> None:
+    """What answers hold is described: no member of theirs is missing from the schemas."""
+    closed = json.loads(json.dumps(document))
+    for name, schema in closed["components"]["schemas"].items():
+        if schema.get("type") == "object" and name != Problem.__name__:
+            schema.setdefault("additionalProperties", False)
+    for method, path, status, media, body in await all_answers(client, backend, tmp_path):
+        schema = operations(closed)[method, path]["responses"][str(status)]["content"][media]
+        if "json" in media:
+            errors = checker(closed, schema["schema"]).iter_errors(json.loads(body))
+            assert [e.message for e in errors] == [], (method, path, status)
+
+
+async def test_answers_lack_no_member(document: dict[str, Any]) -> None:
+    """What an answer always holds is described as required, so that clients can count on it."""
+    for name, schema in document["components"]["schemas"].items():
+        assert sorted(schema.get("required", ())) == sorted(schema["properties"]), name
+
+
+# ── Made-up requests ──────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def served(folder: Path, key: str = "") -> Iterator[str]:
+    """Serve from a thread of its own, with rows in it, as `python dropzone.py` does."""
+    loop = asyncio.new_event_loop()
+    runner: list[web.AppRunner] = []
+
+    async def start() -> str:
+        app = create_app(config_in(folder, key), backend=MemoryBackend())
+        runner.append(web.AppRunner(app, access_log=None, auto_decompress=False))
+        await runner[0].setup()
+        await web.TCPSite(runner[0], "127.0.0.1", 0).start()
+        host, port = runner[0].addresses[0]
+        return f"http://{host}:{port}"
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        url = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+        headers = {"x-api-key": key} if key else {}
+        for body in (READING, [], READING):
+            requests.post(f"{url}/ingest", json=body, headers=headers, timeout=20)
+        requests.post(f"{url}/process", headers=headers, timeout=20)
+        yield url
+    finally:
+        asyncio.run_coroutine_threadsafe(runner[0].cleanup(), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+load_all_checks()
+PROMISES = [
+    CHECKS.get_one(name)
+    for name in (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_headers_conformance",
+        "response_schema_conformance",
+        "negative_data_rejection",
+    )
+]
+DESCRIBED = [(route.method, route.path) for route in ROUTES if route.answers]
+
+
+@pytest.mark.parametrize("key", ["", "sesam"], ids=["open", "with a key"])
+@pytest.mark.parametrize("place", DESCRIBED, ids=" ".join)
+def test_made_up_requests(tmp_path: Path, place: tuple[str, str], key: str) -> None:
+    """Whatever is made up from the description gets no 5xx, and only what is described."""
+    headers = {"x-api-key": key} if key else {}
+    with served(tmp_path, key) as url, requests.Session() as session:
+        raw = session.get(f"{url}/openapi.json", timeout=20).json()
+        method, path = place
+        operation = schemathesis.openapi.from_dict(raw)[path][method]
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=15,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def ask(case: schemathesis.Case) -> None:
+            response = case.call(base_url=url, session=session, headers=headers)
+            case.validate_response(response, checks=PROMISES)
+
+        ask()

@@ -2,9 +2,9 @@
 
 The way of a payload, which is also the order of this file:
 
-1. A device POSTs JSON to `/ingest`. `RawStore.land` writes the exact bytes to `raw/<raw_id>.json`
-   and syncs the file and its folder entry to the disk. From that point on the payload is durable;
-   only then does the device get its 202.
+1. A device POSTs JSON to `/ingest`. `RawStore.land` takes it together with what else has arrived,
+   appends the group to the journal and syncs that: from this point on the payloads are durable.
+   Then it writes the exact bytes to `raw/<raw_id>.json`; only then does the device get its 202.
 2. `Processor.process` reads pending payloads in order of arrival, `transform`s each into a
    `Measurement` (UTC timestamp, mean, population standard deviation) or finds out why that is
    impossible, upserts the measurements into the backend, and only then moves the payloads out of
@@ -22,7 +22,9 @@ import asyncio
 import codecs
 import contextlib
 import csv
+import ctypes
 import errno
+import fcntl
 import gzip
 import hashlib
 import hmac
@@ -36,11 +38,15 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import statistics
+import struct
 import sys
 import tempfile
+import threading
 import tomllib
 import zlib
+from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -50,16 +56,18 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from random import getrandbits
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 from uuid import UUID
 
 import aiofiles.os
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, web
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, Timeout
 from msgspec import Meta, Struct
@@ -75,6 +83,11 @@ from backends import (
     create_backend,
 )
 
+try:
+    from uvloop import new_event_loop
+except ImportError:  # there is no wheel for this platform: asyncio's own loop does
+    from asyncio import new_event_loop  # type: ignore[assignment]
+
 __version__ = "0.1.0"
 __all__ = [
     "Config",
@@ -87,6 +100,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("dropzone")
+T = TypeVar("T")
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -124,6 +138,10 @@ class BodyBroken(DropzoneError):
     code, status = "body_broken", 400
 
 
+class HeaderInvalid(DropzoneError):
+    code, status = "header_invalid", 400
+
+
 class QueryInvalid(DropzoneError):
     code, status = "query_invalid", 400
 
@@ -136,12 +154,28 @@ class RawIdUnknown(DropzoneError):
     code, status = "raw_id_unknown", 404
 
 
+class BodyTooSlow(DropzoneError):
+    code, status = "body_too_slow", 408
+
+
 class PayloadTooLarge(DropzoneError):
     code, status = "payload_too_large", 413
 
 
 class EncodingUnsupported(DropzoneError):
     code, status = "encoding_unsupported", 415
+
+
+class KeyReused(DropzoneError):
+    code, status = "idempotency_key_reused", 422
+
+
+class Overloaded(DropzoneError):
+    code, status = "overloaded", 503
+
+
+class Draining(DropzoneError):
+    code, status = "draining", 503
 
 
 class StorageUnavailable(DropzoneError):
@@ -192,12 +226,14 @@ class ServerConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     max_body_bytes: Annotated[int, Meta(ge=1)] = 32 * 1024 * 1024
+    body_seconds: Annotated[float, Meta(gt=0)] = 30.0
 
 
 class RawConfig(Section, frozen=True):
     dir: Path = Path("data/raw")
     processed_dir: Path | None = None
     rejected_dir: Path | None = None
+    min_free_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
 
 
 class ProcessConfig(Section, frozen=True):
@@ -432,12 +468,28 @@ class Rejection(Struct, frozen=True):
 
 
 State = Literal["pending", "processed", "rejected"]
+STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+
+GROUP_BYTES = 8 * 1024 * 1024  # that are landed together; a single request may be larger
+WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
+LOG_BYTES = 32 * 1024 * 1024  # at which a log is ended and checkpointed
+FULL_LOGS = 2  # that may await their checkpoint before landing does, too: the journal is bounded
+HEAD = struct.Struct("<II")  # of a record: the length and the CRC-32 of what follows
+KEY_LIFE = timedelta(hours=24)
+OPEN_KEYS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # the journal has what is not synced yet
+    "CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, digest BLOB, raw_ids BLOB)",
+)
+FIND_KEY = "SELECT digest, raw_ids FROM keys WHERE key = ? AND raw_ids >= ?"
+NOTE_KEY = "INSERT OR REPLACE INTO keys (key, digest, raw_ids) VALUES (?, ?, ?)"
+DROP_KEYS = "DELETE FROM keys WHERE raw_ids < ?"
 
 
 def raw_id_of(name: str) -> UUID | None:
@@ -456,6 +508,11 @@ def arrival_of(raw_id: UUID) -> datetime | None:
         return None
 
 
+def uuid_at(moment: datetime) -> UUID:
+    """Return the least UUIDv7 of a moment."""
+    return UUID(int=int(moment.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62)
+
+
 def next_raw_id(last: UUID) -> UUID:
     """Return a new UUIDv7 that is greater than `last`, whatever the clock says."""
     fresh = uuid7()
@@ -465,6 +522,189 @@ def next_raw_id(last: UUID) -> UUID:
     if (last.int & RAND_B) + step <= RAND_B:
         return UUID(int=last.int + step)
     return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
+
+
+class KeyUse(Struct, frozen=True, array_like=True):
+    """An Idempotency-Key, the SHA-256 of what came with it, and the raw_ids that it was given."""
+
+    key: str
+    digest: bytes
+    raw_ids: list[UUID]
+
+
+class Record(Struct, frozen=True, array_like=True):
+    """A group in the journal: payloads under their raw_ids, and the keys that came with them."""
+
+    payloads: list[tuple[UUID, bytes]]
+    keys: list[KeyUse]
+
+
+class Log:
+    """One file of the journal: records, each with its length and checksum, appended and synced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.size = os.fstat(self._file).st_size
+
+    @classmethod
+    def begin(cls, folder: Path) -> Log:
+        """Return a new log that this store holds, so that no other recovers it meanwhile."""
+        log = cls(folder / f"{uuid7()}.new")
+        log.hold()
+        log.path = log.path.rename(log.path.with_suffix(".log"))
+        _sync_folder(folder)
+        return log
+
+    def hold(self) -> bool:
+        """Lock the log until it is closed; close it and return False if another store holds it."""
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.path.exists():  # or else it was deleted before the lock was free
+                return True
+        self.close()
+        return False
+
+    def append(self, record: Record) -> None:
+        """Return when the record is on disk; after an OSError it may be there or not."""
+        body = msgspec.msgpack.encode(record)
+        data = HEAD.pack(len(body), zlib.crc32(body)) + body
+        _write_all(self._file, data)
+        os.fdatasync(self._file)
+        self.size += len(data)
+
+    def cut(self, size: int) -> None:
+        """Take back what was appended since the log had this size."""
+        os.ftruncate(self._file, size)
+        os.fdatasync(self._file)
+        self.size = size
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records up to the first that is torn: no group behind it was acknowledged."""
+        with open(self.path, "rb") as file:
+            while len(head := file.read(HEAD.size)) == HEAD.size:
+                length, checksum = HEAD.unpack(head)
+                body = file.read(length)
+                if len(body) < length or zlib.crc32(body) != checksum:
+                    return
+                yield msgspec.msgpack.decode(body, type=Record)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def write_file(part: str, path: str, body: bytes) -> None:
+    """Make a file appear whole: written by the name `part`, then renamed to `path`."""
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        _write_all(descriptor, body)
+    finally:
+        os.close(descriptor)
+    os.rename(part, path)
+
+
+class Batch(Struct, frozen=True, array_like=True):
+    """What one request brought."""
+
+    bodies: list[bytes]
+    key: str | None
+
+
+class Answer(Struct, frozen=True, array_like=True):
+    """The raw_ids for a batch; or the error that refuses it, by its code, and its detail."""
+
+    raw_ids: list[UUID]
+    code: str = ""
+    detail: str = ""
+
+    def result(self) -> list[UUID]:
+        """Return the raw_ids, or raise the error."""
+        if self.code:
+            raise {kind.code: kind for kind in REFUSALS}[self.code](self.detail)
+        return self.raw_ids
+
+
+REFUSALS = (KeyReused, StorageFull, StorageUnavailable)
+
+
+class Writer:
+    """A second store on the same folder, in a process of its own, that lands large groups.
+
+    A file takes four system calls, and a thread must win the interpreter lock back from the event
+    loop after each; a process need not. It is started by the first group that is worth it.
+    """
+
+    def __init__(self, config: RawConfig) -> None:
+        folders = (config.dir, config.processed_dir, config.rejected_dir)
+        texts = [str(folder) if folder else None for folder in folders]
+        home = str(Path(__file__).resolve().parent)
+        self._code = (
+            f"import sys; sys.path.insert(0, {home!r}); import dropzone; "
+            f"dropzone.write_forever({texts!r}, {config.min_free_bytes!r})"
+        )
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    async def write(self, group: Sequence[Batch]) -> list[Answer] | None:
+        """Return the answers to a group, None where the process is not there (yet)."""
+        if self._process is None:
+            self._starting = self._starting or asyncio.create_task(self._start())
+            return None
+        try:
+            return await self._exchange(msgspec.msgpack.encode(group))
+        except (OSError, asyncio.IncompleteReadError):
+            log.exception("the writer process has ended, another is started")
+            self._process = None
+            return None
+
+    async def _start(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
+        )
+        if process.stdout and await process.stdout.read(1):  # it is ready
+            self._process = process
+        self._starting = None
+
+    async def _exchange(self, message: bytes) -> list[Answer]:
+        process = self._process
+        if not (process and process.stdin and process.stdout):
+            raise BrokenPipeError
+        process.stdin.writelines((len(message).to_bytes(4), message))
+        size = int.from_bytes(await process.stdout.readexactly(4))
+        return ANSWERS.decode(await process.stdout.readexactly(size))
+
+    async def close(self) -> None:
+        if self._starting:
+            await asyncio.wait([self._starting])
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            await self._process.wait()
+
+
+ANSWERS = msgspec.msgpack.Decoder(list[Answer])
+
+
+def write_forever(folders: Sequence[str | None], min_free_bytes: int) -> None:
+    """Land the groups that come by standard input, until it ends: the process of `Writer`."""
+    raw, processed, rejected = (Path(folder) if folder else None for folder in folders)
+    store = RawStore(RawConfig(raw or Path(), processed, rejected, min_free_bytes))
+    store.open_here()
+    sys.stdout.buffer.write(b"!")
+    sys.stdout.buffer.flush()
+    while size := sys.stdin.buffer.read(4):
+        group = msgspec.msgpack.decode(
+            sys.stdin.buffer.read(int.from_bytes(size)), type=list[Batch]
+        )
+        answers = msgspec.msgpack.encode(store.write(group))
+        sys.stdout.buffer.write(len(answers).to_bytes(4) + answers)
+        sys.stdout.buffer.flush()
+    store.close_here()
 
 
 class RawStore:
@@ -478,98 +718,268 @@ class RawStore:
         self.raw = config.dir
         self.processed = config.processed_dir or siblings / "processed"
         self.rejected = config.rejected_dir or siblings / "rejected"
-        self.incoming = siblings / "incoming"
-        self.folders = (self.raw, self.processed, self.rejected, self.incoming)
+        self.journal = siblings / "journal"
         self.lock_file = siblings / "process.lock"
-        self._last = UUID(int=0)
-        self._gathered: list[tuple[Sequence[bytes], asyncio.Future[list[UUID]]]] = []
-        self._writer: asyncio.Task[None] | None = None
+        self._min_free = config.min_free_bytes
+        self._part = f"{self.journal}/{uuid7()}.part"  # of no other store
+        self._trouble: str | None = None
+        self._log: Log | None = None
+        self._full: list[Log] = []  # appended to no more, still to be checkpointed
+        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
+        self._landing: asyncio.Task[None] | None = None
+        self._writer = Writer(config)
 
     async def open(self) -> None:
-        """Create the folders that are missing and find the greatest `raw_id` so far.
+        """Create the folders that are missing, and recover what a crash has left in the journal.
 
         Raises `StorageUnavailable`.
         """
+        self._thread = ThreadPoolExecutor(1, "landing")
         try:
-            await asyncio.to_thread(self._open)
+            await self._in_thread(self.open_here)
         except OSError as error:
             raise StorageUnavailable(
                 f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
             ) from error
 
-    def _open(self) -> None:
-        for folder in self.folders:
+    def open_here(self) -> None:
+        self._checkpointer = ThreadPoolExecutor(1, "checkpoint")
+        self._checkpointing = self._checkpointer.submit(self._checkpoint, [])
+        for folder in (self.raw, self.processed, self.rejected, self.journal):
             _make_folder(folder)
             if folder.stat().st_dev != self.raw.stat().st_dev:
                 raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
-        self._last = self._greatest_raw_id()
+        self._counter = os.open(self.journal / "last_raw_id", os.O_RDWR | os.O_CREAT, 0o644)
+        self._keys = sqlite3.connect(self.journal / "keys.sqlite", isolation_level=None)
+        for statement in OPEN_KEYS:
+            self._keys.execute(statement)
+        self._recover()
+
+    async def close(self) -> None:
+        """Wait until everything that was handed to `land` is on disk, then empty the journal."""
+        while self._landing:
+            await asyncio.wait([self._landing])
+        await self._writer.close()
+        await self._in_thread(self.close_here)
+        self._thread.shutdown()
+
+    def close_here(self) -> None:
+        self._end_log()
+        self._checkpointer.shutdown()  # waits for its end
+        with contextlib.suppress(OSError):  # what it could not do, the next start does
+            self._checkpoint(list(self._full))
+        for kept in self._full:
+            kept.close()
+        os.close(self._counter)
+        self._keys.close()
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        """Run a function in the thread of landing, which no other work can hold up."""
+        result: T = await aiofiles.os.wrap(call)(*arguments, executor=self._thread)
+        return result
+
+    # Landing. Why no acknowledged payload can be lost: a group of payloads is landed in this order,
+    #
+    #   1. one record that holds the whole group is appended to the journal and synced;
+    #   2. each payload is written under another name and renamed to `raw/<raw_id>.json`;
+    #   3. the group is acknowledged.
+    #
+    # A power cut before the end of 1 takes a group that nobody was told of; the checksum gives the
+    # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log is deleted only by `_checkpoint`: after a sync of the whole file system that
+    # began when nothing more was to be appended and step 2 was done for all of it. So at any moment
+    # an acknowledged payload lies in a synced record, or in a synced file, or in both.
+    #
+    # Each process appends to logs of its own and holds a lock on them while it lives. Whoever opens
+    # the store recovers the logs that nobody holds. raw_ids come from a counter that all share.
+
+    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+        """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
+
+        If the Idempotency-Key `key` was used in the last 24 hours, return the raw_ids of that time
+        and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
+        where the disk refuses: then none of them is acknowledged.
+        """
+        landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._gathered.append((Batch(list(bodies), key), landed))
+        if self._landing is None:
+            self._landing = asyncio.create_task(self._land_gathered())
+        return (await landed).result()
+
+    async def _land_gathered(self) -> None:
+        """Land whatever has gathered while the group before was landed, until nothing has."""
+        while self._gathered:
+            group, waiting, size = [], [], 0
+            while self._gathered and size < GROUP_BYTES:
+                batch, landed = self._gathered.popleft()
+                group.append(batch)
+                waiting.append(landed)
+                size += sum(map(len, batch.bodies))
+            answers = await self._writer.write(group) if size >= WRITER_BYTES else None
+            if answers is None:
+                answers = await self._in_thread(self.write, group)
+            for landed, answer in zip(waiting, answers, strict=True):
+                if not landed.done():  # or else whoever waited has gone
+                    landed.set_result(answer)
+        self._landing = None
+
+    def write(self, group: Sequence[Batch]) -> list[Answer]:
+        """Land a group; see above."""
+        try:
+            self._check_room(sum(len(body) for batch in group for body in batch.bodies))
+            answers, record = self._assign(group)
+            if record.payloads:
+                self._commit(record)
+        except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
+            refusal = _storage_error(error)
+            self._trouble = refusal.detail
+            answers = [Answer([], refusal.code, refusal.detail)] * len(group)
+        else:
+            self._trouble = None
+        if self._full and self._checkpointing.done():
+            self._checkpointing = self._checkpointer.submit(self._checkpoint, list(self._full))
+        if len(self._full) > FULL_LOGS:
+            wait([self._checkpointing])
+        return answers
+
+    def _check_room(self, size: int) -> None:
+        """Refuse before anything is written, so that what is acknowledged can be processed too."""
+        if len(self._full) > FULL_LOGS:
+            raise OSError(errno.EIO, "the checkpoint of the journal fails")
+        disk = os.statvfs(self.raw)
+        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
+        if disk.f_bavail * disk.f_frsize < reserve + 2 * size:
+            self._end_log()  # its checkpoint makes room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
+        """Return the answers to a group, and the record of what is to be stored for them."""
+        answers: list[Answer] = []
+        record = Record([], [])
+        with self._counting() as next_id:
+            for batch in group:
+                use = self._use_of(batch.key, batch.bodies, next_id) if batch.key else None
+                if use and use.digest != _digest(batch.bodies):
+                    wrong = "this Idempotency-Key came with another body before"
+                    answers.append(Answer([], KeyReused.code, wrong))
+                    continue
+                raw_ids = use.raw_ids if use else [next_id() for _ in batch.bodies]
+                answers.append(Answer(raw_ids))
+                if use and all(map(self._exists, raw_ids)):
+                    continue
+                record.payloads.extend(zip(raw_ids, batch.bodies, strict=True))
+                if use:
+                    record.keys.append(use)
+        return answers, record
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[Callable[[], UUID]]:
+        """Give out raw_ids that are greater than those of every process before."""
+        with _locked(self._counter):
+            last = UUID(bytes=os.pread(self._counter, 16, 0))
+
+            def next_id() -> UUID:
+                nonlocal last
+                last = next_raw_id(last)
+                return last
+
+            yield next_id
+            os.pwrite(self._counter, last.bytes, 0)
+
+    def _use_of(self, key: str, bodies: Sequence[bytes], next_id: Callable[[], UUID]) -> KeyUse:
+        """Return the use that a key has had, or note this one.
+
+        The note is made before the commit, so that every process sees it. If the commit fails, the
+        raw_ids name nothing, and the next try with this key lands under them.
+        """
+        horizon = uuid_at(datetime.now(UTC) - KEY_LIFE).bytes
+        if found := self._keys.execute(FIND_KEY, (key, horizon)).fetchone():
+            digest, raw_ids = found
+            ids = [UUID(bytes=raw_ids[i : i + 16]) for i in range(0, len(raw_ids), 16)]
+            return KeyUse(key, digest, ids)
+        use = KeyUse(key, _digest(bodies), [next_id() for _ in bodies])
+        self._note(use)
+        return use
+
+    def _note(self, use: KeyUse) -> None:
+        raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
+        self._keys.execute(NOTE_KEY, (use.key, use.digest, raw_ids))
+
+    def _exists(self, raw_id: UUID) -> bool:
+        return any(self._path(raw_id, state).exists() for state in STATES)
+
+    def _commit(self, record: Record) -> None:
+        if self._log is None:
+            self._log = Log.begin(self.journal)
+        size = self._log.size
+        try:
+            self._log.append(record)
+        except OSError:  # the next sync would not tell: an error is reported once, the data dropped
+            self._end_log()
+            raise
+        try:
+            for raw_id, body in record.payloads:
+                write_file(self._part, f"{self.raw}/{raw_id}.json", body)
+        except OSError:
+            for raw_id, _ in record.payloads:
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self.raw}/{raw_id}.json")
+            self._log.cut(size)
+            raise
+        if self._log.size >= LOG_BYTES:
+            self._end_log()
+
+    def _publish(self, path: Path, body: bytes) -> None:
+        write_file(f"{self._part}-{threading.get_ident()}", str(path), body)
+
+    def _end_log(self) -> None:
+        if self._log:
+            self._full.append(self._log)
+            self._log = None
+
+    def _checkpoint(self, logs: Sequence[Log]) -> None:
+        """Delete logs when all that they hold is on disk as files. The keys in them are, too."""
+        if not logs:
+            return
+        try:
+            _sync_file_system(self.raw)
+        except OSError:  # what could not be written is dropped from memory: write it again
+            for raw_id, body in itertools.chain.from_iterable(map(_payloads_in, logs)):
+                self._restore(raw_id, body, force=True)
+            raise
+        for done in logs:
+            done.path.unlink(missing_ok=True)
+            done.close()
+        self._full = [kept for kept in self._full if kept not in logs]
+
+    def _recover(self) -> None:
+        """Write again what is missing, torn or different, from the logs that nobody holds."""
+        with _locked(self._counter):
+            counted = os.pread(self._counter, 16, 0)
+            last = UUID(bytes=counted) if len(counted) == 16 else self._greatest_raw_id()
+            logs = [log for log in map(Log, self.journal.glob("*.log")) if log.hold()]
+            for raw_id, body in itertools.chain.from_iterable(map(_payloads_in, logs)):
+                self._restore(raw_id, body)
+                last = max(last, raw_id)
+            for use in (use for log in logs for record in log.records() for use in record.keys):
+                self._note(use)
+            self._keys.execute(DROP_KEYS, (uuid_at(datetime.now(UTC) - KEY_LIFE).bytes,))
+            os.pwrite(self._counter, last.bytes, 0)
+            self._checkpoint(logs)
+
+    def _restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
+            path = self._path(raw_id, state)
+            with contextlib.suppress(FileNotFoundError):
+                if force or path.read_bytes() != body:
+                    self._publish(path, body)
+                return
+        self._publish(self._path(raw_id, "pending"), body)
 
     def _greatest_raw_id(self) -> UUID:
         names = os.listdir(self.raw) + os.listdir(self.rejected)
         days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
         names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
         return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
-
-    async def close(self) -> None:
-        """Wait until everything that was handed to `land` is on disk."""
-        while self._writer:
-            await asyncio.wait([self._writer])
-
-    # Landing: one writer takes whatever has gathered while it wrote the group before, and
-    # acknowledges a group only after its files and then their folder entries have been synced.
-
-    async def land(self, bodies: Sequence[bytes]) -> list[UUID]:
-        """Store payloads durably, unchanged; return their new raw_ids, in order.
-
-        Raises `StorageFull` or `StorageUnavailable`; then none of them has been acknowledged.
-        """
-        acknowledged: asyncio.Future[list[UUID]] = asyncio.get_running_loop().create_future()
-        self._gathered.append((bodies, acknowledged))
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write_gathered())
-        return await acknowledged
-
-    async def _write_gathered(self) -> None:
-        while self._gathered:
-            group, self._gathered = self._gathered, []
-            try:
-                ids = iter(await self._write([body for bodies, _ in group for body in bodies]))
-            except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
-                problem = _storage_error(error)
-                for _, acknowledged in group:
-                    if not acknowledged.done():
-                        acknowledged.set_exception(problem)
-            else:
-                for bodies, acknowledged in group:
-                    raw_ids = list(itertools.islice(ids, len(bodies)))
-                    if not acknowledged.done():
-                        acknowledged.set_result(raw_ids)
-        self._writer = None
-
-    @aiofiles.os.wrap  # one hop to a thread for the whole group
-    def _write(self, bodies: Sequence[bytes]) -> list[UUID]:
-        raw_ids: list[UUID] = []
-        try:
-            for body in bodies:
-                self._last = raw_id = next_raw_id(self._last)
-                raw_ids.append(raw_id)
-                self._write_file(raw_id, body)
-            _sync_folder(self.raw)
-        except OSError:
-            for raw_id in raw_ids:  # none of a group that was not acknowledged
-                for path in (self.incoming / f"{raw_id}.json", self._path(raw_id, "pending")):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-            raise
-        return raw_ids
-
-    def _write_file(self, raw_id: UUID, body: bytes) -> None:
-        incoming = self.incoming / f"{raw_id}.json"
-        with open(incoming, "xb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(incoming, self._path(raw_id, "pending"))
 
     # Reading
 
@@ -583,8 +993,7 @@ class RawStore:
 
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
-        tries: tuple[State, ...] = ("pending", "processed", "rejected", "pending")
-        for state in tries:  # pending twice: a retry may move it back meanwhile
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
             with contextlib.suppress(FileNotFoundError):
                 return state, self._path(raw_id, state).read_bytes()
         raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
@@ -611,10 +1020,10 @@ class RawStore:
 
     def trouble(self) -> str | None:
         """Return what stands in the way of landing, or None."""
-        for folder in (self.raw, self.incoming):
+        for folder in (self.raw, self.journal):
             if not os.access(folder, os.W_OK | os.X_OK):
                 return f"{folder} is not there or not writable"
-        return None
+        return self._trouble
 
     def strays(self) -> list[str]:
         """Return the names in the raw folder that are not those of payloads."""
@@ -643,9 +1052,8 @@ class RawStore:
     def settle(self, processed: Iterable[UUID], rejected: Iterable[Rejection]) -> None:
         """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
         for rejection in rejected:
-            reason = self.incoming / f"{rejection.raw_id}.reason.json"
-            reason.write_bytes(msgspec.json.encode(rejection))
-            os.replace(reason, self._reason(rejection.raw_id))  # before the payload: none without
+            # before the payload, so that none is without its reason
+            self._publish(self._reason(rejection.raw_id), msgspec.json.encode(rejection))
             self._move(rejection.raw_id, "rejected")
         for raw_id in processed:
             self._move(raw_id, "processed")
@@ -659,6 +1067,35 @@ class RawStore:
             pass  # somebody else has moved it
         except OSError as error:  # one bad file never stops the rest
             log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
+
+
+def _digest(bodies: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"\n".join(bodies)).digest()
+
+
+def _payloads_in(log: Log) -> Iterator[tuple[UUID, bytes]]:
+    for record in log.records():
+        yield from record.payloads
+
+
+@contextlib.contextmanager
+def _locked(file: int) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _sync_file_system(folder: Path) -> None:
+    """Write all of a file system to the disk at once: much faster than file by file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -942,6 +1379,13 @@ class Accepted(Struct, frozen=True):
     status: Literal["accepted"] = "accepted"
 
 
+class AcceptedBatch(Struct, frozen=True):
+    """The lines of an NDJSON body are on disk, each as a payload of its own, in this order."""
+
+    raw_ids: list[UUID]
+    status: Literal["accepted"] = "accepted"
+
+
 class MeasurementPage(Struct, frozen=True):
     """Measurements in order; `next` is the `after` of the page behind this one, if there is one."""
 
@@ -1022,6 +1466,8 @@ PING_PATIENCE = 3.0  # seconds
 
 
 ROUTES: list[Route] = []
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+BATCH = 10_000  # lines of one NDJSON body
 
 
 @dataclass
@@ -1074,13 +1520,49 @@ async def trouble_of(backend: Backend) -> str | None:
     return None
 
 
-@Route("POST", "/ingest", "ingest", {202: (Accepted,)}, (400, 413, 415, 503))
+@Route(
+    "POST", "/ingest", "ingest", {202: (Accepted, AcceptedBatch)}, (400, 408, 413, 415, 422, 503)
+)
 async def ingest(request: web.Request) -> web.Response:
-    """Land a payload: any JSON document, whatever its Content-Type, stored as it is."""
-    body = await read_body(request, request.app[CONFIG].server.max_body_bytes)
-    parse_json(body)
-    [raw_id] = await request.app[RAW].land([body])
-    return answer(Accepted(raw_id), 202, {"Location": f"{request.app[PREFIX]}/raw/{raw_id}"})
+    """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
+    app = request.app
+    with app[ADMISSION].admitted() as intake:
+        body = await read_body(request, app[CONFIG].server, intake)
+        key = idempotency_key(request)
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() in NDJSON:
+            lines = (
+                lines_of(body) if len(body) <= INLINE else await asyncio.to_thread(lines_of, body)
+            )
+            return answer(AcceptedBatch(await app[RAW].land(lines, key)), 202)
+        parse_json(body)
+        [raw_id] = await app[RAW].land([body], key)
+    return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
+
+
+def lines_of(body: bytes) -> list[bytes]:
+    """Return the documents of NDJSON, one of each line that has one."""
+    lines = []
+    for number, line in enumerate(body.split(b"\n"), 1):
+        document = line.rstrip(b"\r")
+        try:
+            if document.strip():
+                parse_json(document)
+                lines.append(document)
+        except PayloadNotJson as error:
+            raise PayloadNotJson(f"line {number}: {error}", line=number) from None
+    if not lines:
+        raise PayloadNotJson("no line has a document")
+    if len(lines) > BATCH:
+        raise too_large(BATCH, "lines")
+    return lines
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """Return the Idempotency-Key (IETF draft idempotency-key-header-07), if there is one."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise HeaderInvalid("the Idempotency-Key must have 1 to 255 printable ASCII characters")
+    return key
 
 
 @Route("POST", "/process", "process", {200: (ProcessResult,)}, (503,), ProcessQuery)
@@ -1202,6 +1684,46 @@ DOCS_PAGE = """<!DOCTYPE html>
 """
 
 
+# ── HTTP: admission ───────────────────────────────────────────────────────────────────────────────
+
+IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
+
+
+class Intake:
+    """The bytes of one request that are in flight."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.bytes = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in; raises `Overloaded` if they are too many with those of the others."""
+        if self._admission.bytes and self._admission.bytes + size > IN_FLIGHT:
+            raise Overloaded("too much is in flight already; try again later")
+        self._admission.bytes += size
+        self.bytes += size
+
+
+class Admission:
+    """What is in flight, and whether anything is still let in."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.draining = False
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Intake]:
+        if self.draining:
+            raise Draining("the service is about to stop; try again later")
+        intake = Intake(self)
+        try:
+            yield intake
+        finally:
+            self.bytes -= intake.bytes
+
+
+ADMISSION = web.AppKey("ADMISSION", Admission)
+
 # ── HTTP: the edge ────────────────────────────────────────────────────────────────────────────────
 
 STATUS_HEADERS = {
@@ -1210,7 +1732,7 @@ STATUS_HEADERS = {
     503: {"Retry-After": "5"},
 }
 REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
-INLINE_INFLATE = 64 * 1024  # compressed bytes; more than that is undone in a thread
+INLINE = 64 * 1024  # bytes of a body; more than that is inflated or split in a thread
 
 
 def answer(
@@ -1220,11 +1742,16 @@ def answer(
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
+def new_request_id() -> str:
+    """Return an id that no other request of any process has."""
+    return f"{getrandbits(96):024x}"
+
+
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request its id, and every error its problem document."""
     given = request.headers.get("X-Request-ID", "")
-    request_id = given if REQUEST_ID_FORM.fullmatch(given) else uuid7().hex
+    request_id = given if given and REQUEST_ID_FORM.fullmatch(given) else new_request_id()
     request[REQUEST_ID] = request_id
     try:
         response = await handler(request)
@@ -1332,33 +1859,48 @@ def raw_id_in(request: web.Request) -> UUID:
         raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID") from None
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """Return the body with its Content-Encoding undone, `limit` bytes at most.
+async def read_body(request: web.Request, limits: ServerConfig, intake: Intake) -> bytes:
+    """Return the body with its Content-Encoding undone, `max_body_bytes` at most, within time.
 
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
+    limit, content = limits.max_body_bytes, request.content
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         raise EncodingUnsupported(f"Content-Encoding is {_shown(encoding)}: send gzip or deflate")
     if (request.content_length or 0) > limit:
         raise too_large(limit)
-    body = bytearray()
     try:
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > limit:
-                raise too_large(limit)
+        if content.is_eof() and content.total_bytes <= limit:
+            intake.take(content.total_bytes)
+            body = content.read_nowait()
+        else:
+            async with asyncio.timeout(limits.body_seconds):
+                body = await _read_chunks(content, limit, intake)
     except (web.RequestPayloadError, ConnectionError) as error:
         raise BodyBroken(f"the body did not arrive whole: {error}") from None
-    if encoding == "identity" or request.content.total_compressed_bytes is not None:
-        return bytes(body)
-    if len(body) <= INLINE_INFLATE:
+    except TimeoutError:
+        wrong = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise BodyTooSlow(wrong) from None
+    if encoding == "identity" or content.total_compressed_bytes is not None:
+        return body
+    if len(body) <= INLINE:
         return inflate(body, limit)
     return await asyncio.to_thread(inflate, body, limit)
 
 
-def too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the payload has more than {limit} bytes: send less at a time")
+async def _read_chunks(content: StreamReader, limit: int, intake: Intake) -> bytes:
+    body = bytearray()
+    async for chunk in content.iter_any():
+        intake.take(len(chunk))
+        body += chunk
+        if len(body) > limit:
+            raise too_large(limit)
+    return bytes(body)
+
+
+def too_large(limit: int, unit: str = "bytes") -> PayloadTooLarge:
+    return PayloadTooLarge(f"the payload has more than {limit} {unit}: send less at a time")
 
 
 def inflate(data: bytes | bytearray, limit: int) -> bytes:
@@ -1431,13 +1973,11 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def _response(status: int, kinds: tuple[type | str, ...]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for kind in kinds:
-        if isinstance(kind, str):
-            content[kind] = {"schema": {} if "json" in kind else {"type": "string"}}
-        else:
-            media = "application/problem+json" if kind is Problem else "application/json"
-            content[media] = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
+    content: dict[str, Any] = {k: {"schema": {}} for k in kinds if isinstance(k, str)}
+    if names := [kind.__name__ for kind in kinds if isinstance(kind, type)]:
+        media = "application/problem+json" if Problem in kinds else "application/json"
+        either = [{"$ref": f"#/components/schemas/{name}"} for name in names]
+        content[media] = {"schema": either[0] if len(either) == 1 else {"anyOf": either}}
     return {"description": HTTPStatus(status).phrase, "content": content}
 
 
@@ -1472,11 +2012,13 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[CONFIG] = config
     app[RAW] = RawStore(config.raw)
     app[BACKEND] = backend_of(config) if backend is None else backend
+    app[ADMISSION] = Admission()
     app[PROCESSOR] = Processor(app[RAW], app[BACKEND], config.process.batch)
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, endpoint(route), name=route.handler.__name__)
     app.cleanup_ctx.append(lifecycle)
+    app.on_shutdown.append(drain)
     return app
 
 
@@ -1492,6 +2034,11 @@ def backend_of(config: Config) -> Backend:
         return create_backend(name, **options)
     except ValueError as error:
         raise ConfigError(f"storage.backend: {error}") from error
+
+
+async def drain(app: web.Application) -> None:
+    """Let nothing in any more; what is in flight is finished."""
+    app[ADMISSION].draining = True
 
 
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
@@ -1516,7 +2063,6 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
-GROUP_BYTES = 8 * 1024 * 1024  # of a file that is landed at a time
 
 
 async def serve(config: Config, _: argparse.Namespace) -> int:
@@ -1692,7 +2238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         level = config.log.level if args.run is serve else "warning"  # a command reports by itself
         logging.basicConfig(level=level.upper(), format=form)
-        code: int = asyncio.run(args.run(config, args))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            code: int = runner.run(args.run(config, args))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read standard output has gone

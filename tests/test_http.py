@@ -100,8 +100,9 @@ class Service:
             writer.close()
 
     def stored(self) -> dict[str, bytes]:
-        """Return every file of the data folder but the lock; their content where it is payloads."""
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+        """Return every file but the lock and the journal; their content where it is payloads."""
+        inside = (p for p in self.folder.rglob("*") if "journal" not in p.parts)
+        files = sorted(p for p in inside if p.is_file() and p.suffix != ".lock")
         states = {"raw", "processed", "rejected"}
         names = [(file, str(file.relative_to(self.folder))) for file in files]
         return {

@@ -44,6 +44,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 import zlib
 from collections import deque
@@ -89,16 +90,6 @@ except ImportError:  # there is no wheel for this platform: asyncio's own loop d
     from asyncio import new_event_loop  # type: ignore[assignment]
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "DataQualityError",
-    "DropzoneError",
-    "RawStore",
-    "create_app",
-    "load_config",
-    "transform",
-]
-
 log = logging.getLogger("dropzone")
 T = TypeVar("T")
 
@@ -138,10 +129,6 @@ class BodyBroken(DropzoneError):
     code, status = "body_broken", 400
 
 
-class HeaderInvalid(DropzoneError):
-    code, status = "header_invalid", 400
-
-
 class QueryInvalid(DropzoneError):
     code, status = "query_invalid", 400
 
@@ -154,28 +141,12 @@ class RawIdUnknown(DropzoneError):
     code, status = "raw_id_unknown", 404
 
 
-class BodyTooSlow(DropzoneError):
-    code, status = "body_too_slow", 408
-
-
 class PayloadTooLarge(DropzoneError):
     code, status = "payload_too_large", 413
 
 
-class EncodingUnsupported(DropzoneError):
-    code, status = "encoding_unsupported", 415
-
-
 class KeyReused(DropzoneError):
     code, status = "idempotency_key_reused", 422
-
-
-class Overloaded(DropzoneError):
-    code, status = "overloaded", 503
-
-
-class Draining(DropzoneError):
-    code, status = "draining", 503
 
 
 class StorageUnavailable(DropzoneError):
@@ -292,6 +263,7 @@ VARIABLES: dict[str, Setting] = {
     "DROPZONE_BACKEND": ("storage", "backend"),
     "DROPZONE_DATABASE_URL": ("storage", "postgres", "url"),
 }
+BACKEND_VARIABLES = {"DROPZONE_BACKEND", "DROPZONE_STORAGE_BACKEND"}
 PATHS = {
     ("raw", "dir"): "data/raw",
     ("raw", "processed_dir"): None,
@@ -314,20 +286,18 @@ def load_config(
     An empty variable is as good as none. Raises `ConfigError`, which names the setting.
     """
     here, env_file = Path.cwd(), _in_reach(".env")
-    environ = {name: text for name, text in environ.items() if text}
-    dotenv, dotenv_home = (_read_dotenv(env_file), env_file.parent) if env_file else ({}, here)
+    dotenv = _filled(_read(env_file, lambda text: dotenv_values(stream=io.StringIO(text))))
+    environ = _filled(environ)
+    dotenv_home = env_file.parent if env_file else here
     file = _in_reach("config.toml")
     if "DROPZONE_CONFIG" in dotenv:
         file = dotenv_home / dotenv["DROPZONE_CONFIG"]
     if named := path or environ.get("DROPZONE_CONFIG"):
         file = here / named
-    table = _read_toml(file) if file else {}
+    table = _read(file, tomllib.loads)
+    file_home = file.parent if file else here
     for setting, default in PATHS.items():
-        _set(
-            table,
-            setting,
-            _absolute(_get(table, setting) or default, file.parent if file else here),
-        )
+        _set(table, setting, _absolute(_get(table, setting) or default, file_home))
     for variables, home in ((dotenv, dotenv_home), (environ, here)):
         for name, text in variables.items():
             if found := _setting_of(name):
@@ -340,28 +310,20 @@ def load_config(
     return _checked(table, names)
 
 
-BACKEND_VARIABLES = {"DROPZONE_BACKEND", "DROPZONE_STORAGE_BACKEND"}
-
-
 def _in_reach(name: str) -> Path | None:
     files = (Path.cwd() / name, Path(__file__).resolve().parent / name)
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_toml(file: Path) -> Table:
+def _read(file: Path | None, parse: Callable[[str], Table]) -> Table:
     try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also what is no UTF-8
-        raise ConfigError(f"{file} is not TOML: {error}") from None
-
-
-def _read_dotenv(file: Path) -> dict[str, str]:
-    try:
-        return {name: text for name, text in dotenv_values(file).items() if text}
-    except (OSError, ValueError) as error:
+        return parse(file.read_text("utf-8")) if file else {}
+    except (OSError, ValueError) as error:  # also what is no UTF-8
         raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _filled(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in variables.items() if text}
 
 
 def _setting_of(name: str) -> Setting | None:
@@ -485,10 +447,10 @@ KEY_LIFE = timedelta(hours=24)
 OPEN_KEYS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",  # the journal has what is not synced yet
-    "CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, digest BLOB, raw_ids BLOB)",
+    "CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, digest BLOB, raw_ids BLOB, landed INT)",
 )
-FIND_KEY = "SELECT digest, raw_ids FROM keys WHERE key = ? AND raw_ids >= ?"
-NOTE_KEY = "INSERT OR REPLACE INTO keys (key, digest, raw_ids) VALUES (?, ?, ?)"
+FIND_KEY = "SELECT digest, raw_ids, landed FROM keys WHERE key = ? AND raw_ids >= ?"
+NOTE_KEY = "INSERT OR REPLACE INTO keys (key, digest, raw_ids, landed) VALUES (?, ?, ?, ?)"
 DROP_KEYS = "DELETE FROM keys WHERE raw_ids < ?"
 
 
@@ -530,6 +492,7 @@ class KeyUse(Struct, frozen=True, array_like=True):
     key: str
     digest: bytes
     raw_ids: list[UUID]
+    landed: bool = False
 
 
 class Record(Struct, frozen=True, array_like=True):
@@ -658,18 +621,22 @@ class Writer:
         try:
             return await self._exchange(msgspec.msgpack.encode(group))
         except (OSError, asyncio.IncompleteReadError):
-            log.exception("the writer process has ended, another is started")
             self._process = None
-            return None
+            wrong = "the writer process has ended; try again later"
+            return [Answer([], StorageUnavailable.code, wrong)] * len(group)
 
     async def _start(self) -> None:
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
-        )
-        if process.stdout and await process.stdout.read(1):  # it is ready
-            self._process = process
-        self._starting = None
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
+            )
+            if process.stdout and await process.stdout.read(1):  # it is ready
+                self._process = process
+        except OSError as error:
+            log.error("the writer process does not start: %s", error)  # noqa: TRY400
+        finally:
+            self._starting = None
 
     async def _exchange(self, message: bytes) -> list[Answer]:
         process = self._process
@@ -722,7 +689,6 @@ class RawStore:
         self.lock_file = siblings / "process.lock"
         self._min_free = config.min_free_bytes
         self._part = f"{self.journal}/{uuid7()}.part"  # of no other store
-        self._trouble: str | None = None
         self._log: Log | None = None
         self._full: list[Log] = []  # appended to no more, still to be checkpointed
         self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
@@ -749,6 +715,7 @@ class RawStore:
             _make_folder(folder)
             if folder.stat().st_dev != self.raw.stat().st_dev:
                 raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
+        self._journal_fd = os.open(self.journal, os.O_RDONLY)  # held, it hears of every error
         self._counter = os.open(self.journal / "last_raw_id", os.O_RDWR | os.O_CREAT, 0o644)
         self._keys = sqlite3.connect(self.journal / "keys.sqlite", isolation_level=None)
         for statement in OPEN_KEYS:
@@ -771,6 +738,7 @@ class RawStore:
         for kept in self._full:
             kept.close()
         os.close(self._counter)
+        os.close(self._journal_fd)
         self._keys.close()
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
@@ -785,12 +753,13 @@ class RawStore:
     #   3. the group is acknowledged.
     #
     # A power cut before the end of 1 takes a group that nobody was told of; the checksum gives the
-    # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log is deleted only by `_checkpoint`: after a sync of the whole file system that
-    # began when nothing more was to be appended and step 2 was done for all of it. So at any moment
-    # an acknowledged payload lies in a synced record, or in a synced file, or in both.
+    # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log
+    # is deleted only by `_checkpoint`: after a sync of the whole file system that began when nothing
+    # more was to be appended and step 2 was done for all of it. So at any moment an acknowledged
+    # payload lies in a synced record, or in a synced file, or in both.
     #
-    # Each process appends to logs of its own and holds a lock on them while it lives. Whoever opens
-    # the store recovers the logs that nobody holds. raw_ids come from a counter that all share.
+    # Each store appends to logs of its own and holds a lock on them while it lives. Whoever opens
+    # a store recovers the logs that nobody holds. raw_ids come from a counter that all share.
 
     async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
         """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
@@ -831,10 +800,9 @@ class RawStore:
                 self._commit(record)
         except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
             refusal = _storage_error(error)
-            self._trouble = refusal.detail
+            if isinstance(refusal, StorageFull):
+                self._end_log()  # its checkpoint makes room
             answers = [Answer([], refusal.code, refusal.detail)] * len(group)
-        else:
-            self._trouble = None
         if self._full and self._checkpointing.done():
             self._checkpointing = self._checkpointer.submit(self._checkpoint, list(self._full))
         if len(self._full) > FULL_LOGS:
@@ -848,7 +816,6 @@ class RawStore:
         disk = os.statvfs(self.raw)
         reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
         if disk.f_bavail * disk.f_frsize < reserve + 2 * size:
-            self._end_log()  # its checkpoint makes room
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
@@ -864,7 +831,7 @@ class RawStore:
                     continue
                 raw_ids = use.raw_ids if use else [next_id() for _ in batch.bodies]
                 answers.append(Answer(raw_ids))
-                if use and all(map(self._exists, raw_ids)):
+                if use and use.landed:
                     continue
                 record.payloads.extend(zip(raw_ids, batch.bodies, strict=True))
                 if use:
@@ -882,30 +849,28 @@ class RawStore:
                 last = next_raw_id(last)
                 return last
 
-            yield next_id
-            os.pwrite(self._counter, last.bytes, 0)
+            try:
+                yield next_id
+            finally:
+                os.pwrite(self._counter, last.bytes, 0)
 
     def _use_of(self, key: str, bodies: Sequence[bytes], next_id: Callable[[], UUID]) -> KeyUse:
-        """Return the use that a key has had, or note this one.
+        """Return the use that a key has had, or note this one before it has landed.
 
-        The note is made before the commit, so that every process sees it. If the commit fails, the
-        raw_ids name nothing, and the next try with this key lands under them.
+        So every process sees it; and if it does not land, the next try lands under its raw_ids.
         """
         horizon = uuid_at(datetime.now(UTC) - KEY_LIFE).bytes
         if found := self._keys.execute(FIND_KEY, (key, horizon)).fetchone():
-            digest, raw_ids = found
+            digest, raw_ids, landed = found
             ids = [UUID(bytes=raw_ids[i : i + 16]) for i in range(0, len(raw_ids), 16)]
-            return KeyUse(key, digest, ids)
+            return KeyUse(key, digest, ids, bool(landed))
         use = KeyUse(key, _digest(bodies), [next_id() for _ in bodies])
-        self._note(use)
+        self._note(use, landed=False)
         return use
 
-    def _note(self, use: KeyUse) -> None:
+    def _note(self, use: KeyUse, *, landed: bool) -> None:
         raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
-        self._keys.execute(NOTE_KEY, (use.key, use.digest, raw_ids))
-
-    def _exists(self, raw_id: UUID) -> bool:
-        return any(self._path(raw_id, state).exists() for state in STATES)
+        self._keys.execute(NOTE_KEY, (use.key, use.digest, raw_ids, landed))
 
     def _commit(self, record: Record) -> None:
         if self._log is None:
@@ -919,13 +884,25 @@ class RawStore:
         try:
             for raw_id, body in record.payloads:
                 write_file(self._part, f"{self.raw}/{raw_id}.json", body)
-        except OSError:
-            for raw_id, _ in record.payloads:
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self.raw}/{raw_id}.json")
-            self._log.cut(size)
+            for use in record.keys:
+                self._note(use, landed=True)
+        except Exception:
+            self._take_back(record, size)
             raise
         if self._log.size >= LOG_BYTES:
+            self._end_log()
+
+    def _take_back(self, record: Record, size: int) -> None:
+        """Undo a group of which not all could be written; a key's may be another request's, too."""
+        kept = {raw_id for use in record.keys for raw_id in use.raw_ids}
+        for raw_id, _ in record.payloads:
+            with contextlib.suppress(OSError):
+                if raw_id not in kept:
+                    os.unlink(f"{self.raw}/{raw_id}.json")
+        try:
+            if self._log:
+                self._log.cut(size)
+        except OSError:
             self._end_log()
 
     def _publish(self, path: Path, body: bytes) -> None:
@@ -937,19 +914,21 @@ class RawStore:
             self._log = None
 
     def _checkpoint(self, logs: Sequence[Log]) -> None:
-        """Delete logs when all that they hold is on disk as files. The keys in them are, too."""
+        """Delete logs when all that they hold is on disk as files; the notes of their keys, too."""
         if not logs:
             return
         try:
-            _sync_file_system(self.raw)
-        except OSError:  # what could not be written is dropped from memory: write it again
+            _sync_file_system(self._journal_fd)
+        except OSError as error:  # what could not be written is forgotten: write it again
+            log.error("the journal cannot be emptied: %s", error)  # noqa: TRY400
             for raw_id, body in itertools.chain.from_iterable(map(_payloads_in, logs)):
                 self._restore(raw_id, body, force=True)
             raise
         for done in logs:
             done.path.unlink(missing_ok=True)
             done.close()
-        self._full = [kept for kept in self._full if kept not in logs]
+            with contextlib.suppress(ValueError):  # of another store
+                self._full.remove(done)
 
     def _recover(self) -> None:
         """Write again what is missing, torn or different, from the logs that nobody holds."""
@@ -961,10 +940,13 @@ class RawStore:
                 self._restore(raw_id, body)
                 last = max(last, raw_id)
             for use in (use for log in logs for record in log.records() for use in record.keys):
-                self._note(use)
+                self._note(use, landed=True)
             self._keys.execute(DROP_KEYS, (uuid_at(datetime.now(UTC) - KEY_LIFE).bytes,))
             os.pwrite(self._counter, last.bytes, 0)
             self._checkpoint(logs)
+            for left in (*self.journal.glob("*.part*"), *self.journal.glob("*.new")):
+                if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
+                    left.unlink(missing_ok=True)
 
     def _restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
         for state in (*STATES, STATES[0]):  # it may move meanwhile
@@ -1019,11 +1001,17 @@ class RawStore:
         return sorted(filter(None, map(raw_id_of, os.listdir(self.raw))))
 
     def trouble(self) -> str | None:
-        """Return what stands in the way of landing, or None."""
+        """Try to write and sync; return what stands in the way of landing, or None."""
         for folder in (self.raw, self.journal):
             if not os.access(folder, os.W_OK | os.X_OK):
                 return f"{folder} is not there or not writable"
-        return self._trouble
+        try:
+            self._check_room(0)
+            self._publish(self.journal / "probe", b"")
+            _sync_folder(self.journal)
+        except OSError as error:
+            return f"{self.journal}: {error.strerror}"
+        return None
 
     def strays(self) -> list[str]:
         """Return the names in the raw folder that are not those of payloads."""
@@ -1087,15 +1075,13 @@ def _locked(file: int) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _sync_file_system(folder: Path) -> None:
+def _sync_file_system(descriptor: int) -> None:
     """Write all of a file system to the disk at once: much faster than file by file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(descriptor)
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:  # not Linux
+        os.sync()
+    elif syncfs(descriptor):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -1526,8 +1512,8 @@ async def trouble_of(backend: Backend) -> str | None:
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
     app = request.app
-    with app[ADMISSION].admitted() as intake:
-        body = await read_body(request, app[CONFIG].server, intake)
+    with app[ADMISSION].admitted() as take:
+        body = await read_body(request, app[CONFIG].server, take)
         key = idempotency_key(request)
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() in NDJSON:
             lines = (
@@ -1541,15 +1527,7 @@ async def ingest(request: web.Request) -> web.Response:
 
 def lines_of(body: bytes) -> list[bytes]:
     """Return the documents of NDJSON, one of each line that has one."""
-    lines = []
-    for number, line in enumerate(body.split(b"\n"), 1):
-        document = line.rstrip(b"\r")
-        try:
-            if document.strip():
-                parse_json(document)
-                lines.append(document)
-        except PayloadNotJson as error:
-            raise PayloadNotJson(f"line {number}: {error}", line=number) from None
+    lines = list(documents(body.split(b"\n"), len(body)))
     if not lines:
         raise PayloadNotJson("no line has a document")
     if len(lines) > BATCH:
@@ -1557,11 +1535,29 @@ def lines_of(body: bytes) -> list[bytes]:
     return lines
 
 
+def documents(lines: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """Yield the JSON document of each line that has one; an error names the line."""
+    for number, line in enumerate(lines, 1):
+        document = line.rstrip(b"\r\n")
+        if len(document) > limit:
+            raise too_large(limit)
+        try:
+            if document.strip():
+                parse_json(document)
+                yield document
+        except PayloadNotJson as error:
+            raise PayloadNotJson(f"line {number}: {error}", line=number) from None
+
+
 def idempotency_key(request: web.Request) -> str | None:
     """Return the Idempotency-Key (IETF draft idempotency-key-header-07), if there is one."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
-        raise HeaderInvalid("the Idempotency-Key must have 1 to 255 printable ASCII characters")
+        raise DropzoneError(
+            "the Idempotency-Key must have 1 to 255 printable ASCII characters",
+            code="header_invalid",
+            status=400,
+        )
     return key
 
 
@@ -1689,37 +1685,31 @@ DOCS_PAGE = """<!DOCTYPE html>
 IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
 
 
-class Intake:
-    """The bytes of one request that are in flight."""
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self.bytes = 0
-
-    def take(self, size: int) -> None:
-        """Count bytes in; raises `Overloaded` if they are too many with those of the others."""
-        if self._admission.bytes and self._admission.bytes + size > IN_FLIGHT:
-            raise Overloaded("too much is in flight already; try again later")
-        self._admission.bytes += size
-        self.bytes += size
-
-
 class Admission:
-    """What is in flight, and whether anything is still let in."""
+    """The bytes of bodies in flight, and whether any more are let in."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self.draining = False
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[Intake]:
+    def admitted(self) -> Iterator[Callable[[int], None]]:
+        """Give out the function that counts the bytes of one request in, until it is answered."""
         if self.draining:
-            raise Draining("the service is about to stop; try again later")
-        intake = Intake(self)
+            raise DropzoneError("the service is about to stop", code="draining", status=503)
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.bytes and self.bytes + size > IN_FLIGHT:
+                raise DropzoneError("too much is in flight", code="overloaded", status=503)
+            self.bytes += size
+            taken += size
+
         try:
-            yield intake
+            yield take
         finally:
-            self.bytes -= intake.bytes
+            self.bytes -= taken
 
 
 ADMISSION = web.AppKey("ADMISSION", Admission)
@@ -1859,7 +1849,9 @@ def raw_id_in(request: web.Request) -> UUID:
         raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID") from None
 
 
-async def read_body(request: web.Request, limits: ServerConfig, intake: Intake) -> bytes:
+async def read_body(
+    request: web.Request, limits: ServerConfig, take: Callable[[int], None]
+) -> bytes:
     """Return the body with its Content-Encoding undone, `max_body_bytes` at most, within time.
 
     A server that embeds this application has undone the encoding already, unless told otherwise.
@@ -1867,21 +1859,25 @@ async def read_body(request: web.Request, limits: ServerConfig, intake: Intake) 
     limit, content = limits.max_body_bytes, request.content
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
-        raise EncodingUnsupported(f"Content-Encoding is {_shown(encoding)}: send gzip or deflate")
+        raise DropzoneError(
+            f"Content-Encoding is {_shown(encoding)}: send gzip or deflate",
+            code="encoding_unsupported",
+            status=415,
+        )
     if (request.content_length or 0) > limit:
         raise too_large(limit)
     try:
         if content.is_eof() and content.total_bytes <= limit:
-            intake.take(content.total_bytes)
+            take(content.total_bytes)
             body = content.read_nowait()
         else:
             async with asyncio.timeout(limits.body_seconds):
-                body = await _read_chunks(content, limit, intake)
+                body = await _read_chunks(content, limit, take)
     except (web.RequestPayloadError, ConnectionError) as error:
         raise BodyBroken(f"the body did not arrive whole: {error}") from None
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
-        raise BodyTooSlow(wrong) from None
+        raise DropzoneError(wrong, code="body_too_slow", status=408) from None
     if encoding == "identity" or content.total_compressed_bytes is not None:
         return body
     if len(body) <= INLINE:
@@ -1889,10 +1885,10 @@ async def read_body(request: web.Request, limits: ServerConfig, intake: Intake) 
     return await asyncio.to_thread(inflate, body, limit)
 
 
-async def _read_chunks(content: StreamReader, limit: int, intake: Intake) -> bytes:
+async def _read_chunks(content: StreamReader, limit: int, take: Callable[[int], None]) -> bytes:
     body = bytearray()
     async for chunk in content.iter_any():
-        intake.take(len(chunk))
+        take(len(chunk))
         body += chunk
         if len(body) > limit:
             raise too_large(limit)
@@ -2131,28 +2127,26 @@ def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
     """Yield the payloads of a file: one JSON document, or one on each line (NDJSON)."""
     file.seek(0)
     whole = file.read(limit + 1)
-    try:
-        if len(whole) > limit:
-            raise too_large(limit)
-        parse_json(whole)
-    except (PayloadNotJson, PayloadTooLarge) as error:
-        if not whole.strip():
-            raise
-        not_whole = error
-    else:
-        yield whole
-        return
-    file.seek(0)
-    for number, line in enumerate(iter(lambda: file.readline(limit + 2), b""), 1):
-        document = line.rstrip(b"\r\n")
-        if len(document) > limit:
-            raise too_large(limit)
+    if len(whole) <= limit:
         try:
-            if document.strip():
-                parse_json(document)
-                yield document
+            parse_json(whole)
         except PayloadNotJson as error:
-            raise (PayloadNotJson(f"line {number}: {error}") if number > 1 else not_whole) from None
+            first = whole.partition(b"\n")[0]
+            if not whole.strip() or not _is_json(first):  # one document, and a bad one
+                raise error from None
+        else:
+            yield whole
+            return
+    file.seek(0)
+    yield from documents(iter(lambda: file.readline(limit + 2), b""), limit)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except PayloadNotJson:
+        return not line.strip()
+    return True
 
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:

@@ -514,9 +514,14 @@ class Log:
     def begin(cls, folder: Path) -> Log:
         """Return a new log that this store holds, so that no other recovers it meanwhile."""
         log = cls(folder / f"{uuid7()}.new")
-        log.hold()
-        log.path = log.path.rename(log.path.with_suffix(".log"))
-        _sync_folder(folder)
+        try:
+            log.hold()
+            log.path = log.path.rename(log.path.with_suffix(".log"))
+            _sync_folder(folder)
+        except OSError:
+            log.path.unlink(missing_ok=True)
+            log.close()
+            raise
         return log
 
     def hold(self) -> bool:
@@ -548,7 +553,7 @@ class Log:
             while len(head := file.read(HEAD.size)) == HEAD.size:
                 length, checksum = HEAD.unpack(head)
                 body = file.read(length)
-                if len(body) < length or zlib.crc32(body) != checksum:
+                if not 0 < length == len(body) or zlib.crc32(body) != checksum:
                     return
                 yield msgspec.msgpack.decode(body, type=Record)
 
@@ -718,8 +723,6 @@ class RawStore:
         self._journal_fd = os.open(self.journal, os.O_RDONLY)  # held, it hears of every error
         self._counter = os.open(self.journal / "last_raw_id", os.O_RDWR | os.O_CREAT, 0o644)
         self._keys = sqlite3.connect(self.journal / "keys.sqlite", isolation_level=None)
-        for statement in OPEN_KEYS:
-            self._keys.execute(statement)
         self._recover()
 
     async def close(self) -> None:
@@ -754,9 +757,9 @@ class RawStore:
     #
     # A power cut before the end of 1 takes a group that nobody was told of; the checksum gives the
     # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log
-    # is deleted only by `_checkpoint`: after a sync of the whole file system that began when nothing
-    # more was to be appended and step 2 was done for all of it. So at any moment an acknowledged
-    # payload lies in a synced record, or in a synced file, or in both.
+    # is deleted only by `_checkpoint`: after a sync of the whole file system that began when no
+    # more was to be appended and 2 was done for all of it. So at any moment an acknowledged payload
+    # lies in a synced record, or in a synced file, or in both.
     #
     # Each store appends to logs of its own and holds a lock on them while it lives. Whoever opens
     # a store recovers the logs that nobody holds. raw_ids come from a counter that all share.
@@ -795,9 +798,12 @@ class RawStore:
         """Land a group; see above."""
         try:
             self._check_room(sum(len(body) for batch in group for body in batch.bodies))
-            answers, record = self._assign(group)
-            if record.payloads:
-                self._commit(record)
+            keyed = any(batch.key for batch in group)
+            # one store at a time lands keys, so that what one takes back is no other's
+            with _locked(self._journal_fd) if keyed else contextlib.nullcontext():
+                answers, record = self._assign(group)
+                if record.payloads:
+                    self._commit(record)
         except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
             refusal = _storage_error(error)
             if isinstance(refusal, StorageFull):
@@ -893,12 +899,13 @@ class RawStore:
             self._end_log()
 
     def _take_back(self, record: Record, size: int) -> None:
-        """Undo a group of which not all could be written; a key's may be another request's, too."""
-        kept = {raw_id for use in record.keys for raw_id in use.raw_ids}
+        """Undo a group of which not all could be written."""
         for raw_id, _ in record.payloads:
             with contextlib.suppress(OSError):
-                if raw_id not in kept:
-                    os.unlink(f"{self.raw}/{raw_id}.json")
+                os.unlink(f"{self.raw}/{raw_id}.json")
+        for use in record.keys:
+            with contextlib.suppress(sqlite3.Error):
+                self._note(use, landed=False)
         try:
             if self._log:
                 self._log.cut(size)
@@ -933,6 +940,8 @@ class RawStore:
     def _recover(self) -> None:
         """Write again what is missing, torn or different, from the logs that nobody holds."""
         with _locked(self._counter):
+            for statement in OPEN_KEYS:
+                self._keys.execute(statement)
             counted = os.pread(self._counter, 16, 0)
             last = UUID(bytes=counted) if len(counted) == 16 else self._greatest_raw_id()
             logs = [log for log in map(Log, self.journal.glob("*.log")) if log.hold()]
@@ -952,7 +961,7 @@ class RawStore:
         for state in (*STATES, STATES[0]):  # it may move meanwhile
             path = self._path(raw_id, state)
             with contextlib.suppress(FileNotFoundError):
-                if force or path.read_bytes() != body:
+                if path.read_bytes() != body or force:
                     self._publish(path, body)
                 return
         self._publish(self._path(raw_id, "pending"), body)
@@ -1527,7 +1536,7 @@ async def ingest(request: web.Request) -> web.Response:
 
 def lines_of(body: bytes) -> list[bytes]:
     """Return the documents of NDJSON, one of each line that has one."""
-    lines = list(documents(body.split(b"\n"), len(body)))
+    lines = list(itertools.islice(documents(io.BytesIO(body), len(body)), BATCH + 1))
     if not lines:
         raise PayloadNotJson("no line has a document")
     if len(lines) > BATCH:
@@ -1686,11 +1695,13 @@ IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not a
 
 
 class Admission:
-    """The bytes of bodies in flight, and whether any more are let in."""
+    """The requests and the bytes of bodies in flight, and whether any more are let in."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.requests = 0
         self.draining = False
+        self._idle = asyncio.Event()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Callable[[int], None]]:
@@ -1706,10 +1717,23 @@ class Admission:
             self.bytes += size
             taken += size
 
+        self.requests += 1
         try:
             yield take
         finally:
+            self.requests -= 1
             self.bytes -= taken
+            if not self.requests:
+                self._idle.set()
+
+    async def drain(self, patience: float) -> None:
+        """Let nothing in any more; wait `patience` seconds at most for what is in flight."""
+        self.draining = True
+        self._idle.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self.requests:
+                    await self._idle.wait()
 
 
 ADMISSION = web.AppKey("ADMISSION", Admission)
@@ -1722,7 +1746,7 @@ STATUS_HEADERS = {
     503: {"Retry-After": "5"},
 }
 REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
-INLINE = 64 * 1024  # bytes of a body; more than that is inflated or split in a thread
+INLINE = 64 * 1024  # bytes of NDJSON; more than that is checked in a thread
 
 
 def answer(
@@ -1880,9 +1904,11 @@ async def read_body(
         raise DropzoneError(wrong, code="body_too_slow", status=408) from None
     if encoding == "identity" or content.total_compressed_bytes is not None:
         return body
-    if len(body) <= INLINE:
-        return inflate(body, limit)
-    return await asyncio.to_thread(inflate, body, limit)
+    whole = (
+        inflate(body, limit) if len(body) < 1024 else await asyncio.to_thread(inflate, body, limit)
+    )
+    take(max(0, len(whole) - len(body)))
+    return whole
 
 
 async def _read_chunks(content: StreamReader, limit: int, take: Callable[[int], None]) -> bytes:
@@ -2034,7 +2060,7 @@ def backend_of(config: Config) -> Backend:
 
 async def drain(app: web.Application) -> None:
     """Let nothing in any more; what is in flight is finished."""
-    app[ADMISSION].draining = True
+    await app[ADMISSION].drain(0)
 
 
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
@@ -2064,10 +2090,13 @@ GRACE = 5.0  # seconds that requests have to finish when the service is told to 
 async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
     app, where = create_app(config), (config.server.host, config.server.port)
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=GRACE)
+    runner = web.AppRunner(
+        app, access_log=None, auto_decompress=False, shutdown_timeout=1.0, lingering_time=2.0
+    )
     await runner.setup()
     try:
-        await web.TCPSite(runner, *where).start()
+        site = web.TCPSite(runner, *where)
+        await site.start()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -2076,6 +2105,8 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
         await stop.wait()
         log.info("stopping")
+        await site.stop()
+        await app[ADMISSION].drain(GRACE)
     except OSError as error:
         log.error("cannot listen on %s:%d: %s", *where, error.strerror)  # noqa: TRY400
         return os.EX_UNAVAILABLE

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -83,9 +83,9 @@ class Outage(MemoryBackend):
 
 
 def config_in(folder: Path, key: str = "") -> Config:
-    """Return a configuration with a limit that a test can pass."""
+    """Return a configuration with limits that a test can pass."""
     return Config(
-        server=ServerConfig(max_body_bytes=20_000),
+        server=ServerConfig(max_body_bytes=20_000, body_seconds=1),
         raw=RawConfig(dir=folder / "raw"),
         auth=AuthConfig(api_key=Secret(key)),
     )
@@ -213,6 +213,12 @@ async def test_retry_after_is_sent_with_503(
         assert answer.headers["Retry-After"].isdigit()
 
 
+async def endless() -> AsyncIterator[bytes]:
+    """Give a body that does not end."""
+    yield b"{"
+    await asyncio.Event().wait()
+
+
 async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     """Make the service give every kind of answer that it has."""
     found: Answers = []
@@ -247,6 +253,10 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await ask("POST", "/ingest", data=b"1" * 20_001)
     await ask("POST", "/ingest", data=b"1", headers={"Content-Encoding": "x-unknown"})
     await ask("POST", "/ingest", data=b"1", headers={"x-api-key": "wrong"})
+    await ask("POST", "/ingest", data=b"1\n2", headers={"Content-Type": "application/x-ndjson"})
+    for body in (b"1", b"2"):
+        await ask("POST", "/ingest", data=body, headers={"Idempotency-Key": "one"})
+    await ask("POST", "/ingest", data=endless())
     await read_all(ids)
     await ask("POST", "/process", "?limit=0")
     await ask("POST", "/process", "?limit=1")

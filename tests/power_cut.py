@@ -1,0 +1,298 @@
+"""What the durability tests break things with: disks that lose power, a service under load."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import SystemRandom
+from uuid import UUID
+
+import aiohttp
+
+from dropzone import raw_id_of
+
+REPO = Path(__file__).resolve().parent.parent
+MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
+MEGABYTES = {"ext4": 256, "xfs": 320}
+LOG_BYTES = "LOG_BYTES = 32 * 1024 * 1024"
+CLIENTS = 24
+CHANCE = SystemRandom()
+PATIENCE = 30.0  # seconds
+
+# ── Disks ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{command[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextmanager
+def mounted(what: object, where: Path, *options: str) -> Iterator[Path]:
+    where.mkdir(exist_ok=True)
+    run("mount", *options, what, where)
+    try:
+        yield where
+    finally:
+        for _ in range(50):
+            with suppress(OSError):
+                run("umount", where)
+                break
+            time.sleep(0.1)  # whoever was killed has not gone yet
+        else:
+            run("umount", "--lazy", where)
+
+
+@contextmanager
+def disk(kind: str, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a new image of a file system, and where it is mounted."""
+    image = folder / f"{kind}.img"
+    with open(image, "wb") as file:
+        file.truncate(MEGABYTES[kind] << 20)
+    run(*MAKE[kind], image)
+    with mounted(image, folder / "disk", "-o", "loop") as where:
+        yield image, where
+
+
+def may_mount(folder: Path) -> bool:
+    try:
+        with mounted("none", folder / "may-mount", "-t", "tmpfs", "-o", "size=1m"):
+            return True
+    except OSError:
+        return False
+
+
+def copy_as_it_lies(image: Path, device: Path, copy: Path) -> None:
+    """Copy an image whose users are stopped: what its file system has not written yet is lost.
+
+    What is dirty in the page cache of the file system inside does not reach the image before its
+    kernel thread writes it. If that was at work meanwhile, the copy is of no one moment: again.
+    """
+    statistics = Path("/sys/block") / device.name / "stat"
+    for _ in range(50):
+        before = statistics.read_text().split()
+        run("cp", "--sparse=always", image, copy)
+        after = statistics.read_text().split()
+        if before[4:8] == after[4:8] and before[8] == after[8] == "0":
+            return
+    raise OSError("the disk never rests")
+
+
+def device_of(where: Path) -> Path:
+    return Path(run("findmnt", "--noheadings", "--output", "SOURCE", where).strip())
+
+
+# ── The service ───────────────────────────────────────────────────────────────────────────────────
+
+
+def program(home: Path, log_bytes: int | None = None) -> Path:
+    """Return the program; with logs of another size, to have more checkpoints, a copy of it."""
+    if log_bytes is None:
+        return REPO / "dropzone.py"
+    home.mkdir(exist_ok=True)
+    shutil.copytree(REPO / "backends", home / "backends", dirs_exist_ok=True)
+    source = (REPO / "dropzone.py").read_text()
+    assert source.count(LOG_BYTES) == 1
+    copy = home / "dropzone.py"
+    copy.write_text(source.replace(LOG_BYTES, f"LOG_BYTES = {log_bytes}"))
+    return copy
+
+
+def children_of(pid: int) -> list[int]:
+    with suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+    return []
+
+
+def state_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    return "X"
+
+
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class Service:
+    """A running `python dropzone.py`, in its own words: a process, and its writer process."""
+
+    def __init__(self, data: Path, home: Path, source: Path | None = None) -> None:
+        home.mkdir(exist_ok=True)
+        self.log = home / "log.txt"
+        environment = {
+            **{name: text for name, text in os.environ.items() if "DROPZONE" not in name},
+            "DROPZONE_RAW_DIR": str(data / "raw"),
+            "DROPZONE_BACKEND": "memory",
+            "DROPZONE_RAW_MIN_FREE_BYTES": "1000000",
+        }
+        command = [sys.executable, str(source or REPO / "dropzone.py"), "--port", "0"]
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(command, cwd=home, env=environment, stderr=file)
+        self.children: set[int] = set()
+        try:
+            wait_for(lambda: self.process.poll() is not None or self._said("listening on "))
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.kill()
+            raise
+        self.url = self.log.read_text().partition("listening on ")[2].split()[0]
+
+    def _said(self, words: str) -> bool:
+        return words in self.log.read_text() and self.log.read_text().endswith("\n")
+
+    def writers(self) -> list[int]:
+        found = [pid for pid in children_of(self.process.pid) if state_of(pid) not in "XZ"]
+        self.children.update(found)
+        return found
+
+    def freeze(self) -> None:
+        pids = [self.process.pid, *self.writers()]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: all(state_of(pid) == "T" for pid in pids))
+
+    def kill(self, *, writers_first: bool = False) -> None:
+        """Kill everything at once, so that nothing has the time to tidy up."""
+        writers = self.writers()
+        pids = [*writers, self.process.pid] if writers_first else [self.process.pid, *writers]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+        wait_for(lambda: all(state_of(pid) in "XZ" for pid in self.children))
+
+    def stop(self) -> int:
+        self.writers()
+        self.process.terminate()
+        code = self.process.wait(PATIENCE)
+        wait_for(lambda: all(state_of(pid) in "XZ" for pid in self.children))
+        return code
+
+
+# ── Load ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Ledger:
+    """What was sent, and what of it was acknowledged."""
+
+    sent: set[bytes] = field(default_factory=set)
+    acknowledged: dict[UUID, bytes] = field(default_factory=dict)
+    keys: dict[str, tuple[list[bytes], list[UUID]]] = field(default_factory=dict)
+    refused: int = 0
+
+    def new_body(self) -> bytes:
+        size = CHANCE.choice((10, 100, 400, 1500))
+        data = [len(self.sent), *(CHANCE.getrandbits(30) for _ in range(size // 11))]
+        body = json.dumps({"time_stamp": "2019-05-01T12:00:00Z", "data": data}).encode()
+        self.sent.add(body)
+        return body
+
+    async def post(
+        self, session: aiohttp.ClientSession, bodies: list[bytes], key: str | None = None
+    ) -> list[UUID]:
+        """Send one document as JSON, several as NDJSON; return their raw_ids, none if refused."""
+        kind = "application/json" if len(bodies) == 1 else "application/x-ndjson"
+        headers = {"Content-Type": kind} | ({"Idempotency-Key": key} if key else {})
+        async with session.post("/ingest", data=b"\n".join(bodies), headers=headers) as answer:
+            if answer.status != 202:
+                assert answer.status == 503, await answer.text()
+                self.refused += 1
+                return []
+            said = await answer.json()
+        raw_ids = [UUID(text) for text in said.get("raw_ids") or [said["raw_id"]]]
+        assert len(raw_ids) == len(bodies)
+        self.acknowledged.update(zip(raw_ids, bodies, strict=True))
+        if key:
+            self.keys[key] = bodies, raw_ids
+        return raw_ids
+
+
+async def keep_posting(session: aiohttp.ClientSession, ledger: Ledger) -> None:
+    while True:
+        bodies = [ledger.new_body() for _ in range(20 if CHANCE.random() < 0.15 else 1)]
+        key = f"{CHANCE.getrandbits(64):x}" if CHANCE.random() < 0.2 else None
+        await ledger.post(session, bodies, key)
+
+
+async def keep_processing(session: aiohttp.ClientSession) -> None:
+    while True:
+        await asyncio.sleep(0.4)
+        async with session.post("/process") as answer:
+            await answer.read()
+
+
+async def load(
+    service: Service, ledger: Ledger, then: Callable[[], object], *, process: bool = False
+) -> None:
+    """Keep a service busy; at a random moment do something to it, and leave it alone."""
+    async with aiohttp.ClientSession(service.url) as session:
+        clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(CLIENTS)]
+        if process:
+            clients.append(asyncio.create_task(keep_processing(session)))
+        await asyncio.sleep(CHANCE.uniform(1, 2.5))
+        failed = [client.exception() for client in clients if client.done()]
+        assert not failed
+        await asyncio.to_thread(then)
+        for client in clients:
+            client.cancel()
+        ended = await asyncio.gather(*clients, return_exceptions=True)
+    broken = (aiohttp.ClientError, asyncio.CancelledError, OSError)
+    assert [error for error in ended if not isinstance(error, broken)] == []
+
+
+# ── The check ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_in(data: Path) -> dict[UUID, list[Path]]:
+    """Return where every payload lies: one place for each, if all is well."""
+    found: dict[UUID, list[Path]] = {}
+    for folder in ("raw", "processed", "rejected"):
+        for path in (data / folder).rglob("*.json"):
+            if raw_id := raw_id_of(path.name):
+                found.setdefault(raw_id, []).append(path)
+    return found
+
+
+def not_whole(data: Path, ledger: Ledger) -> int:
+    """Return how many acknowledged payloads are missing or torn."""
+    files = files_in(data)
+    return sum(
+        [path.read_bytes() for path in files.get(raw_id, [])] != [body]
+        for raw_id, body in ledger.acknowledged.items()
+    )
+
+
+def assert_whole(data: Path, ledger: Ledger) -> None:
+    """Everything acknowledged is there once, and nothing is there that nobody has sent."""
+    assert not_whole(data, ledger) == 0
+    for raw_id, paths in files_in(data).items():
+        assert len(paths) == 1, f"{raw_id} lies in {paths}"
+        assert paths[0].read_bytes() in ledger.sent, f"{paths[0]} is torn"
+
+
+async def assert_served(service: Service, ledger: Ledger) -> None:
+    """The service gives out what it has acknowledged, and knows the keys that it has seen."""
+    async with aiohttp.ClientSession(service.url) as session:
+        some = CHANCE.sample(sorted(ledger.acknowledged), min(50, len(ledger.acknowledged)))
+        for raw_id in some:
+            async with session.get(f"/raw/{raw_id}/payload") as answer:
+                assert await answer.read() == ledger.acknowledged[raw_id]
+        for key in CHANCE.sample(sorted(ledger.keys), min(50, len(ledger.keys))):
+            bodies, raw_ids = ledger.keys[key]
+            assert await ledger.post(session, bodies, key) == raw_ids

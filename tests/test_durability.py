@@ -1,0 +1,699 @@
+"""What was acknowledged stays: through power cuts, kills, full and failing disks, set clocks."""
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from uuid import UUID
+
+import aiohttp
+import pytest
+from power_cut import (
+    CHANCE,
+    REPO,
+    Ledger,
+    Service,
+    assert_served,
+    assert_whole,
+    copy_as_it_lies,
+    device_of,
+    disk,
+    files_in,
+    keep_posting,
+    load,
+    may_mount,
+    mounted,
+    not_whole,
+    program,
+)
+
+import dropzone
+from dropzone import RawConfig, RawStore, StorageFull, StorageUnavailable
+
+BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncIterator[RawStore]:
+    """Open a store the way a newly started program does."""
+    store = RawStore(RawConfig(dir=folder / "raw"))
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def logs_in(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "journal").glob("*.log")}
+
+
+# ── Power cuts ────────────────────────────────────────────────────────────────────────────────────
+
+CUTS = [
+    ("ext4", None, False),
+    ("ext4", 1 << 18, False),
+    ("ext4", 1 << 18, True),
+    ("xfs", 1 << 18, False),
+    ("xfs", None, True),
+]
+
+
+async def cut_power(kind: str, folder: Path, source: Path, ledger: Ledger, *, process: bool) -> int:
+    """Return how many acknowledged payloads were not whole before the recovery."""
+    copy = folder / "copy.img"
+    with disk(kind, folder) as (image, where):
+        service = Service(where / "data", folder / "home", source)
+        try:
+
+            def cut() -> None:
+                service.freeze()
+                copy_as_it_lies(image, device_of(where), copy)
+                service.kill()
+
+            await load(service, ledger, cut, process=process)
+        finally:
+            service.kill()
+    with mounted(copy, folder / "after", "-o", "loop") as where:
+        lost = not_whole(where / "data", ledger)
+        service = Service(where / "data", folder / "home", source)
+        try:
+            assert_whole(where / "data", ledger)
+            await assert_served(service, ledger)
+            assert service.stop() == os.EX_OK
+        finally:
+            service.kill()
+        assert_whole(where / "data", ledger)
+    return lost
+
+
+async def test_power_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Whatever was acknowledged is there, whole and once, after the power failed under load.
+
+    The cuts are real ones, of disks that lose what was not synced: much of what had been
+    acknowledged is missing from the raw folder before the service starts again.
+    """
+    if not may_mount(tmp_path):
+        with capsys.disabled():
+            print("\nNO REAL POWER CUT: mounting is not allowed here. Run this test as root.")
+        await power_cut_by_hand(tmp_path)
+        return
+    lost = 0
+    for number, (kind, log_bytes, process) in enumerate(CUTS):
+        folder, ledger = tmp_path / str(number), Ledger()
+        folder.mkdir()
+        source = program(folder / "program", log_bytes)
+        missing = await cut_power(kind, folder, source, ledger, process=process)
+        lost += missing
+        print(f"{kind}: {len(ledger.acknowledged)} acknowledged, {missing} not whole, 0 lost")
+        for left in folder.glob("*.img"):
+            left.unlink()
+    assert lost > 0, "the cuts were none: everything had reached the disk"
+
+
+async def power_cut_by_hand(tmp_path: Path) -> None:
+    """The next best form: kill everything, then take from the files what the journal still has."""
+    ledger, data = Ledger(), tmp_path / "data"
+    service = Service(data, tmp_path / "home")
+    try:
+        await load(service, ledger, service.kill)
+    finally:
+        service.kill()
+    journaled = b"".join(log.read_bytes() for log in (data / "journal").glob("*.log"))
+    held = [raw_id for raw_id, body in ledger.acknowledged.items() if body in journaled]
+    for raw_id in CHANCE.sample(held, len(held) // 2):
+        [path] = files_in(data)[raw_id]
+        if CHANCE.random() < 0.5:
+            path.unlink()
+        else:
+            os.truncate(path, CHANCE.randrange(path.stat().st_size))
+    assert not_whole(data, ledger) > 0
+    service = Service(data, tmp_path / "home")
+    try:
+        assert_whole(data, ledger)
+        await assert_served(service, ledger)
+    finally:
+        service.kill()
+
+
+# ── Killed programs ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_kill_again_and_again(tmp_path: Path):
+    """Of twenty runs that are killed under load nothing acknowledged is lost, and raw_ids go on."""
+    data, ledger, greatest = tmp_path / "data", Ledger(), UUID(int=0)
+    for number in range(20):
+        service, run = Service(data, tmp_path / "home"), Ledger(sent=ledger.sent)
+        try:
+            await kill_under_load(service, run, number)
+        finally:
+            service.kill()
+        assert min(run.acknowledged) > greatest
+        greatest = max(run.acknowledged)
+        ledger.acknowledged.update(run.acknowledged)
+        ledger.keys.update(run.keys)
+    service = Service(data, tmp_path / "home")
+    try:
+        assert_whole(data, ledger)
+        await assert_served(service, ledger)
+        assert service.stop() == os.EX_OK
+    finally:
+        service.kill()
+    print(f"{len(ledger.acknowledged)} acknowledged in 20 runs, 0 lost")
+
+
+async def kill_under_load(service: Service, ledger: Ledger, number: int) -> None:
+    async with aiohttp.ClientSession(service.url) as session:
+        clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(8)]
+        await until(lambda: len(ledger.acknowledged) > 20 and service.writers())
+        await asyncio.sleep(CHANCE.uniform(0, 0.2))
+        if number % 3 == 2:  # the service goes on by itself
+            [writer] = service.writers()
+            os.kill(writer, signal.SIGKILL)
+            before = len(ledger.acknowledged)
+            await until(lambda: len(ledger.acknowledged) > before + 50)
+            await until(lambda: set(service.writers()) - {writer})
+            assert not any(client.done() for client in clients)
+        service.kill(writers_first=number % 3 == 1)
+        ended = await asyncio.gather(*clients, return_exceptions=True)
+    assert [error for error in ended if not isinstance(error, aiohttp.ClientError)] == []
+
+
+async def until(condition: Callable[[], object]) -> None:
+    await asyncio.wait_for(_poll(condition), 20)
+
+
+async def _poll(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+# ── Full disks ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])
+async def test_disk_full(size: int, tmp_path: Path):
+    """A full disk is refused with 503 and shown, reads go on, and landing when there is space."""
+    if not may_mount(tmp_path):
+        pytest.fail("a small tmpfs must be mounted: run this test as root")
+    with mounted("none", tmp_path / "disk", "-t", "tmpfs", "-o", "size=24m") as where:
+        spare = where / "spare"
+        spare.write_bytes(bytes(20 << 20 if size == 1_000 else 8 << 20))
+        service = Service(where / "data", tmp_path / "home")
+        try:
+            await fill_and_free(service, where / "data", spare, size)
+        finally:
+            service.kill()
+
+
+async def fill_and_free(service: Service, data: Path, spare: Path, size: int) -> None:
+    acknowledged: dict[str, bytes] = {}
+    async with aiohttp.ClientSession(service.url) as session:
+
+        async def post(size: int) -> tuple[int, str]:
+            body = b"[%d%s]" % (len(acknowledged), b" " * size)
+            async with session.post("/ingest", data=body) as answer:
+                said = await answer.json()
+                if answer.status == 202:
+                    acknowledged[said["raw_id"]] = body
+                return answer.status, said.get("code", "")
+
+        async def ready() -> int:
+            async with session.get("/ready") as answer:
+                return answer.status
+
+        for length in (size, 0):  # to the last page
+            refused = 0
+            while refused < 20:  # the first make it empty its journal
+                status, code = await post(length)
+                assert (status, code) in {(202, ""), (503, "storage_full")}
+                refused = refused + 1 if status == 503 else 0
+                await asyncio.sleep(0.02 * (status == 503))
+        for raw_id in list(acknowledged)[-20:]:
+            async with session.get(f"/raw/{raw_id}/payload") as answer:
+                assert await answer.read() == acknowledged[raw_id]
+        shown = await ready()
+        spare.unlink()
+        assert [await post(size) for _ in range(10)] == [(202, "")] * 10
+        assert await ready() == 200
+    assert service.stop() == os.EX_OK
+    files = {str(raw_id): path.read_bytes() for raw_id, [path] in files_in(data).items()}
+    assert files == acknowledged, "a refused payload is there, or an acknowledged one is not"
+    assert shown == 503, "/ready did not say that the disk was full"
+
+
+# ── Failing disks ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Calls:
+    """The system calls of a module's functions, of which the next few fail on purpose."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.done: list[tuple[str, str, bytes]] = []  # the call, the file, what was written
+        self._left: dict[str, list[int]] = {}  # errors, the last first; 0 for none
+        for name in ("fdatasync", "fsync", "rename", "write", "ftruncate"):
+            patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def fail(self, name: str, number: int, times: int = 1) -> None:
+        self._left[name] = [number] * times
+
+    def skip(self, name: str, times: int) -> None:
+        """Let some calls succeed before those that fail."""
+        self._left[name] += [0] * times
+
+    def _wrapped(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(first: object, *others: object) -> object:
+            file = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            if not ("/journal" in file or "/raw" in file):
+                return call(first, *others)
+            left = self._left.get(name)
+            if left and (number := left.pop()):
+                self.done.append((f"{name} failed", file, b""))
+                raise OSError(number, os.strerror(number))
+            result = call(first, *others)
+            self.done.append((name, file, bytes(others[0]) if name == "write" else b""))
+            return result
+
+        return wrapped
+
+    def synced(self, body: bytes) -> bool:
+        """Say whether a finished sync of a log follows the write of a payload to it."""
+        return any(
+            name == "write"
+            and file.endswith(".log")
+            and body in data
+            and ("fdatasync", file, b"") in self.done[at:]
+            for at, (name, file, data) in enumerate(self.done)
+        )
+
+    def written_after_a_failed_sync(self) -> list[str]:
+        failed = {}
+        for at, (name, file, _) in enumerate(self.done):
+            if name in {"fdatasync failed", "fsync failed"}:
+                failed.setdefault(file, at)
+        return [
+            file
+            for at, (name, file, _) in enumerate(self.done)
+            if name == "write" and file.endswith(".log") and at > failed.get(file, at)
+        ]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+ERRORS = [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE]
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["fdatasync", "fsync", "rename", "write"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path, calls: Calls):
+    """What the disk refuses is refused, nothing of it stays, and landing goes on afterwards."""
+    kind = StorageFull if number == errno.ENOSPC else StorageUnavailable
+    landed: dict[UUID, bytes] = {}
+    async with opened(tmp_path) as store:
+        if not first:
+            landed[(await store.land([b"before"]))[0]] = b"before"
+        if name == "fsync" and not first:
+            store._end_log()  # noqa: SLF001 (a new log is what an fsync is for)
+        calls.fail(name, number, times=2)
+        for _ in range(2):
+            with pytest.raises(kind) as caught:
+                await store.land([b"refused", b"refused, too"], "a key")
+            assert type(caught.value) is kind
+        raw_ids = await store.land([b"refused", b"refused, too"], "a key")
+        landed.update(zip(raw_ids, [b"refused", b"refused, too"], strict=True))
+        landed[(await store.land([b"after"]))[0]] = b"after"
+        assert store.trouble() is None
+        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+
+    assert calls.written_after_a_failed_sync() == []
+    async with opened(tmp_path) as store:
+        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename"])
+async def test_trouble(name: str, tmp_path: Path, calls: Calls):
+    """A disk that refuses is in the way of landing for as long as it does."""
+    async with opened(tmp_path) as store:
+        calls.fail(name, errno.EROFS)
+        assert "Read-only" in str(store.trouble())
+        assert store.trouble() is None
+
+
+@pytest.mark.parametrize("key", [None, "a key"])
+async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
+    """Of a batch of which one file cannot be written nothing is left behind, nor brought back."""
+    async with opened(tmp_path) as store:
+        [before] = await store.land([b"before"])
+        calls.fail("rename", errno.ENOSPC)
+        calls.skip("rename", 2)
+        with pytest.raises(StorageFull):
+            await store.land([b"1", b"2", b"3", b"4"], key)
+        assert store.pending() == [before]
+    async with opened(tmp_path) as store:
+        assert store.pending() == [before]
+        again = await store.land([b"1", b"2", b"3", b"4"], key)
+        assert [store.read(raw_id)[1] for raw_id in again] == [b"1", b"2", b"3", b"4"]
+        assert store.pending() == [before, *again]
+
+
+async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
+    """Whoever has a raw_id has it after a finished sync of a log that holds the payload."""
+    landed, refused = {}, 0
+    async with opened(tmp_path) as store:
+        for number in range(100):
+            calls.fail("fdatasync", errno.EIO, times=number % 3 == 0)
+            body = b"payload %d of many" % number
+            try:
+                [raw_id] = await store.land([body])
+            except StorageUnavailable:
+                refused += 1
+            else:
+                assert calls.synced(body)
+                landed[raw_id] = body
+        assert refused == 34
+        assert calls.written_after_a_failed_sync() == []
+        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+
+
+@pytest.mark.parametrize("name", ["fdatasync", "ftruncate"])
+async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, calls: Calls):
+    """A log that could not be cut after a failure is not appended to again."""
+    async with opened(tmp_path) as store:
+        await store.land([b"before"])
+        [log] = logs_in(tmp_path)
+        calls.fail("rename", errno.EIO)
+        cut = os.ftruncate
+
+        def cut_and_fail(descriptor: int, size: int) -> None:
+            if name == "ftruncate":
+                raise OSError(errno.EIO, "no")
+            cut(descriptor, size)
+            calls.fail("fdatasync", errno.EIO)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "ftruncate", cut_and_fail)
+            with pytest.raises(StorageUnavailable):
+                await store.land([b"refused"])
+        seen = len(calls.done)
+        [raw_id] = await store.land([b"after"])
+        assert store.read(raw_id) == ("pending", b"after")
+        assert not [
+            call for call in calls.done[seen:] if call[0] == "write" and call[1].endswith(log)
+        ]
+
+
+async def test_failing_again_and_again(tmp_path: Path, calls: Calls):
+    """A disk that fails for hours takes no descriptors and leaves no files behind."""
+    async with opened(tmp_path) as store:
+        calls.fail("fsync", errno.EIO, times=30)
+        for number in range(30):
+            with pytest.raises(StorageUnavailable):
+                await store.land([BODY])
+            if number == 9:
+                before = len(os.listdir("/proc/self/fd")), len(os.listdir(tmp_path / "journal"))
+        after = len(os.listdir("/proc/self/fd")), len(os.listdir(tmp_path / "journal"))
+        await store.land([BODY])
+    assert after <= before, f"descriptors, files: {before} after 10 failures, {after} after 30"
+
+
+# ── Failing checkpoints ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sync_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Make the sync of a whole file system fail while the event is set; end each log at once."""
+    fails, sync = threading.Event(), dropzone._sync_file_system  # noqa: SLF001
+
+    def failing(folder: Path) -> None:
+        if fails.is_set():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(folder)
+
+    monkeypatch.setattr(dropzone, "_sync_file_system", failing)
+    monkeypatch.setattr(dropzone, "LOG_BYTES", 1)
+    return fails
+
+
+async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
+    """Without a sync no log is deleted; landing stops when too many wait, until it works again."""
+    landed = {}
+    async with opened(tmp_path) as store:
+        sync_fails.set()
+        with suppress(StorageUnavailable):
+            for number in range(20):
+                body = b"%d" % number
+                landed[(await store.land([body]))[0]] = body
+        assert len(logs_in(tmp_path)) == len(landed) <= dropzone.FULL_LOGS + 2
+        with pytest.raises(StorageUnavailable):
+            await store.land([BODY])
+        journaled = b"".join(log.read_bytes() for log in (tmp_path / "journal").glob("*.log"))
+        assert all(
+            raw_id.bytes in journaled or str(raw_id).encode() in journaled for raw_id in landed
+        )
+
+        sync_fails.clear()
+        for _ in range(50):
+            with suppress(StorageUnavailable):
+                landed[(await store.land([BODY]))[0]] = BODY
+                break
+            await asyncio.sleep(0.02)
+        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+    assert logs_in(tmp_path) == set()
+
+
+async def test_failing_checkpoint_of_what_is_settled(tmp_path: Path, sync_fails: threading.Event):
+    """What is written again after a failed sync is written where it lies now, not to pending."""
+    async with opened(tmp_path) as store:
+        sync_fails.set()
+        [good] = await store.land([b"1"])
+        await asyncio.sleep(0.1)
+        store.settle([good], [])
+        with suppress(StorageUnavailable):
+            for _ in range(5):
+                await store.land([b"more"])
+        places = [str(path.relative_to(tmp_path).parts[0]) for path in files_in(tmp_path)[good]]
+        sync_fails.clear()
+    assert places == ["processed"]
+
+
+# ── Clocks ────────────────────────────────────────────────────────────────────────────────────────
+
+FUTURE = UUID("0c5a7b8a-bfff-7fff-8000-000000000000")  # of the year 2400
+LAND = """
+import asyncio, os, signal, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from dropzone import RawConfig, RawStore, Rejection
+
+async def main(folder, count, end):
+    store = RawStore(RawConfig(dir=Path(folder) / "raw"))
+    await store.open()
+    landed = []
+    for number in range(int(count)):
+        landed += await store.land([b"%d" % number])
+        print(landed[-1], flush=True)
+    if end == "settled":
+        reason = Rejection(landed[1], "code", "detail", datetime.now(UTC))
+        store.settle(landed[:1], [reason])
+    if end == "wait":
+        sys.stdin.read()
+    if end != "close":
+        os.kill(os.getpid(), signal.SIGKILL)
+    await store.close()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@contextmanager
+def landing(folder: Path, count: int, end: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a program that lands payloads: "0", "1" and so on, and prints their raw_ids."""
+    command = [sys.executable, "-c", LAND, str(folder), str(count), end]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPO, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def landed_and_killed(folder: Path, count: int, end: str = "kill") -> list[UUID]:
+    with landing(folder, count, end) as process:
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == (0 if end == "close" else -signal.SIGKILL)
+    return list(map(UUID, out.split()))
+
+
+def assert_increasing(raw_ids: list[UUID]) -> None:
+    assert all(one < following for one, following in pairwise(raw_ids))
+
+
+async def test_clock_set_back_between_runs(tmp_path: Path):
+    """The counter alone, on an empty folder, keeps raw_ids increasing after the clock was set."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "last_raw_id").write_bytes(FUTURE.bytes)
+    raw_ids = [FUTURE, *landed_and_killed(tmp_path, 3), *landed_and_killed(tmp_path, 3, "close")]
+    async with opened(tmp_path) as store:
+        raw_ids += await store.land([BODY] * 100)
+    assert_increasing(raw_ids)
+
+
+@pytest.mark.parametrize("counter", [b"", b"torn", None])
+async def test_a_counter_that_is_torn(counter: bytes | None, tmp_path: Path):
+    """Without its counter the store goes on after the greatest raw_id in the folders and logs."""
+    future = tmp_path / "raw" / f"{FUTURE}.json"
+    future.parent.mkdir()
+    future.write_bytes(BODY)
+    before = landed_and_killed(tmp_path, 2)
+    file = tmp_path / "journal" / "last_raw_id"
+    for path in (tmp_path / "raw").iterdir():
+        path.unlink()
+    file.unlink()
+    if counter is not None:
+        file.write_bytes(counter)
+    async with opened(tmp_path) as store:
+        assert store.pending() == before
+        assert_increasing([FUTURE, *before, *(await store.land([BODY] * 2))])
+
+
+async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A clock that is set back while the store is open does not show in its raw_ids."""
+    async with opened(tmp_path) as store:
+        raw_ids = await store.land([BODY] * 3)
+        monkeypatch.setattr(dropzone, "uuid7", lambda: UUID("01000000-0000-7000-8000-00000000beef"))
+        for _ in range(5):
+            raw_ids += await store.land([BODY] * 3)
+    assert_increasing(raw_ids)
+
+
+async def test_two_processes_with_a_clock_set_back(tmp_path: Path):
+    """Two processes that land at once on one folder share no raw_id; those of each increase."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "last_raw_id").write_bytes(FUTURE.bytes)
+    with landing(tmp_path, 300, "close") as one, landing(tmp_path, 300, "close") as other:
+        outs = await asyncio.gather(
+            *(asyncio.to_thread(process.communicate, timeout=30) for process in (one, other))
+        )
+    sequences = [list(map(UUID, out.split())) for out, _ in outs]
+    for raw_ids in sequences:
+        assert_increasing([FUTURE, *raw_ids])
+    assert len({raw_id for raw_ids in sequences for raw_id in raw_ids}) == 600
+    assert len(files_in(tmp_path)) == 600
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from dropzone import RawConfig, RawStore
+
+print("ready", flush=True)
+for line in sys.stdin:
+    store = RawStore(RawConfig(dir=Path(line.strip()) / "raw"))
+    store.open_here()
+    print("open", flush=True)
+    store.close_here()
+"""
+
+
+def test_many_processes_open_an_empty_folder(tmp_path: Path):
+    """Processes that are started at once, as the workers of a server, all open the store."""
+    command, pipe = [sys.executable, "-c", OPEN], subprocess.PIPE
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(command, cwd=REPO, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+            )
+            for _ in range(4)
+        ]
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+        for number in range(60):
+            for process in processes:
+                process.stdin.write(f"{tmp_path / str(number)}\n")
+            assert [process.stdout.readline() for process in processes] == ["open\n"] * 4
+
+
+# ── Recovery ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def mangle(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "zeros": b"\0", "longer": b"012345"}[how])
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "zeros", "longer"])
+async def test_recover(how: str, tmp_path: Path):
+    """Missing, empty and different files are written again from the journal; twice is as once."""
+    raw_ids = landed_and_killed(tmp_path, 5)
+    for raw_id in raw_ids[1:4]:
+        mangle(tmp_path / "raw" / f"{raw_id}.json", how)
+    for _ in range(3):
+        async with opened(tmp_path) as store:
+            assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2", b"3", b"4"]
+            assert store.pending() == raw_ids
+            assert logs_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("how", [None, "empty", "zeros", "longer"])
+async def test_recover_what_is_settled(how: str | None, tmp_path: Path):
+    """Processed and rejected payloads are not brought back, but made whole where they lie now."""
+    raw_ids = landed_and_killed(tmp_path, 3, "settled")
+    before = files_in(tmp_path)
+    for [path] in before.values():
+        if how:
+            mangle(path, how)
+    async with opened(tmp_path) as store:
+        states = [store.read(raw_id) for raw_id in raw_ids]
+    assert states == [("processed", b"0"), ("rejected", b"1"), ("pending", b"2")]
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("tail", ["head", "half", "garbage", "zeros", "checksum"])
+async def test_recover_a_torn_record(tail: str, tmp_path: Path):
+    """A torn record at the end of a log is ignored, and what stands before it is recovered."""
+    raw_ids = landed_and_killed(tmp_path, 3)
+    [log] = (tmp_path / "journal").glob("*.log")
+    whole = log.read_bytes()
+    record = whole[: len(whole) // 3]
+    torn = {
+        "head": record[:5],
+        "half": record[: len(record) // 2],
+        "garbage": os.urandom(4096),
+        "zeros": bytes(4096),
+        "checksum": record[:-1] + bytes([record[-1] ^ 1]),
+    }[tail]
+    log.write_bytes(whole + torn)
+    for path in (tmp_path / "raw").iterdir():
+        path.unlink()
+    async with opened(tmp_path) as store:
+        assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2"]
+        assert store.pending() == raw_ids
+
+
+async def test_recover_beside_a_running_process(tmp_path: Path):
+    """The log of a process that lives is left alone, and recovered when it has died."""
+    with landing(tmp_path, 3, "wait") as process:
+        assert process.stdout is not None
+        raw_ids = [UUID(process.stdout.readline().strip()) for _ in range(3)]
+        held = logs_in(tmp_path)
+        async with opened(tmp_path) as store:
+            await store.land([BODY])
+            assert len(logs_in(tmp_path) - held) == 1
+        assert logs_in(tmp_path) == held
+    for raw_id in raw_ids:
+        (tmp_path / "raw" / f"{raw_id}.json").unlink()
+    async with opened(tmp_path) as store:
+        assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2"]
+    assert logs_in(tmp_path) == set()

@@ -1,0 +1,698 @@
+"""Landing through the door: keys, batches, the writer process, admission, shutdown."""
+
+import asyncio
+import gzip
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import aiohttp
+import psutil
+import pytest
+from aiohttp import ClientSession, web
+from test_cli import OK, Program, Server
+
+import dropzone
+from backends.memory import MemoryBackend
+from dropzone import Config, RawConfig, ServerConfig, create_app
+
+NDJSON = {"Content-Type": "application/x-ndjson"}
+LARGE = json.dumps({"time_stamp": "2019-05-01T10:00:00Z", "data": [1.5] * 2000}).encode()
+PATIENCE = 20  # seconds until what hangs is taken for hanging
+TOTAL_LIMIT = 100_000  # bytes of a body
+
+
+class Answer(NamedTuple):
+    """An answer, read to its end."""
+
+    status: int
+    headers: Any
+    json: Any
+
+
+class Service:
+    """A running application, its address and its data folder."""
+
+    def __init__(self, folder: Path, runner: web.AppRunner, session: ClientSession) -> None:
+        [(self.host, self.port)] = runner.addresses
+        self.url = f"http://{self.host}:{self.port}"
+        self.folder = folder
+        self.app = runner.app
+        self.session = session
+
+    async def post(self, body: Any, key: str | None = None, **headers: str) -> Answer:
+        """Send a body to /ingest."""
+        given = {name.replace("_", "-"): text for name, text in headers.items()}
+        if key is not None:
+            given["Idempotency-Key"] = key
+        return await self.ask("POST", "/ingest", data=body, headers=given)
+
+    async def batch(self, body: bytes, key: str | None = None, **headers: str) -> Answer:
+        """Send NDJSON to /ingest."""
+        return await self.post(body, key, **(NDJSON | headers))
+
+    async def ask(self, method: str, path: str, **options: Any) -> Answer:
+        async with self.session.request(method, self.url + path, **options) as response:
+            return Answer(response.status, response.headers, json.loads(await response.read()))
+
+    def landed(self) -> dict[str, bytes]:
+        """Return the pending payloads by their raw_ids, in order of arrival."""
+        files = sorted((self.folder / "raw").iterdir(), key=lambda file: file.name)
+        return {file.stem: file.read_bytes() for file in files}
+
+
+Serve = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    """Serve as `python dropzone.py` does; to serve again on the same folder ends the one before."""
+    async with AsyncExitStack() as session_stack, AsyncExitStack() as stack:
+        session = await session_stack.enter_async_context(ClientSession())
+
+        async def start(**limits: Any) -> Service:
+            await stack.aclose()
+            raw = RawConfig(dir=tmp_path / "raw")
+            server = ServerConfig(**{"max_body_bytes": TOTAL_LIMIT} | limits)
+            app = create_app(Config(server=server, raw=raw), backend=MemoryBackend())
+            runner = web.AppRunner(
+                app, access_log=None, auto_decompress=False, shutdown_timeout=dropzone.GRACE
+            )
+            stack.push_async_callback(runner.cleanup)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            return Service(tmp_path, runner, session)
+
+        yield start
+
+
+@pytest.fixture
+async def service(serve: Serve) -> Service:
+    """Return a service with the usual limits."""
+    return await serve()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    made = Program(tmp_path)
+    yield made
+    made.close()
+
+
+async def until(condition: Callable[[], Any]) -> Any:
+    """Return what a condition gives as soon as it is true."""
+    async with asyncio.timeout(PATIENCE):
+        while not (found := condition()):
+            await asyncio.sleep(0.01)
+    return found
+
+
+def writers() -> list[psutil.Process]:
+    """Return the processes of this one that land large groups."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "write_forever" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+async def with_writer(service: Service) -> psutil.Process:
+    """Send large payloads until the writer process is there and takes them; return it."""
+    raw = service.app[dropzone.RAW]
+
+    def ready() -> bool:
+        return raw._writer._process is not None  # noqa: SLF001
+
+    assert (await service.post(LARGE)).status == 202
+    await until(ready)
+    [process] = writers()
+    return process
+
+
+# ── Idempotency-Key ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_key_repeated(service: Service):
+    """The same key and body get the same answer again, and land once."""
+    first = await service.post(b"[1]", "a")
+    second = await service.post(b"[1]", "a")
+    assert first.status == second.status == 202
+    assert first.json == second.json
+    assert first.headers["Location"] == second.headers["Location"]
+    assert service.landed() == {first.json["raw_id"]: b"[1]"}
+
+
+async def test_other_key(service: Service):
+    """Equal bodies under different keys, or none, are payloads of their own."""
+    answers = [await service.post(b"[1]", key) for key in ("a", "A", None, None)]
+    assert sorted(a.json["raw_id"] for a in answers) == list(service.landed())
+    assert len(service.landed()) == 4
+
+
+async def test_key_after_a_restart(serve: Serve):
+    """A key is known after a restart."""
+    first = await (await serve()).post(b"[1]", "a")
+    again = await serve()
+    assert (await again.post(b"[1]", "a")).json == first.json
+    assert (await again.post(b"[2]", "a")).status == 422
+    assert list(again.landed()) == [first.json["raw_id"]]
+
+
+async def test_key_of_a_processed_payload(service: Service):
+    """A retry does not bring back what was processed or rejected meanwhile."""
+    first = await service.post(LARGE, "good")
+    second = await service.post(b"[]", "bad")
+    done = await service.ask("POST", "/process")
+    assert (done.json["processed"], done.json["failed"]) == (1, 1)
+    assert (await service.post(LARGE, "good")).json == first.json
+    assert (await service.post(b"[]", "bad")).json == second.json
+    assert service.landed() == {}
+
+
+@pytest.mark.parametrize("body", [b"[1]", LARGE], ids=["small", "large"])
+async def test_concurrent_requests_with_one_key(service: Service, body: bytes):
+    """Of concurrent requests with one key, one lands, and all get its raw_id."""
+    if body is LARGE:
+        await with_writer(service)
+    before = set(service.landed())
+    answers = await asyncio.gather(*(service.post(body, "a") for _ in range(40)))
+    assert {a.status for a in answers} == {202}
+    [raw_id] = {a.json["raw_id"] for a in answers}
+    assert set(service.landed()) - before == {raw_id}
+
+
+async def test_concurrent_bodies_with_one_key(service: Service):
+    """Of concurrent requests with one key and different bodies, one lands, the others get a 422."""
+    answers = await asyncio.gather(*(service.post(b"[%d]" % i, "a") for i in range(20)))
+    assert Counter(a.status for a in answers) == {202: 1, 422: 19}
+    assert len(service.landed()) == 1
+
+
+async def test_key_with_another_body(service: Service):
+    """A key that comes with another body is 422 idempotency_key_reused, and nothing lands."""
+    await service.post(b"[1]", "a")
+    refused = await service.post(b"[2]", "a")
+    assert (refused.status, refused.json["code"]) == (422, "idempotency_key_reused")
+    assert list(service.landed().values()) == [b"[1]"]
+
+
+async def test_refused_key_leaves_the_rest_alone(service: Service):
+    """A 422 refuses its own request only, whatever it was landed together with."""
+    await service.post(b"[0]", "a")
+    posts = (service.post(b"[%d]" % i, "a" if i % 2 else None) for i in range(20))
+    answers = await asyncio.gather(*posts)
+    assert [a.status for a in answers] == [202, 422] * 10
+    landed = service.landed()
+    assert all(landed[a.json["raw_id"]] == b"[%d]" % i for i, a in enumerate(answers) if i % 2 == 0)
+    assert len(landed) == 11
+
+
+async def test_key_of_a_batch(serve: Serve):
+    """A batch with a key lands once, gets the same raw_ids again, and no other lines."""
+    service = await serve()
+    first = await service.batch(b"1\n2\n3", "a")
+    assert (await service.batch(b"1\n2\n3", "a")).json == first.json
+    assert (await service.batch(b"1\n2", "a")).status == 422
+    again = await serve()
+    assert (await again.batch(b"1\n2\n3", "a")).json == first.json
+    assert list(again.landed()) == first.json["raw_ids"]
+
+
+@pytest.mark.parametrize("body", [b"[1]", LARGE], ids=["small", "large"])
+async def test_retry_after_a_crash_before_the_commit(serve: Serve, body: bytes):
+    """A key that was noted by a process that died before its commit lands under that raw_id."""
+    service = await serve()
+    raw_id = UUID((await service.post(body)).json["raw_id"])
+    noted = UUID(int=raw_id.int + 1)
+    digest = dropzone._digest([body])  # noqa: SLF001
+    keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
+    with keys:
+        keys.execute(dropzone.NOTE_KEY, ("a", digest, noted.bytes, False))
+    keys.close()
+    again = await serve()
+    if body is LARGE:
+        await with_writer(again)
+    for _ in range(2):
+        assert (await again.post(body, "a")).json["raw_id"] == str(noted)
+    assert again.landed()[str(noted)] == body
+
+
+async def test_key_beyond_its_life(service: Service):
+    """A key is forgotten when the payload it named arrived more than 24 hours ago."""
+    old = UUID(int=(int(time.time() - 25 * 3600) * 1000) << 80 | 7 << 76 | 2 << 62)
+    keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
+    with keys:
+        keys.execute(dropzone.NOTE_KEY, ("a", b"of another body", old.bytes, True))
+    keys.close()
+    answer = await service.post(b"[1]", "a")
+    assert answer.status == 202
+    assert list(service.landed()) == [answer.json["raw_id"]]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "ä"])
+async def test_bad_key(service: Service, key: str):
+    """A key that is empty, too long or not printable ASCII is 400, and nothing lands."""
+    refused = await service.post(b"[1]", key)
+    assert (refused.status, refused.json["code"]) == (400, "header_invalid")
+    assert service.landed() == {}
+
+
+@pytest.mark.parametrize("key", ["x" * 255, "a b", '"8e03978e-40d5"', "~!"])
+async def test_good_key(service: Service, key: str):
+    """Any other key is taken as it is."""
+    assert (await service.post(b"[1]", key)).status == 202
+    assert (await service.post(b"[2]", key)).status == 422
+
+
+async def test_key_through_the_writer_process(service: Service):
+    """Keys hold across the two processes: what one has landed, the other knows."""
+    small = await service.post(b"[1]", "small")
+    early = await service.post(LARGE, "early")
+    await with_writer(service)
+    late = await service.post(LARGE, "late")
+    assert (await service.post(LARGE, "early")).json == early.json
+    assert (await service.post(LARGE, "late")).json == late.json
+    for key, body in (("late", b"[1]"), ("small", LARGE)):
+        refused = await service.post(body, key)
+        assert (refused.status, refused.json["code"]) == (422, "idempotency_key_reused")
+    assert (await service.post(b"[1]", "small")).json == small.json
+    assert len(service.landed()) == 4
+
+
+# ── NDJSON ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "application/x-ndjson",
+        "application/ndjson",
+        "application/jsonl",
+        "Application/X-NDJSON; charset=utf-8",
+    ],
+)
+async def test_batch(service: Service, media_type: str):
+    """Each line of NDJSON lands as a file of its own, and the raw_ids come in the lines' order."""
+    lines = [b'{"n": %d}' % number for number in range(100)]
+    answer = await service.batch(b"\n".join(lines), Content_Type=media_type)
+    assert (answer.status, answer.json["status"]) == (202, "accepted")
+    raw_ids = answer.json["raw_ids"]
+    assert raw_ids == sorted(raw_ids)
+    assert service.landed() == dict(zip(raw_ids, lines, strict=True))
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "text/plain"])
+async def test_no_batch(service: Service, media_type: str):
+    """Lines under another media type are one body, which is not JSON."""
+    answer = await service.post(b"1\n2", Content_Type=media_type)
+    assert (answer.status, answer.json["code"]) == (400, "payload_not_json")
+    assert service.landed() == {}
+
+
+async def test_line_ends(service: Service):
+    """CRLF ends a line as LF does, empty lines count as nothing, other bytes stay as they are."""
+    answer = await service.batch(b'\r\n 1 \r\n\n{"a":\t2}\n   \n"\xc3\xa4"')
+    assert list(service.landed().values()) == [b" 1 ", b'{"a":\t2}', b'"\xc3\xa4"']
+    assert len(answer.json["raw_ids"]) == 3
+
+
+@pytest.mark.parametrize("count", [3, 5000], ids=["small", "large"])
+async def test_compressed_batch(service: Service, count: int):
+    """A gzipped batch lands as its lines."""
+    lines = [b'{"n": %d}' % number for number in range(count)]
+    answer = await service.batch(gzip.compress(b"\n".join(lines)), Content_Encoding="gzip")
+    assert answer.status == 202
+    assert list(service.landed().values()) == lines
+
+
+@pytest.mark.parametrize("line", [1, 2, 3, 9000])
+async def test_broken_line(service: Service, line: int):
+    """A line that is not JSON is named, empty ones counted, and no other line lands either."""
+    lines = [b"1"] * 9000
+    lines[0] = b"" if line > 1 else b"1"
+    lines[line - 1] = b'{"a": }'
+    refused = await service.batch(b"\n".join(lines))
+    assert (refused.status, refused.json["code"]) == (400, "payload_not_json")
+    assert refused.json["line"] == line
+    assert f"line {line}:" in refused.json["detail"]
+    assert service.landed() == {}
+
+
+async def test_too_many_lines(service: Service):
+    """One line more than a batch may have is 413, and nothing lands; the most is taken."""
+    most = b"1\n" * dropzone.BATCH
+    refused = await service.batch(most + b"1")
+    assert (refused.status, refused.json["code"]) == (413, "payload_too_large")
+    assert service.landed() == {}
+    assert len((await service.batch(most)).json["raw_ids"]) == dropzone.BATCH
+
+
+@pytest.mark.parametrize("body", [b"", b"\n", b" \r\n\r\n\t"])
+async def test_empty_batch(service: Service, body: bytes):
+    """A batch without a line is 400."""
+    refused = await service.batch(body)
+    assert (refused.status, refused.json["code"]) == (400, "payload_not_json")
+
+
+async def test_batch_all_or_none(service: Service, tmp_path: Path):
+    """Where the disk refuses a batch, none of its lines is there, not after a crash either."""
+    raw, away, crashed = (tmp_path / name for name in ("raw", "away", "crashed"))
+    raw_id = (await service.post(b"[1]")).json["raw_id"]
+    raw.rename(away)
+    raw.touch()  # the journal can be written, the files cannot
+    refused = await service.batch(b"1\n" * 100)
+    assert (refused.status, refused.json["code"]) == (503, "storage_unavailable")
+    assert refused.headers["Retry-After"].isdigit()
+    raw.unlink()
+    away.rename(raw)
+    assert list(service.landed()) == [raw_id]
+    shutil.copytree(tmp_path, crashed)
+    store = dropzone.RawStore(RawConfig(dir=crashed / "raw"))
+    await store.open()
+    assert store.pending() == [UUID(raw_id)]
+    await store.close()
+
+
+async def test_clock_set_back(service: Service):
+    """With the clock behind the last raw_id, the next ones still ascend, in both processes."""
+    ahead = dropzone.uuid_at(datetime.now(UTC) + timedelta(days=1))
+    (service.folder / "journal" / "last_raw_id").write_bytes(ahead.bytes)
+    answers = [await service.post(b"[1]") for _ in range(20)]
+    await with_writer(service)
+    answers += [await service.post(body) for body in (LARGE, b"[1]") * 10]
+    raw_ids = [a.json["raw_id"] for a in answers]
+    assert raw_ids == sorted(raw_ids)
+    assert raw_ids[0] > str(ahead)
+
+
+# ── The writer process ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_small_groups_need_no_writer(service: Service):
+    """A service with little to do runs no second process."""
+    for _ in range(20):
+        await service.post(b"[1]")
+    assert writers() == []
+
+
+async def test_large_groups_start_a_writer(service: Service):
+    """Large groups start one process, and what it lands is as it was sent."""
+    process = await with_writer(service)
+    bodies = [b"[%d, %s]" % (number, LARGE) for number in range(100)]
+    answers = await asyncio.gather(*map(service.post, bodies))
+    landed = service.landed()
+    assert [landed[a.json["raw_id"]] for a in answers] == bodies
+    assert [p.pid for p in writers()] == [process.pid]
+
+
+async def test_small_payloads_in_a_large_group(service: Service):
+    """Payloads that are large only together land too, in order of their answers' raw_ids."""
+    await with_writer(service)
+    bodies = [b"[%d, %s]" % (number, b"1" * 1000) for number in range(200)]
+    answers = await asyncio.gather(*map(service.post, bodies))
+    landed = service.landed()
+    assert [landed[a.json["raw_id"]] for a in answers] == bodies
+
+
+async def test_killed_writer(service: Service):
+    """When the writer is killed, what it had in hand gets a 503, and another is started."""
+    process = await with_writer(service)
+    answers: dict[str, bytes] = {}
+    refused: list[Answer] = []
+    stop = asyncio.Event()
+
+    async def load(worker: int) -> None:
+        number = 0
+        while not stop.is_set():
+            body = b"[%d, %d, %s]" % (worker, number, LARGE)
+            answer = await service.post(body)
+            if answer.status == 202:
+                answers[answer.json["raw_id"]] = body
+            else:
+                assert answer.json["code"] == "storage_unavailable"
+                assert answer.headers["Retry-After"].isdigit()
+                refused.append(answer)
+            number += 1
+
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        workers = [group.create_task(load(worker)) for worker in range(8)]
+        await until(lambda: len(answers) > 100)
+        process.kill()
+        [another] = await until(lambda: [p for p in writers() if p.pid != process.pid])
+        await until(lambda: service.app[dropzone.RAW]._writer._process is not None)  # noqa: SLF001
+        seen = len(answers)
+        await until(lambda: len(answers) > seen + 50)
+        stop.set()
+    assert len(refused) <= len(workers)
+    assert another.is_running()
+    landed = service.landed()
+    assert {raw_id: landed.get(raw_id) for raw_id in answers} == answers
+
+
+async def test_writer_ends_with_the_service(serve: Serve):
+    """The writer ends when the service does."""
+    process = await with_writer(await serve())
+    await serve()
+    assert not process.is_running()
+
+
+# ── Slow clients ──────────────────────────────────────────────────────────────────────────────────
+
+HEAD = b"POST /ingest HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+
+
+async def trickle(writer: asyncio.StreamWriter) -> None:
+    """Send a byte of a body now and then."""
+    with suppress(ConnectionError):
+        for _ in range(100):
+            writer.write(b"1")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+
+async def test_trickled_body(serve: Serve):
+    """A body that trickles is 408 when its time is up, and nothing of it lands."""
+    service = await serve(body_seconds=0.5)
+    reader, writer = await asyncio.open_connection(service.host, service.port)
+    writer.write(HEAD)
+    task = asyncio.create_task(trickle(writer))
+    async with asyncio.timeout(PATIENCE):
+        answer = await reader.readuntil(b"}")
+        assert (await service.post(b"[1]")).status == 202
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"body_too_slow"' in answer
+    writer.close()
+    await task
+    assert list(service.landed().values()) == [b"[1]"]
+    assert service.app[dropzone.ADMISSION].bytes == 0
+
+
+async def test_many_slow_connections(serve: Serve):
+    """Two hundred idle and two hundred trickling connections do not keep others from landing."""
+    service = await serve(body_seconds=PATIENCE)
+    async with AsyncExitStack() as stack:
+        for number in range(400):
+            _, writer = await asyncio.open_connection(service.host, service.port)
+            stack.callback(writer.close)
+            if number % 2:
+                writer.write(HEAD)
+                task = asyncio.create_task(trickle(writer))
+                stack.callback(task.cancel)
+        async with asyncio.timeout(PATIENCE / 2):
+            answers = await asyncio.gather(*(service.post(b"[1]") for _ in range(100)))
+    assert {a.status for a in answers} == {202}
+
+
+# ── Admission ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Slow:
+    """A body of which one half is sent at once, the other when `rest` is set."""
+
+    def __init__(self, size: int = 20_000) -> None:
+        self.whole = b'"' + b"x" * (size - 2) + b'"'
+        self.rest = asyncio.Event()
+
+    async def __call__(self) -> AsyncIterator[bytes]:
+        half = len(self.whole) // 2
+        yield self.whole[:half]
+        await self.rest.wait()
+        yield self.whole[half:]
+
+
+async def test_too_much_in_flight(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """A body that is too much beside those in flight is 503 overloaded until they are done."""
+    monkeypatch.setattr(dropzone, "IN_FLIGHT", 25_000)
+    service = await serve()
+    slow = Slow()
+    first = asyncio.create_task(service.post(slow()))
+    await until(lambda: service.app[dropzone.ADMISSION].bytes == 10_000)
+    refused = await service.post(b"1" * 20_000)
+    assert (refused.status, refused.json["code"]) == (503, "overloaded")
+    assert refused.headers["Retry-After"].isdigit()
+    assert (await service.post(b"[1]")).status == 202
+    slow.rest.set()
+    assert (await first).status == 202
+    assert (await service.post(b'"%s"' % (b"1" * 20_000))).status == 202
+    assert service.app[dropzone.ADMISSION].bytes == 0
+
+
+async def test_one_large_body(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """A body that comes alone is let in, be it larger than what may be in flight."""
+    monkeypatch.setattr(dropzone, "IN_FLIGHT", 10)
+    service = await serve()
+    assert (await service.post(b'"0123456789"')).status == 202
+
+
+async def test_broken_bodies_are_out_of_flight(service: Service):
+    """Whatever refuses a body or ends its connection, its bytes no longer count as in flight."""
+    for body in (b"{", b"1" * (TOTAL_LIMIT + 1), b""):
+        assert (await service.post(body)).status in {400, 413}
+    _, writer = await asyncio.open_connection(service.host, service.port)
+    writer.write(HEAD + b"1" * 50)
+    await until(lambda: service.app[dropzone.ADMISSION].bytes == 50)
+    writer.close()
+    await until(lambda: service.app[dropzone.ADMISSION].bytes == 0)
+    assert service.landed() == {}
+
+
+async def test_draining(service: Service):
+    """A service about to stop lets nothing in, and finishes what is in flight."""
+    slow = Slow()
+    first = asyncio.create_task(service.post(slow()))
+    await until(lambda: service.app[dropzone.ADMISSION].bytes)
+    await service.app.shutdown()
+    refused = await service.post(b"[1]")
+    assert (refused.status, refused.json["code"]) == (503, "draining")
+    assert refused.headers["Retry-After"].isdigit()
+    slow.rest.set()
+    answer = await first
+    assert answer.status == 202
+    assert service.landed() == {answer.json["raw_id"]: slow.whole}
+
+
+async def test_free_space_is_a_twentieth_at_most(tmp_path: Path):
+    """However much is to be kept free, a disk that is a twentieth free takes payloads."""
+    disk = shutil.disk_usage(tmp_path)
+    if disk.free < disk.total / 20 + 2**20:
+        pytest.fail(f"the disk under {tmp_path} is too full for this: make room")
+    config = Config(raw=RawConfig(dir=tmp_path / "raw", min_free_bytes=2**62))
+    store = dropzone.RawStore(config.raw)
+    await store.open()
+    [raw_id] = await store.land([b"1"])
+    await store.close()
+    assert (tmp_path / "raw" / f"{raw_id}.json").read_bytes() == b"1"
+
+
+# ── Stopping, and several services ────────────────────────────────────────────────────────────────
+
+
+async def keep_sending(urls: list[str], accepted: dict[str, bytes], stop: asyncio.Event) -> None:
+    """Send payloads, small and large, alone and in batches, until told to or refused."""
+
+    async def send(session: ClientSession, worker: int) -> None:
+        number = 0
+        while not stop.is_set():
+            lines = [b'[%d, %d, %d, "%s"]' % (worker, number, i, b"x" * 500) for i in range(5)]
+            lines = lines if number % 3 == 0 else lines[:1]
+            headers = NDJSON if len(lines) > 1 else {}
+            url = urls[worker % len(urls)] + "/ingest"
+            async with session.post(url, data=b"\n".join(lines), headers=headers) as response:
+                answer = await response.json(content_type=None)
+                if response.status != 202:
+                    assert answer["code"] == "draining"
+                    return
+            raw_ids = answer["raw_ids"] if "raw_ids" in answer else [answer["raw_id"]]
+            assert not set(raw_ids) & accepted.keys()
+            accepted.update(zip(raw_ids, lines, strict=True))
+            number += 1
+
+    async def send_until_refused(session: ClientSession, worker: int) -> None:
+        with suppress(aiohttp.ClientError):  # it has stopped
+            await send(session, worker)
+
+    async with ClientSession() as session, asyncio.TaskGroup() as group:
+        for worker in range(16):
+            group.create_task(send_until_refused(session, worker))
+
+
+def lost(program: Program, accepted: dict[str, bytes]) -> dict[str, bytes]:
+    landed = program.payloads()
+    return {n: body for n, body in accepted.items() if landed.get(UUID(n)) != body}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_stopped_under_load(program: Program, how: signal.Signals):
+    """Told to stop under load, it exits 0, leaves an empty journal and all it has acknowledged."""
+    server = await asyncio.to_thread(Server, program, DROPZONE_BACKEND="memory")
+    accepted: dict[str, bytes] = {}
+    load = asyncio.create_task(keep_sending([server.url], accepted, asyncio.Event()))
+    await until(lambda: len(accepted) > 500)
+    assert await asyncio.to_thread(server.stop, how) == OK, server.log
+    await asyncio.wait_for(load, PATIENCE)
+    assert lost(program, accepted) == {}
+    left = sorted(path.suffix for path in (program.home / "data" / "journal").iterdir())
+    assert not {".log", ".new", ".part"} & set(left)
+
+
+async def test_stopped_with_a_slow_body(program: Program):
+    """A body that is on its way when the service is told to stop is landed before it ends."""
+    server = await asyncio.to_thread(Server, program, DROPZONE_BACKEND="memory")
+    slow = Slow()
+    async with ClientSession() as session:
+        post = asyncio.create_task(session.post(server.url + "/ingest", data=slow()))
+        await asyncio.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        slow.rest.set()
+        async with await post as response:
+            raw_id = (await response.json())["raw_id"]
+    assert await asyncio.to_thread(server.exit_code) == OK
+    assert program.payloads() == {UUID(raw_id): slow.whole}
+
+
+async def test_two_services_on_one_folder(program: Program):
+    """Two services on one folder give out no raw_id twice, and lose nothing when one is killed."""
+    servers = [
+        await asyncio.to_thread(Server, program, DROPZONE_BACKEND="memory") for _ in range(2)
+    ]
+    accepted: dict[str, bytes] = {}
+    stop = asyncio.Event()
+    load = asyncio.create_task(keep_sending([s.url for s in servers], accepted, stop))
+    await until(lambda: len(accepted) > 500)
+    os.kill(servers[0].process.pid, signal.SIGKILL)
+    seen = len(accepted)
+    await until(lambda: len(accepted) > seen + 200)
+    stop.set()
+    await asyncio.wait_for(load, PATIENCE)
+    assert lost(program, accepted) == {}
+    assert await asyncio.to_thread(servers[1].stop) == OK
+    assert await asyncio.to_thread(servers[0].exit_code) == -signal.SIGKILL
+
+
+async def test_one_key_at_two_services(program: Program):
+    """Concurrent requests with one key land once, though they go to two services."""
+    servers = [
+        await asyncio.to_thread(Server, program, DROPZONE_BACKEND="memory") for _ in range(2)
+    ]
+    async with ClientSession() as session:
+
+        async def post(url: str) -> str:
+            headers = {"Idempotency-Key": "a"}
+            async with session.post(url + "/ingest", data=LARGE, headers=headers) as response:
+                return (await response.json())["raw_id"]
+
+        raw_ids = await asyncio.gather(*(post(servers[i % 2].url) for i in range(40)))
+    assert list(program.payloads()) == [UUID(raw_id) for raw_id in set(raw_ids)]
+    assert [await asyncio.to_thread(server.stop) for server in servers] == [OK, OK]

@@ -36,6 +36,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -438,11 +439,13 @@ BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
 
-GROUP_BYTES = 8 * 1024 * 1024  # that are landed together; a single request may be larger
+GROUPS = 2  # under way at once: one is written while the next one waits at the door
+GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
-LOG_BYTES = 32 * 1024 * 1024  # at which a log is ended and checkpointed
+MANY_FILES = 64  # in a group that two threads write
+LOG_BYTES = 128 * 1024 * 1024  # at which a log is ended and checkpointed
 FULL_LOGS = 2  # that may await their checkpoint before landing does, too: the journal is bounded
-HEAD = struct.Struct("<II")  # of a record: the length and the CRC-32 of what follows
+HEAD = struct.Struct("<QII")  # of a record: its epoch, the length and CRC-32 of what follows
 KEY_LIFE = timedelta(hours=24)
 OPEN_KEYS = (
     "PRAGMA journal_mode = WAL",
@@ -503,15 +506,21 @@ class Record(Struct, frozen=True, array_like=True):
 
 
 class Log:
-    """One file of the journal: records, each with its length and checksum, appended and synced."""
+    """One file of the journal: records, each with its length and checksum, written and synced.
+
+    A log that is no longer needed is begun anew and overwritten: blocks that a file has already
+    are synced without waiting for the file system's own journal. The epoch, a secret number, tells
+    the new records from what is left of the old.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.size = os.fstat(self._file).st_size
+        self.broken = False  # it is not to be used again
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._begin()
 
     @classmethod
-    def begin(cls, folder: Path) -> Log:
+    def create(cls, folder: Path) -> Log:
         """Return a new log that this store holds, so that no other recovers it meanwhile."""
         log = cls(folder / f"{uuid7()}.new")
         try:
@@ -519,8 +528,7 @@ class Log:
             log.path = log.path.rename(log.path.with_suffix(".log"))
             _sync_folder(folder)
         except OSError:
-            log.path.unlink(missing_ok=True)
-            log.close()
+            log.remove()
             raise
         return log
 
@@ -536,26 +544,42 @@ class Log:
     def append(self, record: Record) -> None:
         """Return when the record is on disk; after an OSError it may be there or not."""
         body = msgspec.msgpack.encode(record)
-        data = HEAD.pack(len(body), zlib.crc32(body)) + body
-        _write_all(self._file, data)
+        head = HEAD.pack(self._epoch, len(body), zlib.crc32(body))
+        _write_all(self._file, head + body)
         os.fdatasync(self._file)
-        self.size += len(data)
+        self.size += len(head) + len(body)
 
     def cut(self, size: int) -> None:
         """Take back what was appended since the log had this size."""
-        os.ftruncate(self._file, size)
+        os.lseek(self._file, size, os.SEEK_SET)
+        os.pwrite(self._file, bytes(HEAD.size), size)
         os.fdatasync(self._file)
         self.size = size
 
+    def begin_anew(self) -> None:
+        """Forget all records."""
+        self.cut(0)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._epoch = getrandbits(64)
+        self.size = 0
+
     def records(self) -> Iterator[Record]:
         """Yield the records up to the first that is torn: no group behind it was acknowledged."""
+        epoch = None
         with open(self.path, "rb") as file:
             while len(head := file.read(HEAD.size)) == HEAD.size:
-                length, checksum = HEAD.unpack(head)
+                own, length, checksum = HEAD.unpack(head)
+                epoch = own if epoch is None else epoch
                 body = file.read(length)
-                if not 0 < length == len(body) or zlib.crc32(body) != checksum:
+                if own != epoch or not 0 < length == len(body) or zlib.crc32(body) != checksum:
                     return
                 yield msgspec.msgpack.decode(body, type=Record)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         os.close(self._file)
@@ -566,7 +590,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def write_file(part: str, path: str, body: bytes) -> None:
+def write_file(part: str, path: Path | str, body: bytes) -> None:
     """Make a file appear whole: written by the name `part`, then renamed to `path`."""
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -617,6 +641,7 @@ class Writer:
         )
         self._process: asyncio.subprocess.Process | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     async def write(self, group: Sequence[Batch]) -> list[Answer] | None:
         """Return the answers to a group, None where the process is not there (yet)."""
@@ -624,7 +649,7 @@ class Writer:
             self._starting = self._starting or asyncio.create_task(self._start())
             return None
         try:
-            return await self._exchange(msgspec.msgpack.encode(group))
+            return await self._exchange(self._process, msgspec.msgpack.encode(group))
         except (OSError, asyncio.IncompleteReadError):
             self._process = None
             wrong = "the writer process has ended; try again later"
@@ -643,13 +668,13 @@ class Writer:
         finally:
             self._starting = None
 
-    async def _exchange(self, message: bytes) -> list[Answer]:
-        process = self._process
-        if not (process and process.stdin and process.stdout):
+    async def _exchange(self, process: asyncio.subprocess.Process, message: bytes) -> list[Answer]:
+        if not (process.stdin and process.stdout):
             raise BrokenPipeError
         process.stdin.writelines((len(message).to_bytes(4), message))
-        size = int.from_bytes(await process.stdout.readexactly(4))
-        return ANSWERS.decode(await process.stdout.readexactly(size))
+        async with self._turn:  # answers come in the order of the groups
+            size = int.from_bytes(await process.stdout.readexactly(4))
+            return ANSWERS.decode(await process.stdout.readexactly(size))
 
     async def close(self) -> None:
         if self._starting:
@@ -693,11 +718,12 @@ class RawStore:
         self.journal = siblings / "journal"
         self.lock_file = siblings / "process.lock"
         self._min_free = config.min_free_bytes
-        self._part = f"{self.journal}/{uuid7()}.part"  # of no other store
+        self._part = f"{self.journal}/{uuid7()}.part"  # no other store's
         self._log: Log | None = None
         self._full: list[Log] = []  # appended to no more, still to be checkpointed
+        self._spare: list[Log] = []  # to be begun anew
         self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
-        self._landing: asyncio.Task[None] | None = None
+        self._landing: set[asyncio.Task[None]] = set()
         self._writer = Writer(config)
 
     async def open(self) -> None:
@@ -715,6 +741,7 @@ class RawStore:
 
     def open_here(self) -> None:
         self._checkpointer = ThreadPoolExecutor(1, "checkpoint")
+        self._file_writers = ThreadPoolExecutor(2, "files")
         self._checkpointing = self._checkpointer.submit(self._checkpoint, [])
         for folder in (self.raw, self.processed, self.rejected, self.journal):
             _make_folder(folder)
@@ -728,7 +755,7 @@ class RawStore:
     async def close(self) -> None:
         """Wait until everything that was handed to `land` is on disk, then empty the journal."""
         while self._landing:
-            await asyncio.wait([self._landing])
+            await asyncio.wait(self._landing)
         await self._writer.close()
         await self._in_thread(self.close_here)
         self._thread.shutdown()
@@ -736,10 +763,13 @@ class RawStore:
     def close_here(self) -> None:
         self._end_log()
         self._checkpointer.shutdown()  # waits for its end
+        self._file_writers.shutdown()
         with contextlib.suppress(OSError):  # what it could not do, the next start does
             self._checkpoint(list(self._full))
         for kept in self._full:
             kept.close()
+        for spare in self._spare:
+            spare.remove()
         os.close(self._counter)
         os.close(self._journal_fd)
         self._keys.close()
@@ -773,12 +803,13 @@ class RawStore:
         """
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._gathered.append((Batch(list(bodies), key), landed))
-        if self._landing is None:
-            self._landing = asyncio.create_task(self._land_gathered())
+        if len(self._landing) < GROUPS:
+            self._landing.add(task := asyncio.create_task(self._land_gathered()))
+            task.add_done_callback(self._landing.discard)
         return (await landed).result()
 
     async def _land_gathered(self) -> None:
-        """Land whatever has gathered while the group before was landed, until nothing has."""
+        """Land whatever has gathered while the groups before were landed, until nothing has."""
         while self._gathered:
             group, waiting, size = [], [], 0
             while self._gathered and size < GROUP_BYTES:
@@ -792,7 +823,6 @@ class RawStore:
             for landed, answer in zip(waiting, answers, strict=True):
                 if not landed.done():  # or else whoever waited has gone
                     landed.set_result(answer)
-        self._landing = None
 
     def write(self, group: Sequence[Batch]) -> list[Answer]:
         """Land a group; see above."""
@@ -810,7 +840,8 @@ class RawStore:
                 self._end_log()  # its checkpoint makes room
             answers = [Answer([], refusal.code, refusal.detail)] * len(group)
         if self._full and self._checkpointing.done():
-            self._checkpointing = self._checkpointer.submit(self._checkpoint, list(self._full))
+            logs = list(self._full)
+            self._checkpointing = self._checkpointer.submit(self._checkpoint, logs, reuse=True)
         if len(self._full) > FULL_LOGS:
             wait([self._checkpointing])
         return answers
@@ -880,16 +911,15 @@ class RawStore:
 
     def _commit(self, record: Record) -> None:
         if self._log is None:
-            self._log = Log.begin(self.journal)
+            self._log = self._spare.pop() if self._spare else Log.create(self.journal)
         size = self._log.size
         try:
             self._log.append(record)
         except OSError:  # the next sync would not tell: an error is reported once, the data dropped
-            self._end_log()
+            self._end_log(broken=True)
             raise
         try:
-            for raw_id, body in record.payloads:
-                write_file(self._part, f"{self.raw}/{raw_id}.json", body)
+            self._write_files(record.payloads)
             for use in record.keys:
                 self._note(use, landed=True)
         except Exception:
@@ -897,6 +927,17 @@ class RawStore:
             raise
         if self._log.size >= LOG_BYTES:
             self._end_log()
+
+    def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
+        if len(payloads) < MANY_FILES:
+            for raw_id, body in payloads:
+                self._publish(f"{self.raw}/{raw_id}.json", body)
+            return
+        parts = (payloads[n : n + MANY_FILES - 1] for n in range(0, len(payloads), MANY_FILES - 1))
+        parts_done = [self._file_writers.submit(self._write_files, part) for part in parts]
+        wait(parts_done)
+        for done in parts_done:
+            done.result()
 
     def _take_back(self, record: Record, size: int) -> None:
         """Undo a group of which not all could be written."""
@@ -910,18 +951,19 @@ class RawStore:
             if self._log:
                 self._log.cut(size)
         except OSError:
-            self._end_log()
+            self._end_log(broken=True)
 
-    def _publish(self, path: Path, body: bytes) -> None:
-        write_file(f"{self._part}-{threading.get_ident()}", str(path), body)
+    def _publish(self, path: Path | str, body: bytes) -> None:
+        write_file(f"{self._part}-{threading.get_ident()}", path, body)
 
-    def _end_log(self) -> None:
+    def _end_log(self, *, broken: bool = False) -> None:
         if self._log:
+            self._log.broken = broken
             self._full.append(self._log)
             self._log = None
 
-    def _checkpoint(self, logs: Sequence[Log]) -> None:
-        """Delete logs when all that they hold is on disk as files; the notes of their keys, too."""
+    def _checkpoint(self, logs: Sequence[Log], *, reuse: bool = False) -> None:
+        """Empty logs when all that they hold is on disk as files; the notes of their keys, too."""
         if not logs:
             return
         try:
@@ -932,8 +974,11 @@ class RawStore:
                 self._restore(raw_id, body, force=True)
             raise
         for done in logs:
-            done.path.unlink(missing_ok=True)
-            done.close()
+            if reuse and not done.broken:
+                done.begin_anew()
+                self._spare.append(done)
+            else:
+                done.remove()
             with contextlib.suppress(ValueError):  # of another store
                 self._full.remove(done)
 
@@ -1752,8 +1797,11 @@ INLINE = 64 * 1024  # bytes of NDJSON; more than that is checked in a thread
 def answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    body = msgspec.json.encode(value)
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(value),
+        status=status,
+        headers={"Content-Type": "application/json", **(headers or {})},
+    )
 
 
 def new_request_id() -> str:
@@ -2085,14 +2133,22 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
+IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
 
 
 async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
     app, where = create_app(config), (config.server.host, config.server.port)
     runner = web.AppRunner(
-        app, access_log=None, auto_decompress=False, shutdown_timeout=1.0, lingering_time=2.0
+        app,
+        access_log=None,
+        auto_decompress=False,
+        keepalive_timeout=IDLE,
+        shutdown_timeout=1.0,
+        lingering_time=2.0,
     )
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
     await runner.setup()
     try:
         site = web.TCPSite(runner, *where)

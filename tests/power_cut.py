@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from dropzone import raw_id_of
 REPO = Path(__file__).resolve().parent.parent
 MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
 MEGABYTES = {"ext4": 256, "xfs": 320}
-LOG_BYTES = "LOG_BYTES = 32 * 1024 * 1024"
 CLIENTS = 24
 CHANCE = SystemRandom()
 PATIENCE = 30.0  # seconds
@@ -95,16 +95,17 @@ def device_of(where: Path) -> Path:
 # ── The service ───────────────────────────────────────────────────────────────────────────────────
 
 
-def program(home: Path, log_bytes: int | None = None) -> Path:
-    """Return the program; with logs of another size, to have more checkpoints, a copy of it."""
-    if log_bytes is None:
-        return REPO / "dropzone.py"
+def program(home: Path, **constants: float | None) -> Path:
+    """Return the program; a copy of it where constants are to be others than in the original."""
     home.mkdir(exist_ok=True)
     shutil.copytree(REPO / "backends", home / "backends", dirs_exist_ok=True)
     source = (REPO / "dropzone.py").read_text()
-    assert source.count(LOG_BYTES) == 1
+    for name, value in constants.items():
+        if value is not None:
+            source, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {value}", source)
+            assert count == 1
     copy = home / "dropzone.py"
-    copy.write_text(source.replace(LOG_BYTES, f"LOG_BYTES = {log_bytes}"))
+    copy.write_text(source)
     return copy
 
 
@@ -131,7 +132,9 @@ def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None
 class Service:
     """A running `python dropzone.py`, in its own words: a process, and its writer process."""
 
-    def __init__(self, data: Path, home: Path, source: Path | None = None) -> None:
+    def __init__(
+        self, data: Path, home: Path, source: Path | None = None, **variables: str
+    ) -> None:
         home.mkdir(exist_ok=True)
         self.log = home / "log.txt"
         environment = {
@@ -139,6 +142,7 @@ class Service:
             "DROPZONE_RAW_DIR": str(data / "raw"),
             "DROPZONE_BACKEND": "memory",
             "DROPZONE_RAW_MIN_FREE_BYTES": "1000000",
+            **variables,
         }
         command = [sys.executable, str(source or REPO / "dropzone.py"), "--port", "0"]
         with self.log.open("wb") as file:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from power_cut import (
     CHANCE,
     MAKE,
@@ -37,8 +41,9 @@ from power_cut import (
 )
 
 import dropzone
-from dropzone import RawConfig, RawStore, StorageFull, StorageUnavailable
+from dropzone import Log, RawConfig, RawStore, Record, StorageFull, StorageUnavailable
 
+SLOW_CONNECTIONS = 6000
 BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
 
 
@@ -115,7 +120,7 @@ async def test_power_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
                 print(f"\nNO CUT ON {wanted}: {MAKE[wanted][0]} is not installed, ext4 instead.")
         folder, ledger = tmp_path / str(number), Ledger()
         folder.mkdir()
-        source = program(folder / "program", log_bytes)
+        source = program(folder / "program", LOG_BYTES=log_bytes)
         missing = await cut_power(kind, folder, source, ledger, process=process)
         lost += missing
         print(f"{kind}: {len(ledger.acknowledged)} acknowledged, {missing} not whole, 0 lost")
@@ -147,6 +152,47 @@ async def power_cut_by_hand(tmp_path: Path) -> None:
         await assert_served(service, ledger)
     finally:
         service.kill()
+
+
+# ── Slow clients ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_thousands_of_connections_that_send_nothing_much(tmp_path: Path):
+    """Idle, half-headed and trickling connections stop nobody, and are closed when time is up."""
+    source = program(tmp_path / "program", IDLE=6)
+    beginnings = [
+        b"",
+        b"POST /ingest HTTP/1.1\r\nHost: x\r\nContent-Le",
+        b"POST /ingest HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{",
+    ]
+    limits = {"DROPZONE_SERVER_BODY_SECONDS": "6"}
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    service = Service(tmp_path / "data", tmp_path / "home", source, **limits)
+    try:
+        port = int(service.url.rpartition(":")[2])
+        slow = []
+        for number in range(SLOW_CONNECTIONS):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(beginnings[number % len(beginnings)])
+            slow.append((reader, writer))
+        ledger = Ledger()
+        async with aiohttp.ClientSession(service.url) as session:
+            for _ in range(200):
+                async with asyncio.timeout(1):
+                    assert await ledger.post(session, [ledger.new_body()])
+            endings = [await asyncio.wait_for(reader.read(), 30) for reader, _ in slow]
+            assert await ledger.post(session, [ledger.new_body()])
+        for _, writer in slow:
+            writer.close()
+        assert {ending[:12] for ending in endings} == {b"", b"HTTP/1.1 408"}
+        assert endings.count(b"") == sum(b"{" not in beginning for beginning in beginnings) * (
+            SLOW_CONNECTIONS // len(beginnings)
+        )
+        assert service.stop() == os.EX_OK
+    finally:
+        service.kill()
+    assert_whole(tmp_path / "data", ledger)
 
 
 # ── Killed programs ───────────────────────────────────────────────────────────────────────────────
@@ -284,7 +330,7 @@ class Calls:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.done: list[tuple[str, str, bytes]] = []  # the call, the file, what was written
         self._left: dict[str, list[int]] = {}  # errors, the last first; 0 for none
-        for name in ("fdatasync", "fsync", "rename", "write", "ftruncate"):
+        for name in ("fdatasync", "fsync", "rename", "write", "lseek"):
             patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
 
     def fail(self, name: str, number: int, times: int = 1) -> None:
@@ -412,23 +458,23 @@ async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
         assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
 
 
-@pytest.mark.parametrize("name", ["fdatasync", "ftruncate"])
+@pytest.mark.parametrize("name", ["fdatasync", "lseek"])
 async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, calls: Calls):
     """A log that could not be cut after a failure is not appended to again."""
     async with opened(tmp_path) as store:
         await store.land([b"before"])
         [log] = logs_in(tmp_path)
         calls.fail("rename", errno.EIO)
-        cut = os.ftruncate
+        seek = os.lseek
 
-        def cut_and_fail(descriptor: int, size: int) -> None:
-            if name == "ftruncate":
+        def seek_and_fail(descriptor: int, *place: int) -> int:
+            if name == "lseek":
                 raise OSError(errno.EIO, "no")
-            cut(descriptor, size)
             calls.fail("fdatasync", errno.EIO)
+            return seek(descriptor, *place)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "ftruncate", cut_and_fail)
+            patch.setattr(os, "lseek", seek_and_fail)
             with pytest.raises(StorageUnavailable):
                 await store.land([b"refused"])
         seen = len(calls.done)
@@ -520,9 +566,11 @@ LAND = """
 import asyncio, os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
+import dropzone
 from dropzone import RawConfig, RawStore, Rejection
 
-async def main(folder, count, end):
+async def main(folder, count, end, log_bytes):
+    dropzone.LOG_BYTES = int(log_bytes)
     store = RawStore(RawConfig(dir=Path(folder) / "raw"))
     await store.open()
     landed = []
@@ -543,9 +591,11 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 @contextmanager
-def landing(folder: Path, count: int, end: str) -> Iterator[subprocess.Popen[str]]:
+def landing(
+    folder: Path, count: int, end: str, log_bytes: int = dropzone.LOG_BYTES
+) -> Iterator[subprocess.Popen[str]]:
     """Run a program that lands payloads: "0", "1" and so on, and prints their raw_ids."""
-    command = [sys.executable, "-c", LAND, str(folder), str(count), end]
+    command = [sys.executable, "-c", LAND, *map(str, (folder, count, end, log_bytes))]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=REPO, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -723,3 +773,50 @@ async def test_recover_beside_a_running_process(tmp_path: Path):
     async with opened(tmp_path) as store:
         assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2"]
     assert logs_in(tmp_path) == set()
+
+
+@given(
+    rounds=st.lists(st.lists(st.binary(max_size=300), max_size=4), min_size=1, max_size=4),
+    cut=st.booleans(),
+)
+def test_a_log_that_is_used_again(rounds: list[list[bytes]], *, cut: bool):
+    """Of a log that is overwritten, the records of this time are read, and no older one."""
+    with TemporaryDirectory() as folder:
+        log = Log.create(Path(folder))
+        for bodies in rounds:
+            log.begin_anew()
+            records = [Record([(UUID(int=n), body)], []) for n, body in enumerate(bodies)]
+            for record in records:
+                log.append(record)
+            if cut:
+                size = log.size
+                log.append(Record([(UUID(int=9), b"taken back")], []))
+                log.cut(size)
+            assert list(log.records()) == records
+        log.remove()
+
+
+async def test_logs_are_used_again(tmp_path: Path):
+    """A log goes round: what was in it before its checkpoint is not brought back by a recovery."""
+    with landing(tmp_path, 40, "wait", 300) as process:
+        assert process.stdout is not None
+        raw_ids = [UUID(process.stdout.readline().strip()) for _ in range(40)]
+        logs = logs_in(tmp_path)
+    held = [raw_id for raw_id in raw_ids if _in_a_record(tmp_path, raw_id)]
+    assert len(logs) <= 4
+    assert held
+    assert len(held) < len(raw_ids)
+    for raw_id in raw_ids:
+        (tmp_path / "raw" / f"{raw_id}.json").unlink()
+    async with opened(tmp_path) as store:
+        assert store.pending() == held
+
+
+def _in_a_record(folder: Path, wanted: UUID) -> bool:
+    logs = map(Log, (folder / "journal").glob("*.log"))
+    return any(
+        wanted == raw_id
+        for log in logs
+        for record in log.records()
+        for raw_id, _ in record.payloads
+    )

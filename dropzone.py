@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import codecs
 import contextlib
 import csv
 import ctypes
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import hmac
@@ -34,6 +36,8 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.process
 import os
 import re
 import resource
@@ -48,7 +52,7 @@ import threading
 import time
 import tomllib
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -58,12 +62,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from random import getrandbits
+from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 from uuid import UUID
 
@@ -71,7 +76,7 @@ import aiofiles.os
 import msgspec
 from aiohttp import StreamReader, web
 from dotenv import dotenv_values
-from filelock import AsyncFileLock, Timeout
+from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
 from tqdm import tqdm
 from uuid_utils.compat import uuid7
@@ -83,6 +88,9 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
+    differences,
+    same,
+    timestamp_text,
 )
 
 try:
@@ -206,10 +214,12 @@ class RawConfig(Section, frozen=True):
     processed_dir: Path | None = None
     rejected_dir: Path | None = None
     min_free_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
+    keep_days: Annotated[int, Meta(ge=0)] = 0
 
 
 class ProcessConfig(Section, frozen=True):
     batch: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    every: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class SqliteConfig(Section, frozen=True):
@@ -422,12 +432,17 @@ def _parse_int(digits: str) -> int | float:
 
 
 class Rejection(Struct, frozen=True):
-    """Why a payload is in the quarantine: the content of `rejected/<raw_id>.reason.json`."""
+    """Why a payload was rejected: the content of `rejected/<raw_id>.reason.json`.
+
+    It stays there when the payload is put back to pending, which `retries` counts.
+    """
 
     raw_id: UUID
     code: str
     detail: str
     rejected_at: datetime
+    retries: int = 0
+    retried_at: datetime | None = None
 
 
 State = Literal["pending", "processed", "rejected"]
@@ -436,6 +451,8 @@ STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
+WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
+PORTION = 1000
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
 
@@ -478,6 +495,31 @@ def uuid_at(moment: datetime) -> UUID:
     return UUID(int=int(moment.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62)
 
 
+def day_of(raw_id: UUID) -> str:
+    """Return the UTC day of a payload's arrival, "unknown" if its raw_id does not tell."""
+    arrival = arrival_of(raw_id)
+    return f"{arrival:%Y-%m-%d}" if arrival else "unknown"
+
+
+def earliest(folder: Path, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
+    """Return the `limit` least raw_ids of the payloads in a folder behind `after`, in order.
+
+    It holds no more than twice as many names at a time, however many files there are.
+    """
+    names: list[str] = []
+    low, high = f"{after}.json" if after else "", "~"
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if low < entry.name < high and PAYLOAD_NAME.fullmatch(entry.name):
+                names.append(entry.name)
+                if len(names) >= 2 * limit:
+                    names.sort()
+                    del names[limit:]
+                    high = names[-1]
+    names.sort()
+    return [UUID(name[:36]) for name in names[:limit]]
+
+
 def next_raw_id(last: UUID) -> UUID:
     """Return a new UUIDv7 that is greater than `last`, whatever the clock says."""
     fresh = uuid7()
@@ -487,6 +529,350 @@ def next_raw_id(last: UUID) -> UUID:
     if (last.int & RAND_B) + step <= RAND_B:
         return UUID(int=last.int + step)
     return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+class Folders:
+    """Where payloads lie: the folder of a file is the payload's state.
+
+    It holds nothing but paths, so that it can travel to other processes. Every method blocks on the
+    disk and belongs in a thread (`asyncio.to_thread`) or a process.
+    """
+
+    def __init__(self, config: RawConfig) -> None:
+        siblings = config.dir.parent
+        self.raw = config.dir
+        self.processed = config.processed_dir or siblings / "processed"
+        self.rejected = config.rejected_dir or siblings / "rejected"
+        self.journal = siblings / "journal"
+        self.lock_file = siblings / "process.lock"
+        self.keep_days = config.keep_days
+
+    def path(self, raw_id: UUID, state: State) -> Path:
+        folder = {"pending": self.raw, "rejected": self.rejected}.get(state)
+        return (folder or self.processed / day_of(raw_id)) / f"{raw_id}.json"
+
+    def read(self, raw_id: UUID) -> tuple[State, bytes]:
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                return state, self.path(raw_id, state).read_bytes()
+        if (body := self._packed(raw_id)) is not None:
+            return "processed", body
+        raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+
+    def find(self, raw_id: UUID) -> bytes | None:
+        """Return the bytes of a payload, None if it is not there."""
+        try:
+            return self.read(raw_id)[1]
+        except RawIdUnknown:
+            return None
+
+    def read_pending(self, raw_id: UUID) -> bytes | None:
+        """Return a pending payload, None if it is no longer pending.
+
+        Raises `DataQualityError` for a file that cannot be read, so that it does not stop the rest.
+        """
+        try:
+            return self.path(raw_id, "pending").read_bytes()
+        except OSError as error:
+            if not os.path.lexists(self.path(raw_id, "pending")):
+                return None
+            if error.errno not in BROKEN_FILE:
+                raise _storage_error(error) from error
+            raise DataQualityError(
+                "payload_unreadable", f"the file cannot be read: {error.strerror}"
+            ) from error
+
+    def pending(self, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
+        """Return the `limit` earliest pending payloads behind `after`, in order of arrival."""
+        return earliest(self.raw, limit, after)
+
+    def count_pending(self) -> int:
+        with os.scandir(self.raw) as entries:
+            return sum(PAYLOAD_NAME.fullmatch(entry.name) is not None for entry in entries)
+
+    def strays(self) -> list[str]:
+        """Return the names in the raw folder that are not those of payloads."""
+        return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
+
+    def publish(self, path: Path | str, body: bytes) -> None:
+        """Make a file appear whole: written under another name, then renamed to `path`."""
+        part = f"{self.journal}/{os.getpid()}-{threading.get_ident()}.part"
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _write_all(descriptor, body)
+        finally:
+            os.close(descriptor)
+        os.rename(part, path)
+
+    # Moves are renames, so that a payload is in exactly one folder at any moment.
+
+    def settle(self, processed: Iterable[UUID], rejected: Iterable[Rejection]) -> None:
+        """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
+        for rejection in rejected:
+            retries = before.retries if (before := self.record(rejection.raw_id)) else 0
+            # before the payload, so that none is without its reason
+            self._record(msgspec.structs.replace(rejection, retries=retries))
+            self._move(rejection.raw_id, self.rejected)
+        for day, raw_ids in itertools.groupby(processed, day_of):
+            folder = self.processed / day
+            folder.mkdir(parents=True, exist_ok=True)
+            for raw_id in raw_ids:
+                self._move(raw_id, folder)
+
+    def _move(self, raw_id: UUID, folder: Path) -> None:
+        source = f"{self.raw}/{raw_id}.json"
+        try:
+            os.rename(source, f"{folder}/{raw_id}.json")
+        except FileNotFoundError:
+            pass  # somebody else has moved it
+        except OSError as error:  # one bad file never stops the rest
+            log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
+
+    # Long life: finished days are packed, and after `keep_days` deleted.
+
+    def packs(self, day: str = "") -> list[Pack]:
+        """Return the packs of a day, or all; a day has a second one if payloads came late."""
+        with os.scandir(self.processed) as entries:
+            found = [e for e in entries if e.name.endswith(PACK) and e.name.startswith(day)]
+        packs = (Pack(Path(entry.path), entry.stat().st_mtime_ns) for entry in found)
+        return sorted(packs, key=lambda pack: pack.path)
+
+    def sources(self) -> Iterator[tuple[str, Iterator[Portion]]]:
+        """Yield the packs and folders of all that is processed: a name, and portions to read."""
+        for pack in self.packs():
+            yield pack.path.name, ((pack, n) for n in range(len(pack.index().members)))
+        for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield entry.name, _portions(Path(entry.path))
+
+    def count_processed(self) -> int:
+        packed = sum(pack.index().payloads for pack in self.packs())
+        folders = (entry.path for entry in os.scandir(self.processed) if entry.is_dir())
+        return packed + sum(len(os.listdir(folder)) for folder in folders)
+
+    def finished_days(self) -> list[str]:
+        """Return the days before today (UTC) that are not packed yet, or not wholly."""
+        days = filter(DAY_NAME.fullmatch, os.listdir(self.processed))
+        return sorted(day for day in days if day < f"{datetime.now(UTC):%Y-%m-%d}")
+
+    def compact(self, day: str) -> int:
+        """Pack a day's payloads, then delete their files; return how many there were."""
+        folder = self.processed / day
+        raw_ids = earliest(folder)
+        fresh = [
+            raw_id
+            for raw_id in raw_ids  # the others are left of a run that was stopped
+            if self._packed(raw_id) != (folder / f"{raw_id}.json").read_bytes()
+        ]
+        if fresh:
+            names = (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
+            paths = (self.processed / name for name in names)
+            Pack.write(next(path for path in paths if not path.exists()), folder, fresh)
+        for raw_id in raw_ids:
+            (folder / f"{raw_id}.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else lies there
+            folder.rmdir()
+        return len(fresh)
+
+    def expire(self) -> list[str]:
+        """Delete the packs whose day is more than `keep_days` days ago; return their names."""
+        expired = [pack for pack in self.packs() if self.is_expired(pack.path.name[:10])]
+        for pack in expired:
+            pack.remove()
+        return [pack.path.name for pack in expired]
+
+    def is_expired(self, day: str) -> bool:
+        last = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
+        return self.keep_days > 0 and day < last
+
+    def is_packed_or_expired(self, raw_id: UUID) -> bool:
+        return self.is_expired(day_of(raw_id)) or self._packed(raw_id) is not None
+
+    def _packed(self, raw_id: UUID) -> bytes | None:
+        bodies = (pack.read(raw_id) for pack in self.packs(day_of(raw_id)))
+        return next((body for body in bodies if body is not None), None)
+
+    # The quarantine
+
+    def rejection(self, raw_id: UUID) -> Rejection:
+        """Return why a payload was rejected; raises `RawIdUnknown` if it was not."""
+        try:
+            moved = datetime.fromtimestamp(self.path(raw_id, "rejected").lstat().st_ctime, UTC)
+        except FileNotFoundError:
+            raise RawIdUnknown(f"{raw_id} is not rejected") from None
+        wrong = "the reason is not there or cannot be read"
+        return self.record(raw_id) or Rejection(raw_id, "reason_missing", wrong, moved)
+
+    def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
+        """Yield why each rejected payload (or just one) is, in order of arrival."""
+        for raw_id in [one] if one else earliest(self.rejected):
+            with contextlib.suppress(RawIdUnknown):  # it was put back meanwhile
+                yield self.rejection(raw_id)
+
+    def retry(self, raw_id: UUID) -> bool:
+        """Put a rejected payload back to pending; return False if it is not rejected.
+
+        It keeps its raw_id, so that it still loses against later arrivals. Raises
+        `StorageUnavailable`.
+        """
+        source = self.path(raw_id, "rejected")
+        try:
+            reason, now = self.rejection(raw_id), datetime.now(UTC)
+            again = {"retries": reason.retries + 1, "retried_at": now}
+            self._record(msgspec.structs.replace(reason, **again))
+            os.rename(source, self.path(raw_id, "pending"))
+            return True
+        except RawIdUnknown:
+            return False
+        except OSError as error:
+            if source.exists():
+                raise _storage_error(error) from error
+            return False  # somebody else has put it back
+
+    def record(self, raw_id: UUID) -> Rejection | None:
+        """Return the last rejection of a payload, whatever has become of it since."""
+        with contextlib.suppress(OSError, ValueError):  # also what is no UTF-8
+            return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
+        return None
+
+    def _record(self, rejection: Rejection) -> None:
+        self.publish(self._reason(rejection.raw_id), msgspec.json.encode(rejection))
+
+    def _reason(self, raw_id: UUID) -> Path:
+        return self.rejected / f"{raw_id}.reason.json"
+
+
+# ── Raw store: packs of finished days ─────────────────────────────────────────────────────────────
+
+PACK = ".ndjson.gz"
+MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
+
+
+class PackLine(Struct, frozen=True, omit_defaults=True):
+    """A line of a pack: a payload as text, or in base64 where it is no UTF-8."""
+
+    raw_id: UUID
+    sha256: str
+    payload: str | None = None
+    base64: bytes | None = None
+
+    @classmethod
+    def of(cls, raw_id: UUID, body: bytes) -> PackLine:
+        digest = hashlib.sha256(body).hexdigest()
+        try:
+            return cls(raw_id, digest, body.decode())
+        except UnicodeDecodeError:
+            return cls(raw_id, digest, base64=body)
+
+    def body(self) -> bytes:
+        """Return the exact bytes that arrived; raises ValueError if they are not these."""
+        body = self.base64 or b"" if self.payload is None else self.payload.encode()
+        if hashlib.sha256(body).hexdigest() != self.sha256:
+            raise ValueError(f"{self.raw_id} in a pack is not what its sha256 says")
+        return body
+
+
+class PackIndex(Struct, frozen=True):
+    """What lies beside a pack: its SHA-256, and for each gzip member its first raw_id and place."""
+
+    payloads: int
+    bytes: int
+    sha256: str
+    members: list[tuple[UUID, int]]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A finished day of processed payloads in one file that never changes.
+
+    It is NDJSON in gzip members (RFC 1952), ordered by raw_id: zcat and jq read it. Its index
+    leads to the one member that a payload is in.
+    """
+
+    path: Path
+    written: int  # when, in ns: a name may be used again
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019 (a pack is but its name)
+    def index(self) -> PackIndex:
+        return msgspec.json.decode(Path(f"{self.path}.index").read_bytes(), type=PackIndex)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def member(self, number: int) -> dict[UUID, bytes]:
+        return _read_member(self.path, self.index(), number)
+
+    def read(self, raw_id: UUID) -> bytes | None:
+        number = bisect.bisect(self.index().members, raw_id, key=lambda member: member[0]) - 1
+        return self.member(number).get(raw_id) if number >= 0 else None
+
+    @classmethod
+    def write(cls, path: Path, folder: Path, raw_ids: Sequence[UUID]) -> Pack:
+        """Write payloads to a new pack; it is there when it is synced and has been read again."""
+        part, members, lines, size = path.with_suffix(".part"), list[tuple[UUID, int]](), [], 0
+        with open(part, "wb") as file:
+            for number, raw_id in enumerate(raw_ids, 1):
+                body = (folder / f"{raw_id}.json").read_bytes()
+                lines.append(PackLine.of(raw_id, body))
+                size += len(body)
+                if size >= MEMBER_BYTES or number == len(raw_ids):
+                    members.append((lines[0].raw_id, file.tell()))
+                    text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+                    file.write(gzip.compress(text, 6, mtime=0))
+                    lines, size = [], 0
+            file.flush()
+            os.fsync(file.fileno())
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        index = PackIndex(len(raw_ids), part.stat().st_size, digest, members)
+        _check_pack(part, index, folder, raw_ids)
+        index_file = Path(f"{path}.index")
+        index_file.write_bytes(msgspec.json.encode(index))
+        _sync_file(index_file)
+        os.rename(part, path)
+        _sync_file(path.parent)
+        return cls(path, path.stat().st_mtime_ns)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        Path(f"{self.path}.index").unlink(missing_ok=True)
+
+
+def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
+    starts = [start for _, start in index.members] + [index.bytes]
+    with open(path, "rb") as file:
+        file.seek(starts[number])
+        text = gzip.decompress(file.read(starts[number + 1] - starts[number]))
+    lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
+    return {line.raw_id: line.body() for line in lines}
+
+
+def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:
+    """Raise `StorageUnavailable` unless a pack gives back each payload, byte for byte."""
+    wanted = iter(raw_ids)
+    for number in range(len(index.members)):
+        for raw_id, body in _read_member(path, index, number).items():
+            if next(wanted, None) != raw_id or (folder / f"{raw_id}.json").read_bytes() != body:
+                raise StorageUnavailable(f"{path} is not what was written; {folder} was kept")
+    if next(wanted, None) is not None:
+        raise StorageUnavailable(f"{path} is not whole; {folder} was kept")
+
+
+# ── Raw store: landing ────────────────────────────────────────────────────────────────────────────
+
+
+Portion = list[UUID] | tuple[Pack, int]  # of a folder; or a member of a pack
+
+
+def _portions(folder: Path) -> Iterator[Portion]:
+    last = None
+    while raw_ids := earliest(folder, WINDOW, last):
+        last = raw_ids[-1]
+        yield from (raw_ids[n : n + PORTION] for n in range(0, len(raw_ids), PORTION))
 
 
 class KeyUse(Struct, frozen=True, array_like=True):
@@ -526,7 +912,7 @@ class Log:
         try:
             log.hold()
             log.path = log.path.rename(log.path.with_suffix(".log"))
-            _sync_folder(folder)
+            _sync_file(folder)
         except OSError:
             log.remove()
             raise
@@ -585,21 +971,6 @@ class Log:
         os.close(self._file)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def write_file(part: str, path: Path | str, body: bytes) -> None:
-    """Make a file appear whole: written by the name `part`, then renamed to `path`."""
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        _write_all(descriptor, body)
-    finally:
-        os.close(descriptor)
-    os.rename(part, path)
-
-
 class Batch(Struct, frozen=True, array_like=True):
     """What one request brought."""
 
@@ -632,12 +1003,11 @@ class Writer:
     """
 
     def __init__(self, config: RawConfig) -> None:
-        folders = (config.dir, config.processed_dir, config.rejected_dir)
-        texts = [str(folder) if folder else None for folder in folders]
         home = str(Path(__file__).resolve().parent)
+        settings = msgspec.to_builtins(config, enc_hook=str)
         self._code = (
             f"import sys; sys.path.insert(0, {home!r}); import dropzone; "
-            f"dropzone.write_forever({texts!r}, {config.min_free_bytes!r})"
+            f"dropzone.write_forever({settings!r})"
         )
         self._process: asyncio.subprocess.Process | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -687,10 +1057,9 @@ class Writer:
 ANSWERS = msgspec.msgpack.Decoder(list[Answer])
 
 
-def write_forever(folders: Sequence[str | None], min_free_bytes: int) -> None:
+def write_forever(settings: Table) -> None:
     """Land the groups that come by standard input, until it ends: the process of `Writer`."""
-    raw, processed, rejected = (Path(folder) if folder else None for folder in folders)
-    store = RawStore(RawConfig(raw or Path(), processed, rejected, min_free_bytes))
+    store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=_from_text))
     store.open_here()
     sys.stdout.buffer.write(b"!")
     sys.stdout.buffer.flush()
@@ -704,21 +1073,16 @@ def write_forever(folders: Sequence[str | None], min_free_bytes: int) -> None:
     store.close_here()
 
 
-class RawStore:
-    """Payloads as files; the folder that a file lies in is the payload's state.
+class RawStore(Folders):
+    """The folders and the way into them: lands payloads, durably.
 
     Methods without `async` block on the disk and belong in a thread (`asyncio.to_thread`).
     """
 
     def __init__(self, config: RawConfig) -> None:
-        siblings = config.dir.parent
-        self.raw = config.dir
-        self.processed = config.processed_dir or siblings / "processed"
-        self.rejected = config.rejected_dir or siblings / "rejected"
-        self.journal = siblings / "journal"
-        self.lock_file = siblings / "process.lock"
+        super().__init__(config)
+        self.config = config
         self._min_free = config.min_free_bytes
-        self._part = f"{self.journal}/{uuid7()}.part"  # no other store's
         self._log: Log | None = None
         self._full: list[Log] = []  # appended to no more, still to be checkpointed
         self._spare: list[Log] = []  # to be begun anew
@@ -931,7 +1295,7 @@ class RawStore:
     def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
         if len(payloads) < MANY_FILES:
             for raw_id, body in payloads:
-                self._publish(f"{self.raw}/{raw_id}.json", body)
+                self.publish(f"{self.raw}/{raw_id}.json", body)
             return
         parts = (payloads[n : n + MANY_FILES - 1] for n in range(0, len(payloads), MANY_FILES - 1))
         parts_done = [self._file_writers.submit(self._write_files, part) for part in parts]
@@ -952,9 +1316,6 @@ class RawStore:
                 self._log.cut(size)
         except OSError:
             self._end_log(broken=True)
-
-    def _publish(self, path: Path | str, body: bytes) -> None:
-        write_file(f"{self._part}-{threading.get_ident()}", path, body)
 
     def _end_log(self, *, broken: bool = False) -> None:
         if self._log:
@@ -1004,55 +1365,19 @@ class RawStore:
 
     def _restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
         for state in (*STATES, STATES[0]):  # it may move meanwhile
-            path = self._path(raw_id, state)
+            path = self.path(raw_id, state)
             with contextlib.suppress(FileNotFoundError):
                 if path.read_bytes() != body or force:
-                    self._publish(path, body)
+                    self.publish(path, body)
                 return
-        self._publish(self._path(raw_id, "pending"), body)
+        if not self.is_packed_or_expired(raw_id):
+            self.publish(self.path(raw_id, "pending"), body)
 
     def _greatest_raw_id(self) -> UUID:
         names = os.listdir(self.raw) + os.listdir(self.rejected)
         days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
         names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
         return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
-
-    # Reading
-
-    def _path(self, raw_id: UUID, state: State) -> Path:
-        if state == "pending":
-            return self.raw / f"{raw_id}.json"
-        if state == "rejected":
-            return self.rejected / f"{raw_id}.json"
-        arrival = arrival_of(raw_id)
-        return self.processed / (f"{arrival:%Y-%m-%d}" if arrival else "unknown") / f"{raw_id}.json"
-
-    def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
-        for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError):
-                return state, self._path(raw_id, state).read_bytes()
-        raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
-
-    def read_pending(self, raw_id: UUID) -> bytes | None:
-        """Return a pending payload, None if it is no longer pending.
-
-        Raises `DataQualityError` for a file that cannot be read, so that it does not stop the rest.
-        """
-        try:
-            return self._path(raw_id, "pending").read_bytes()
-        except OSError as error:
-            if not os.path.lexists(self._path(raw_id, "pending")):
-                return None
-            if error.errno not in BROKEN_FILE:
-                raise _storage_error(error) from error
-            raise DataQualityError(
-                "payload_unreadable", f"the file cannot be read: {error.strerror}"
-            ) from error
-
-    def pending(self) -> list[UUID]:
-        """Return the raw_ids of the pending payloads in order of arrival."""
-        return sorted(filter(None, map(raw_id_of, os.listdir(self.raw))))
 
     def trouble(self) -> str | None:
         """Try to write and sync; return what stands in the way of landing, or None."""
@@ -1061,54 +1386,11 @@ class RawStore:
                 return f"{folder} is not there or not writable"
         try:
             self._check_room(0)
-            self._publish(self.journal / "probe", b"")
-            _sync_folder(self.journal)
+            self.publish(self.journal / "probe", b"")
+            _sync_file(self.journal)
         except OSError as error:
             return f"{self.journal}: {error.strerror}"
         return None
-
-    def strays(self) -> list[str]:
-        """Return the names in the raw folder that are not those of payloads."""
-        return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
-
-    def rejection(self, raw_id: UUID) -> Rejection:
-        """Return why a payload was rejected; raises `RawIdUnknown` if it was not."""
-        try:
-            moved = datetime.fromtimestamp(self._path(raw_id, "rejected").lstat().st_ctime, UTC)
-        except FileNotFoundError:
-            raise RawIdUnknown(f"{raw_id} is not rejected") from None
-        try:
-            return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
-        except (FileNotFoundError, ValueError) as error:  # also what is no UTF-8
-            return Rejection(raw_id, "reason_missing", f"the reason cannot be read: {error}", moved)
-
-    def rejections(self) -> list[UUID]:
-        """Return the raw_ids of the rejected payloads in order of arrival."""
-        return sorted(filter(None, map(raw_id_of, os.listdir(self.rejected))))
-
-    def _reason(self, raw_id: UUID) -> Path:
-        return self.rejected / f"{raw_id}.reason.json"
-
-    # Settling: moves are renames, so that a payload is in exactly one folder at any moment.
-
-    def settle(self, processed: Iterable[UUID], rejected: Iterable[Rejection]) -> None:
-        """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
-        for rejection in rejected:
-            # before the payload, so that none is without its reason
-            self._publish(self._reason(rejection.raw_id), msgspec.json.encode(rejection))
-            self._move(rejection.raw_id, "rejected")
-        for raw_id in processed:
-            self._move(raw_id, "processed")
-
-    def _move(self, raw_id: UUID, state: State) -> None:
-        source, target = self._path(raw_id, "pending"), self._path(raw_id, state)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)  # the first of its day
-            os.rename(source, target)
-        except FileNotFoundError:
-            pass  # somebody else has moved it
-        except OSError as error:  # one bad file never stops the rest
-            log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
 
 
 def _digest(bodies: Sequence[bytes]) -> bytes:
@@ -1138,8 +1420,9 @@ def _sync_file_system(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_file(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -1151,7 +1434,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        _sync_file(folder.parent)
 
 
 def _storage_error(error: Exception) -> StorageUnavailable:
@@ -1175,12 +1458,34 @@ TIME_STAMP = re.compile(
 SHOWN = 60  # characters of a bad value that an error shows
 
 
+class GoodPayload(Struct):
+    """What a payload looks like in which nothing is wrong."""
+
+    time_stamp: str
+    data: list[float]
+
+
+GOOD_PAYLOAD = msgspec.json.Decoder(GoodPayload)
+
+
 def transform(raw_id: UUID, body: bytes) -> Measurement:
     """Return the measurement that a payload stands for, or raise `DataQualityError`.
 
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
     at least one finite number. Other members are left alone.
     """
+    try:  # the way of nearly all, several times as fast as finding out what is wrong
+        good = GOOD_PAYLOAD.decode(body)
+        body.isascii() or body.decode()  # members that nobody asked for are not decoded
+        if good.data and all(map(math.isfinite, good.data)):
+            mean, std_dev = mean_and_std_dev(good.data)
+            return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    return _transform_carefully(raw_id, body)
+
+
+def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     try:
         document = parse_json(body)
     except PayloadNotJson as error:
@@ -1299,87 +1604,191 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
 # ── Processing: pending payloads become rows ──────────────────────────────────────────────────────
 
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
+LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
+WORKERS = min(4, os.cpu_count() or 1)
+SHORT = 0.5  # seconds of work that are not worth the start of processes
+PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
 
-class ProcessResult(Struct, frozen=True):
+class Judged(Struct, frozen=True, array_like=True):
+    """What became of the first `checked` payloads of a batch."""
+
+    rows: list[Measurement]
+    rejected: list[Rejection]
+    checked: int
+
+
+JUDGED = msgspec.msgpack.Decoder(Judged)
+
+
+def judge(read: Callable[[UUID], bytes | None], raw_ids: Sequence[UUID]) -> bytes:
+    """Transform payloads, one in memory at a time; return `Judged` as MessagePack."""
+    rows, rejected, size, checked = list[Measurement](), list[Rejection](), 0, 0
+    for raw_id in raw_ids:
+        checked += 1
+        try:
+            if (body := read(raw_id)) is not None:
+                size += len(body)
+                rows.append(transform(raw_id, body))
+        except DataQualityError as error:
+            rejected.append(Rejection(raw_id, error.code, error.detail, datetime.now(UTC)))
+        if size >= PORTION_BYTES:
+            break
+    return msgspec.msgpack.encode(Judged(rows, rejected, checked))
+
+
+class Workers:
+    """Processes for work that would hold up this one. The first call starts them."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    async def run(self, call: Callable[..., T], *arguments: object) -> T:
+        """Call a function of this module in one of them; raises what it raises."""
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = self._pool or ProcessPoolExecutor(WORKERS, spawn, _begin_worker)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        except BrokenProcessPool:
+            self._pool = None
+            raise StorageUnavailable("a process of this service has ended; try again") from None
+
+    async def close(self) -> None:
+        if self._pool:
+            await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Let landing go first, and end with the process that started this one, however it ends."""
+    os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the other, who closes this one
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
+
+
+class ProcessResult(Struct):
     """What one run did: `checked` = `processed` + `failed` payloads; `remaining` are pending.
 
     `rejected` holds the first 1,000 that failed; `GET /rejected` lists all.
     """
 
-    processed: int
-    failed: int
-    checked: int
-    remaining: int
-    rejected: list[Rejection]
+    processed: int = 0
+    failed: int = 0
+    checked: int = 0
+    remaining: int = 0
+    rejected: list[Rejection] = []
 
 
 class Processor:
-    """Turns pending payloads into rows of the backend, one processor at a time per data folder."""
+    """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
-    def __init__(self, raw: RawStore, backend: Backend, batch: int) -> None:
-        self._raw = raw
+    Payloads are read, computed and moved in a thread; what takes longer, in processes, several
+    batches at a time. The order of the upserts does not matter: the greatest raw_id stands.
+    """
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self._folders = Folders(config.raw)
         self._backend = backend
-        self._batch = batch
+        self._batch = config.process.batch
+        self._workers = Workers()
 
     async def process(
         self, limit: int | None = None, progress: Callable[[int, int], object] = max
     ) -> ProcessResult:
         """Process what is pending now, the earliest arrival first, `limit` payloads at most.
 
-        `progress` is called before each batch with how many payloads are done, and of how many.
+        `progress` is called after each batch with how many payloads are done, and of how many.
 
         Raises `BackendUnavailable`: what is not in the backend by then is still pending, and
         `ProcessorBusy` when another processor keeps the data folder for longer than 10 s.
         """
-        processed, rejected = 0, list[Rejection]()
+        result = ProcessResult()
         async with self._alone():
-            pending = await asyncio.to_thread(self._raw.pending)
-            todo = pending[:limit]
-            for start in range(0, len(todo), self._batch):
-                progress(start, len(todo))
-                stop = start + self._batch
-                rows, rejections = await self._process_batch(todo[start:stop])
-                processed += rows
-                rejected += rejections
-            remaining = len(await asyncio.to_thread(self._raw.pending))
-        failed = len(rejected)
-        log.info("processed %d, rejected %d, %d pending", processed, failed, remaining)
-        return ProcessResult(
-            processed, failed, processed + failed, remaining, rejected[:REJECTIONS_SHOWN]
-        )
+            self._until = time.monotonic() + SHORT
+            pending = await asyncio.to_thread(self._folders.count_pending)
+            todo, seen, last = pending if limit is None else min(limit, pending), 0, None
+            while seen < todo:
+                most = min(WINDOW, todo - seen)
+                window = await asyncio.to_thread(self._folders.pending, most, last)
+                if not window:
+                    break
+                seen, last = seen + len(window), window[-1]
+                await self._process_window(window, result, lambda: progress(result.checked, todo))
+            result.remaining = await asyncio.to_thread(self._folders.count_pending)
+        if result.checked:
+            counts = (result.processed, result.failed, result.remaining)
+            log.info("processed %d, rejected %d, %d pending", *counts)
+        return result
+
+    async def process_forever(self, every: float) -> None:
+        """Process again and again, `every` seconds; while something is away, ever more rarely."""
+        pause = every
+        while True:
+            try:
+                await self.process()
+                pause = every
+            except ProcessorBusy:
+                pause = every  # whoever is at work does it
+            except (BackendError, DropzoneError) as error:
+                pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
+                log.warning("processing stopped, next try within %.0f s: %s", pause, error)
+            await asyncio.sleep(pause * uniform(0.5, 1))  # noqa: S311 (not all of them at once)
+
+    async def close(self) -> None:
+        await self._workers.close()
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         try:
-            async with AsyncFileLock(self._raw.lock_file, timeout=LOCK_PATIENCE):
+            async with AsyncFileLock(self._folders.lock_file, timeout=LOCK_PATIENCE):
                 yield
         except Timeout:
             raise ProcessorBusy(
                 "another processor is at work on this data folder; try again"
             ) from None
 
-    async def _process_batch(self, raw_ids: Sequence[UUID]) -> tuple[int, list[Rejection]]:
-        rows, rejections = await asyncio.to_thread(self._judge, raw_ids)
-        refused = await self._upsert(rows) if rows else []
-        refused_ids = {rejection.raw_id for rejection in refused}
-        stored = [row.raw_id for row in rows if row.raw_id not in refused_ids]
-        rejections += refused
-        await asyncio.to_thread(self._raw.settle, stored, rejections)
-        return len(stored), rejections
+    async def _process_window(
+        self, window: Sequence[UUID], result: ProcessResult, progress: Callable[[], object]
+    ) -> None:
+        starts = range(0, len(window), self._batch)
+        batches = deque(window[start : start + self._batch] for start in starts)
 
-    def _judge(self, raw_ids: Iterable[UUID]) -> tuple[list[Measurement], list[Rejection]]:
-        rows: list[Measurement] = []
-        rejections: list[Rejection] = []
-        for raw_id in raw_ids:
+        async def lane(run: Callable[..., Awaitable[Any]], until: float = math.inf) -> None:
             try:
-                body = self._raw.read_pending(raw_id)
-                if body is not None:
-                    rows.append(transform(raw_id, body))
-            except DataQualityError as error:
-                rejections.append(Rejection(raw_id, error.code, error.detail, datetime.now(UTC)))
-        return rows, rejections
+                while batches and time.monotonic() < until:
+                    if rest := await self._process_batch(run, batches.popleft(), result):
+                        batches.appendleft(rest)
+                    progress()
+            except BaseException:
+                batches.clear()  # so that the other lanes end, too
+                raise
+
+        await lane(asyncio.to_thread, self._until)
+        lanes = [lane(self._workers.run) for _ in range(WORKERS + 1 if batches else 0)]
+        for error in await asyncio.gather(*lanes, return_exceptions=True):
+            if error:
+                raise error
+
+    async def _process_batch(
+        self, run: Callable[..., Awaitable[Any]], batch: Sequence[UUID], result: ProcessResult
+    ) -> Sequence[UUID]:
+        """Read, transform, upsert and move; return what is left of a batch of large payloads."""
+        judged = JUDGED.decode(await run(judge, self._folders.read_pending, batch))
+        rejected = judged.rejected
+        rejected += await self._upsert(judged.rows) if judged.rows else []
+        refused = {rejection.raw_id for rejection in rejected}
+        stored = [row.raw_id for row in judged.rows if row.raw_id not in refused]
+        await run(self._folders.settle, stored, rejected)
+        result.processed += len(stored)
+        result.failed += len(rejected)
+        result.checked = result.processed + result.failed
+        result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
+        return batch[judged.checked :]
 
     async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
@@ -1394,6 +1803,133 @@ class Processor:
             [row] = rows
             return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
         return []
+
+
+# ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
+
+
+class Finding(Struct, frozen=True):
+    """A row that is not what the payloads say, and what it should be (None: nothing).
+
+    `missing`: payloads make a row, and there is none. `differing`: the row is not what the payload
+    that it names makes. `superseded`: a later payload should have won. `orphaned`: the payload that
+    the row names is not there.
+    """
+
+    kind: Literal["missing", "differing", "superseded", "orphaned"]
+    row: Measurement | None
+    right: Measurement | None
+
+
+def derive(folders: Folders, portion: Portion) -> bytes:
+    """Make the rows of a portion of payloads; see `judge`."""
+    if isinstance(portion, tuple):
+        pack, number = portion
+        bodies = pack.member(number)
+        return judge(bodies.get, list(bodies))
+    return judge(folders.find, portion)
+
+
+class Proof:
+    """Derives the table again from all that is processed, and compares it with the backend's.
+
+    What is derived is kept beside the journal until the comparison is done, so that a run that is
+    stopped goes on, within a day, behind the last folder or pack that it had finished.
+    """
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self._folders = Folders(config.raw)
+        self._backend = backend
+        self._workers = Workers()
+        self._scratch = self._folders.journal / "derived"
+
+    async def findings(
+        self,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        progress: Callable[[int], object] = abs,
+    ) -> AsyncIterator[Finding]:
+        """Yield what is wrong with the rows of `since <= timestamp_utc < until`, by timestamp.
+
+        Landing and processing may go on meanwhile. `progress` hears how many payloads more were
+        read. Raises `BackendError`, `StorageUnavailable`.
+        """
+        derived = create_backend("sqlite", path=self._scratch / "rows.sqlite")
+        try:
+            await self._derive(derived, progress)
+            async for right, row in differences(derived, self._backend, since, until):
+                if finding := await asyncio.to_thread(self._finding, right, row):
+                    yield finding
+        finally:
+            await derived.close()
+            await self._workers.close()
+        shutil.rmtree(self._scratch)
+
+    async def rebuild(
+        self,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        progress: Callable[[int], object] = abs,
+    ) -> AsyncIterator[Finding]:
+        """Do the same, and after each finding, set the row right."""
+        async for finding in self.findings(since, until, progress):
+            yield finding
+            row, right = finding.row, finding.right
+            if row and (right is None or right.raw_id < row.raw_id):  # an upsert would not win
+                await self._backend.delete([row])
+            if right:
+                await self._backend.upsert([right])
+
+    async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
+        done = self._scratch / "done"
+        if done.exists() and time.time() - done.stat().st_mtime > 86_400:
+            await asyncio.to_thread(shutil.rmtree, self._scratch)
+        await derived.open()
+        finished = set(done.read_text().splitlines()) if done.exists() else set()
+        for name, portions in self._folders.sources():
+            if name not in finished:
+                turn = asyncio.Lock()
+                lanes = (self._lane(portions, turn, derived, progress) for _ in range(WORKERS + 1))
+                await asyncio.gather(*lanes)
+                with done.open("a") as file:
+                    file.write(f"{name}\n")
+
+    async def _lane(
+        self,
+        portions: Iterator[Portion],
+        turn: asyncio.Lock,
+        derived: Backend,
+        progress: Callable[[int], object],
+    ) -> None:
+        while True:
+            async with turn:
+                portion = await asyncio.to_thread(next, portions, None)
+            while portion:
+                judged = JUDGED.decode(await self._workers.run(derive, self._folders, portion))
+                await derived.upsert(judged.rows)
+                progress(judged.checked)
+                portion = portion[judged.checked :] if isinstance(portion, list) else None
+            if portion is None:
+                return
+
+    def _finding(self, right: Measurement | None, row: Measurement | None) -> Finding | None:
+        if row is None:
+            return Finding("missing", None, right)
+        body = self._folders.find(row.raw_id)
+        try:
+            own = None if body is None else transform(row.raw_id, body)
+        except DataQualityError:
+            own = None
+        expired = body is None and self._folders.is_expired(day_of(row.raw_id))
+        makes = own if own and own.timestamp_utc == row.timestamp_utc else None
+        if expired:
+            makes = row  # there is nothing to prove it with, or wrong
+        best = max(filter(None, (makes, right)), key=lambda each: each.raw_id, default=None)
+        if body is None and not expired:
+            return Finding("orphaned", row, best)
+        if makes is None or not same(makes, row):
+            return Finding("differing", row, best)
+        return Finding("superseded", row, best) if best is not makes else None
 
 
 # ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
@@ -1434,18 +1970,29 @@ class MeasurementPage(Struct, frozen=True):
 
 
 class RejectionPage(Struct, frozen=True):
-    """Rejected payloads in order of arrival; `next` is the `after` of the page behind this one."""
+    """Rejected payloads in order of arrival; `next` is the `after` of the page behind this one.
+
+    `codes` counts all that were rejected in the time asked for, `total` those of the code, too.
+    """
 
     rejected: list[Rejection]
     total: int
+    codes: dict[str, int]
     next: UUID | None
+
+
+class Retried(Struct, frozen=True):
+    """How many rejected payloads were put back to pending."""
+
+    retried: int
 
 
 class Receipt(Struct, frozen=True):
     """Where a payload is and what became of it.
 
     `received_at` is read from the raw_id. A processed payload has its `measurement`, or the
-    `superseded_by` of a later payload for the same timestamp; a rejected one has its `rejection`.
+    `superseded_by` of a later payload for the same timestamp. `rejection` is the last one, also of
+    a payload that was put back since.
     """
 
     raw_id: UUID
@@ -1487,7 +2034,22 @@ class MeasurementsQuery(Struct, frozen=True):
     format: Annotated[Literal["json", "csv"], Meta(description="Goes before Accept.")] | None = None
 
 
-class RejectedQuery(Struct, frozen=True):
+class RetryQuery(Struct, frozen=True):
+    code: Annotated[str, Meta(description="Rejected with this code.")] | None = None
+    since: Annotated[datetime, Meta(tz=True, description="Rejected from then on.")] | None = None
+    until: Annotated[datetime, Meta(tz=True, description="Rejected before then.")] | None = None
+    raw_id: Annotated[UUID, Meta(description="This payload.")] | None = None
+
+    def fits(self, rejection: Rejection) -> bool:
+        return self.in_time(rejection) and self.code in (None, rejection.code)
+
+    def in_time(self, rejection: Rejection) -> bool:
+        at = rejection.rejected_at
+        late = self.since is None or at >= self.since
+        return late and (self.until is None or at < self.until)
+
+
+class RejectedQuery(RetryQuery, frozen=True):
     after: Annotated[UUID, Meta(description="The `next` of a page.")] | None = None
     limit: PageSize = 1000
 
@@ -1666,11 +2228,11 @@ async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
     raw, raw_id = request.app[RAW], raw_id_in(request)
     state, body = await asyncio.to_thread(raw.read, raw_id)
-    row = rejection = None
+    row = None
     if state == "processed":
         row = await row_in_place_of(request.app[BACKEND], raw_id, body)
-    elif state == "rejected":
-        rejection = await asyncio.to_thread(raw.rejection, raw_id)
+    known = raw.rejection if state == "rejected" else raw.record
+    rejection = await asyncio.to_thread(known, raw_id)
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
     arrival, digest = arrival_of(raw_id), hashlib.sha256(body).hexdigest()
@@ -1694,14 +2256,31 @@ async def payload(request: web.Request) -> web.Response:
 
 @Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
 async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
-    """List the rejected payloads with their reasons, in order of arrival."""
-    raw = request.app[RAW]
-    raw_ids = await asyncio.to_thread(raw.rejections)
-    behind = [raw_id for raw_id in raw_ids if query.after is None or raw_id > query.after]
-    shown = behind[: query.limit]
-    reasons = await asyncio.to_thread(lambda: [raw.rejection(raw_id) for raw_id in shown])
-    following = shown[-1] if len(behind) > query.limit else None
-    return answer(RejectionPage(reasons, len(raw_ids), following))
+    """List the rejected payloads with their reasons, in order of arrival, and count their codes."""
+    return answer(await asyncio.to_thread(quarantine, request.app[RAW], query))
+
+
+def quarantine(folders: Folders, query: RejectedQuery) -> RejectionPage:
+    codes, page = Counter[str](), list[Rejection]()
+    for rejection in folders.rejections(query.raw_id):
+        codes[rejection.code] += query.in_time(rejection)
+        behind = query.after is None or rejection.raw_id > query.after
+        if behind and len(page) <= query.limit and query.fits(rejection):
+            page.append(rejection)
+    total = codes.total() if query.code is None else codes[query.code]
+    shown = page[: query.limit]
+    return RejectionPage(shown, total, +codes, shown[-1].raw_id if len(page) > len(shown) else None)
+
+
+@Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery)
+async def retry(request: web.Request, query: RetryQuery) -> web.Response:
+    """Put rejected payloads back to pending: all, or those that the query names."""
+    return answer(Retried(await asyncio.to_thread(put_back, request.app[RAW], query)))
+
+
+def put_back(folders: Folders, query: RetryQuery) -> int:
+    found = filter(query.fits, folders.rejections(query.raw_id))
+    return sum(folders.retry(rejection.raw_id) for rejection in found)
 
 
 @Route("GET", "/openapi.json", None, {200: ("application/json",)})
@@ -2083,7 +2662,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[RAW] = RawStore(config.raw)
     app[BACKEND] = backend_of(config) if backend is None else backend
     app[ADMISSION] = Admission()
-    app[PROCESSOR] = Processor(app[RAW], app[BACKEND], config.process.batch)
+    app[PROCESSOR] = Processor(config, app[BACKEND])
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, endpoint(route), name=route.handler.__name__)
@@ -2123,9 +2702,15 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         await app[BACKEND].open()
     except BackendError as error:
         log.warning("the backend does not answer, landing goes on: %s", error)
+    loop = [app[PROCESSOR].process_forever(every)] if (every := app[CONFIG].process.every) else []
+    tasks = list(map(asyncio.create_task, loop))
     try:
         yield
     finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await app[PROCESSOR].close()
         await app[RAW].close()
         await app[BACKEND].close()
 
@@ -2238,21 +2823,112 @@ def _is_json(line: bytes) -> bool:
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
     """turn the pending payloads into measurements, with or without a server beside it"""
+    async with opened(config) as (_, backend):
+        processor = Processor(config, backend)
+        try:
+            if args.watch:
+                return await watch(processor, config.process.every or 1.0)
+            with tqdm(unit=" payloads", disable=None) as bar:
+
+                def show(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                result = await processor.process(args.limit, show)
+        finally:
+            await processor.close()
+    print(msgspec.json.format(msgspec.json.encode(result)).decode())
+    return os.EX_OK
+
+
+@contextlib.asynccontextmanager
+async def opened(config: Config) -> AsyncIterator[tuple[RawStore, Backend]]:
+    """Open the data folder, beside a server or without one, and make the backend."""
     raw, backend = RawStore(config.raw), backend_of(config)
     await raw.open()
     try:
-        with tqdm(unit=" payloads", disable=None) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            processor = Processor(raw, backend, config.process.batch)
-            result = await processor.process(args.limit, show)
-            show(result.checked, result.checked)
+        yield raw, backend
     finally:
         await backend.close()
-    print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        await raw.close()
+
+
+async def watch(processor: Processor, every: float) -> int:
+    """Process again and again, until the program is told to stop."""
+    task = asyncio.create_task(processor.process_forever(every))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await asyncio.wait([task])
+    return os.EX_OK
+
+
+async def verify(config: Config, args: argparse.Namespace) -> int:
+    """recompute the rows from their payloads; the exit code is 1 where a row is not right"""
+    return await prove(config, args, Proof.findings)
+
+
+async def rebuild(config: Config, args: argparse.Namespace) -> int:
+    """set the rows right that verify finds wrong; with --dry-run only show them"""
+    return await prove(config, args, Proof.findings if args.dry_run else Proof.rebuild)
+
+
+async def prove(config: Config, args: argparse.Namespace, way: ProofWay) -> int:
+    counts = Counter[str]()
+    async with opened(config) as (raw, backend):
+        total = await asyncio.to_thread(raw.count_processed)
+        with tqdm(total=total, unit=" payloads", disable=None) as bar:
+            async for finding in way(Proof(config, backend), args.since, args.until, bar.update):
+                counts[finding.kind] += 1
+                if counts.total() == 1 and not args.json:
+                    bar.write(FINDING.format(*FINDING_HEAD))
+                bar.write(as_line(finding, as_json=args.json))
+    if not args.json:
+        print(
+            ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "all rows are right"
+        )
+    return 1 if counts and args.run is verify else os.EX_OK
+
+
+ProofWay = Callable[
+    [Proof, datetime | None, datetime | None, Callable[[int], object]], AsyncIterator[Finding]
+]
+FINDING = "{:10}  {:27}  {:36}  {:>23}  {:>23}  {:36}  {:>23}  {:>23}"
+FINDING_HEAD = (
+    *("finding", "timestamp_utc", "row: raw_id", "mean", "std_dev"),
+    *("should be: raw_id", "mean", "std_dev"),
+)
+
+
+def as_line(finding: Finding, *, as_json: bool) -> str:
+    if as_json:
+        return msgspec.json.encode(finding).decode()
+    row, right = finding.row, finding.right
+    cells = [
+        (str(each.raw_id), f"{each.mean!r}", f"{each.std_dev!r}") if each else ("-", "", "")
+        for each in (row, right)
+    ]
+    [at, *_] = (timestamp_text(each.timestamp_utc) for each in (row, right) if each)
+    return FINDING.format(finding.kind, at, *cells[0], *cells[1]).rstrip()
+
+
+async def compact(config: Config, _: argparse.Namespace) -> int:
+    """pack the finished days of processed payloads, delete those that are older than keep_days"""
+    async with opened(config) as (raw, _backend):
+        with FileLock(raw.journal / "compact.lock", timeout=0):
+            days = await asyncio.to_thread(raw.finished_days)
+            for day in tqdm(days, unit=" days", disable=None):
+                count = await asyncio.to_thread(raw.compact, day)
+                tqdm.write(f"{day}: {count} payloads packed")
+            for name in await asyncio.to_thread(raw.expire):
+                print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
+    return os.EX_OK
+
+
+async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
+    """put rejected payloads back to pending: all, or those with a code or a raw_id"""
+    async with opened(config) as (raw, _):
+        queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
+        print(msgspec.json.encode(Retried(sum(put_back(raw, query) for query in queries))).decode())
     return os.EX_OK
 
 
@@ -2292,13 +2968,30 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
+    runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
     added = {}
     for name, run in runs.items():
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
     added["ingest"].add_argument("files", nargs="+", metavar="FILE", help="- is standard input")
     added["process"].add_argument("--limit", type=positive, help="process this many at most")
+    added["process"].add_argument("--watch", action="store_true", help="go on until stopped")
+    for name in ("verify", "rebuild"):
+        for bound, what in (("--since", "from"), ("--until", "before")):
+            added[name].add_argument(bound, type=moment, help=f"rows {what} this moment alone")
+        added[name].add_argument("--json", action="store_true", help="a JSON object on each line")
+    added["rebuild"].add_argument("--dry-run", action="store_true", help="change nothing")
+    added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
+    added["retry"].add_argument("--code", help="rejected with this code")
     return parser.parse_args(argv)
+
+
+def moment(text: str) -> datetime:
+    """Return a moment (UTC); argparse names this function in its error."""
+    try:
+        return parse_time_stamp(text)
+    except DataQualityError as error:
+        raise ValueError(error.detail) from None
 
 
 def positive(text: str) -> int:
@@ -2317,12 +3010,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(getattr(args, "config", None), overrides=given)
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        level = config.log.level if args.run is serve else "warning"  # a command reports by itself
+        runs_on = args.run is serve or getattr(args, "watch", False)
+        level = config.log.level if runs_on else "warning"  # a command reports by itself
         logging.basicConfig(level=level.upper(), format=form)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             code: int = runner.run(args.run(config, args))
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:  # what was done is done, and the next run goes on from there
+        return 128 + signal.SIGINT
+    except Timeout as error:
+        print(f"dropzone: {error.lock_file} is held by another run; try again", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except BrokenPipeError:  # whoever read standard output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR

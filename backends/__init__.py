@@ -4,10 +4,10 @@ A backend keeps one row per timestamp. Dropzone calls it from one event loop; se
 may use the same database at once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
-from math import isfinite
+from math import isclose, isfinite
 from typing import Protocol, cast
 from uuid import UUID
 
@@ -20,7 +20,9 @@ __all__ = [
     "Measurement",
     "MeasurementNotFound",
     "create_backend",
+    "differences",
     "require_utc",
+    "same",
     "timestamp_text",
     "window",
     "winners",
@@ -32,6 +34,9 @@ BUILT_IN = {
     "postgres": f"{__name__}.postgres:PostgresBackend",
 }
 RESOLUTION = timedelta(microseconds=1)
+PAGE = 10_000  # rows that are read at a time to compare two backends
+ROUNDING = 2**-49  # eight units in the last place
+SMALLEST = 2**-1071  # eight times the smallest double
 LATEST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -98,6 +103,13 @@ class Backend(Protocol):
         For each timestamp the row with the greatest `raw_id` stands, whichever call comes first.
         The same `raw_id` again overwrites its row. A batch may be empty, in any order, and hold
         one timestamp many times; of several with one `raw_id`, the last stands.
+        """
+
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        """Delete the rows that name the timestamp and the raw_id of one of `measurements`.
+
+        All of them or, when it raises, none; durable on return. A timestamp whose row names another
+        raw_id by now keeps it, so that a later arrival is never deleted.
         """
 
     async def get(self, timestamp_utc: datetime) -> Measurement:
@@ -177,6 +189,48 @@ def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
         if rival is None or measurement.raw_id >= rival.raw_id:
             standing[measurement.timestamp_utc] = measurement
     return [standing[timestamp] for timestamp in sorted(standing)]
+
+
+async def differences(
+    one: Backend, other: Backend, since: datetime | None = None, until: datetime | None = None
+) -> AsyncIterator[tuple[Measurement | None, Measurement | None]]:
+    """Yield the rows of each timestamp whose rows differ in two backends, None where one has none.
+
+    Both are read side by side, a page at a time, in order of timestamp. Values that differ by
+    rounding alone are the same.
+    """
+    rows, others = (_all_rows(backend, since, until) for backend in (one, other))
+    row, rival = await anext(rows, None), await anext(others, None)
+    while row or rival:
+        if rival is None or (row and row.timestamp_utc < rival.timestamp_utc):
+            yield row, None
+            row = await anext(rows, None)
+        elif row is None or rival.timestamp_utc < row.timestamp_utc:
+            yield None, rival
+            rival = await anext(others, None)
+        else:
+            if not same(row, rival):
+                yield row, rival
+            row, rival = await anext(rows, None), await anext(others, None)
+
+
+async def _all_rows(
+    backend: Backend, since: datetime | None, until: datetime | None
+) -> AsyncIterator[Measurement]:
+    after = None
+    while page := await backend.find(since=since, until=until, after=after, limit=PAGE):
+        for row in page:
+            yield row
+        after = page[-1].timestamp_utc
+
+
+def same(one: Measurement, other: Measurement) -> bool:
+    """Say whether two rows are the same but for the rounding of another machine's arithmetic."""
+    return (
+        (one.timestamp_utc, one.raw_id) == (other.timestamp_utc, other.raw_id)
+        and isclose(one.mean, other.mean, rel_tol=ROUNDING, abs_tol=SMALLEST)
+        and isclose(one.std_dev, other.std_dev, rel_tol=ROUNDING, abs_tol=SMALLEST)
+    )
 
 
 def window(

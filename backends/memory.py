@@ -28,6 +28,14 @@ class MemoryBackend:
         standing = winners([*self._rival_rows(measurements), *measurements])
         self._rows.update((row.timestamp_utc, row) for row in standing)
 
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.delete."""
+        for row in measurements:
+            standing = self._rows.get(require_utc(row.timestamp_utc))
+            if standing and standing.raw_id == row.raw_id:
+                del self._rows[row.timestamp_utc]
+                self._timestamps = []
+
     async def get(self, timestamp_utc: datetime) -> Measurement:
         """See Backend.get."""
         try:
@@ -64,7 +72,7 @@ class MemoryBackend:
         return [self._rows[timestamp] for timestamp in timestamps if timestamp in self._rows]
 
     def _ordered(self) -> list[datetime]:
-        # Rows are never deleted, so equal lengths mean that nothing was added since the last sort.
+        # `delete` forgets this list: equal lengths mean that nothing was added since the last sort.
         if len(self._timestamps) != len(self._rows):
             self._timestamps = sorted(self._rows)
         return self._timestamps

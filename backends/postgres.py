@@ -41,6 +41,11 @@ ON CONFLICT (timestamp_utc) DO UPDATE
 SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
 WHERE excluded.raw_id >= measurements.raw_id
 """
+DELETE = """
+DELETE FROM measurements USING unnest($1::text[], $2::uuid[]) AS batch (timestamp_text, raw_id)
+WHERE measurements.timestamp_utc = batch.timestamp_text::timestamptz
+    AND measurements.raw_id = batch.raw_id
+"""
 GET = """
 SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
 WHERE timestamp_utc = $1::text::timestamptz
@@ -159,6 +164,11 @@ class PostgresBackend:
             [row.raw_id for row in rows],
         )
 
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.delete."""
+        timestamps = [timestamp_text(row.timestamp_utc) for row in measurements]
+        await self._fetch(DELETE, timestamps, [row.raw_id for row in measurements])
+
     async def get(self, timestamp_utc: datetime) -> Measurement:
         """See Backend.get."""
         rows = await self._fetch(GET, timestamp_text(timestamp_utc))
@@ -259,7 +269,7 @@ class PostgresBackend:
             return BackendUnavailable(self._shape_message(reason))
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
             advice = (
-                "grant SELECT, INSERT and UPDATE on measurements to its user; "
+                "grant SELECT, INSERT, UPDATE and DELETE on measurements to its user; "
                 f"where the table is missing, create it: {CREATE_TABLE_LINE}"
             )
         else:

@@ -49,6 +49,7 @@ ON CONFLICT (timestamp_utc) DO UPDATE
 SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
 WHERE excluded.raw_id >= measurements.raw_id
 """
+DELETE = "DELETE FROM measurements WHERE timestamp_utc = ? AND raw_id = ?"
 GET = "SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements WHERE timestamp_utc = ?"
 # A year's first digit lies between the empty text and '~'.
 FIND_ASCENDING = """
@@ -100,7 +101,12 @@ class SqliteBackend:
     async def upsert(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.upsert."""
         rows = [_row(measurement) for measurement in winners(measurements)]
-        await self._in_thread(partial(self._write, rows))
+        await self._in_thread(partial(self._write, UPSERT, rows))
+
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.delete."""
+        rows = [(timestamp_text(row.timestamp_utc), str(row.raw_id)) for row in measurements]
+        await self._in_thread(partial(self._write, DELETE, rows))
 
     async def get(self, timestamp_utc: datetime) -> Measurement:
         """See Backend.get."""
@@ -184,11 +190,11 @@ class SqliteBackend:
             else:
                 return
 
-    def _write(self, rows: list[Row]) -> None:
+    def _write(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
         with self._opened() as connection:
             # Asking for the write lock first means waiting for it here, never failing halfway.
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(UPSERT, rows)
+            connection.executemany(sql, rows)
 
     def _close(self) -> None:
         if self._connection is not None:

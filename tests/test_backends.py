@@ -830,7 +830,7 @@ async def test_postgres_without_the_right_to_create(postgres_url: str) -> None:
         with pytest.raises(BackendUnavailable, match=r"permission denied .* CREATE TABLE"):
             await backend.open()
         await owner.execute(f"CREATE TABLE measurements ({GOOD})")
-        with pytest.raises(BackendUnavailable, match="grant SELECT, INSERT and UPDATE"):
+        with pytest.raises(BackendUnavailable, match="grant SELECT, INSERT, UPDATE and DELETE"):
             await backend.open()
         await owner.execute("GRANT SELECT, INSERT, UPDATE ON measurements TO ordinary")
         await backend.upsert([row()])

@@ -554,11 +554,17 @@ async def test_payload_in_each_state(service: Service) -> None:
 
 async def test_rejected_list(service: Service) -> None:
     """The quarantine is listed in order of arrival, page by page, each payload once."""
-    assert (await service("GET", "/rejected")).json == {"rejected": [], "total": 0, "next": None}
+    assert (await service("GET", "/rejected")).json == {
+        "rejected": [],
+        "total": 0,
+        "codes": {},
+        "next": None,
+    }
     ids = [await service.land([n]) for n in range(5)]
     reasons = (await service.process())["rejected"]
     whole = (await service("GET", "/rejected")).json
-    assert whole == {"rejected": reasons, "total": 5, "next": None}
+    codes = {"payload_not_object": 5}
+    assert whole == {"rejected": reasons, "total": 5, "codes": codes, "next": None}
     assert [reason["raw_id"] for reason in reasons] == ids
     found, query = [], "?limit=2"
     for _ in range(3):

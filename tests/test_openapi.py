@@ -263,6 +263,8 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await ask("POST", "/process")
     await ask("POST", "/process")
     await read_all(ids)
+    await ask("POST", "/rejected/retry", "?limit=1")
+    await ask("POST", "/rejected/retry", f"?raw_id={ids[3]}")
     await ask("POST", "/ingest", json=READING)
     backend.down = True
     await ask("POST", "/process")
@@ -270,6 +272,7 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     (folder / "raw").rename(folder / "away")
     await ask("GET", "/ready")
     await ask("POST", "/ingest", json=READING)
+    await ask("POST", "/rejected/retry")
     for method, path, _, _, _ in tuple(found):
         await ask(method, path, key={}, raw_id="x", timestamp="x")
     return found

@@ -28,7 +28,7 @@ from backends import Backend, BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.sqlite import SqliteBackend
-from dropzone import Processor, ProcessorBusy, RawConfig, RawStore
+from dropzone import Config, ProcessConfig, Processor, ProcessorBusy, RawConfig, RawStore
 
 NOON = datetime(2019, 5, 1, 12, tzinfo=UTC)
 FIRST_ARRIVAL = datetime(2024, 2, 29, 23, 59, 59, 998_000, tzinfo=UTC)
@@ -80,6 +80,10 @@ class Folder:
         """Return how many payloads lie in each folder that holds some."""
         states = {state: len(self.names(state)) for state in ("raw", "processed", "rejected")}
         return +Counter(states)
+
+
+def processor_of(store: RawStore, backend: Backend, batch: int) -> Processor:
+    return Processor(Config(raw=store.config, process=ProcessConfig(batch=batch)), backend)
 
 
 @pytest.fixture
@@ -205,7 +209,7 @@ async def test_every_pending_payload(folder: Folder, batch: int):
     """2,500 pending payloads are all processed by one call, whatever the batch."""
     raw_ids = folder.fill(2500)
     backend = MemoryBackend()
-    result = await Processor(folder.store, backend, batch).process()
+    result = await processor_of(folder.store, backend, batch).process()
     assert (result.processed, result.failed, result.checked, result.remaining) == (2500, 0, 2500, 0)
     assert await backend.count() == 2500
     assert folder.names("processed") == raw_ids
@@ -215,7 +219,7 @@ async def test_every_pending_payload(folder: Folder, batch: int):
 async def test_nothing_pending(folder: Folder):
     """An empty folder is no error, and the backend is not asked."""
     backend = Failing(BackendUnavailable("down"), {0})
-    result = await Processor(folder.store, backend, 10).process()
+    result = await processor_of(folder.store, backend, 10).process()
     assert (result.processed, result.failed, result.checked, result.remaining) == (0, 0, 0, 0)
     assert result.rejected == []
 
@@ -227,16 +231,16 @@ async def test_batches_in_order_of_arrival(folder: Folder):
     for number in numbers:
         folder.put(arrival(number), body(-number))
     backend, told = Recording(), list[tuple[int, int]]()
-    await Processor(folder.store, backend, 4).process(None, lambda *seen: told.append(seen))
+    await processor_of(folder.store, backend, 4).process(None, lambda *seen: told.append(seen))
     in_order = [arrival(number) for number in range(10)]
     assert backend.batches == [in_order[:4], in_order[4:8], in_order[8:]]
-    assert told == [(0, 10), (4, 10), (8, 10)]
+    assert told == [(4, 10), (8, 10), (10, 10)]
 
 
 async def test_limit(folder: Folder):
     """A limit takes the earliest arrivals, good and bad ones; the rest is counted and stays."""
     raw_ids = folder.fill(10, lambda number: b"bad" if number == 1 else body(number))
-    processor = Processor(folder.store, MemoryBackend(), 2)
+    processor = processor_of(folder.store, MemoryBackend(), 2)
     result = await processor.process(3)
     assert (result.processed, result.failed, result.checked, result.remaining) == (2, 1, 3, 7)
     assert folder.names("raw") == raw_ids[3:]
@@ -247,7 +251,7 @@ async def test_limit(folder: Folder):
 async def test_folder_of_the_day_of_arrival(folder: Folder):
     """A processed payload lies, unchanged, in the folder of the UTC day of its arrival."""
     folder.fill(4)
-    await Processor(folder.store, MemoryBackend(), 10).process()
+    await processor_of(folder.store, MemoryBackend(), 10).process()
     days = [folder.place / "processed" / day for day in ("2024-02-29", "2024-03-01")]
     assert [len(list(day.iterdir())) for day in days] == [2, 2]
     assert (days[1] / f"{arrival(2)}.json").read_bytes() == body(2)
@@ -257,7 +261,7 @@ async def test_row_names_its_payload(folder: Folder):
     """A row has the statistics of the payload that its raw_id names."""
     folder.put(arrival(0), body(5, 0, 2))
     backend = MemoryBackend()
-    await Processor(folder.store, backend, 10).process()
+    await processor_of(folder.store, backend, 10).process()
     expected = Measurement(NOON + timedelta(seconds=5), 1.0, 1.0, arrival(0))
     assert await backend.find() == [expected]
 
@@ -266,7 +270,7 @@ async def test_landed_meanwhile(folder: Folder):
     """Payloads that land while others are processed are pending afterwards, none is lost."""
     folder.fill(500)
     backend = MemoryBackend()
-    processor = Processor(folder.store, backend, 20)
+    processor = processor_of(folder.store, backend, 20)
     running = asyncio.create_task(processor.process())
     landed = []
     while not running.done():
@@ -289,7 +293,7 @@ async def test_taken_away_meanwhile(folder: Folder):
             await super().upsert(measurements)
 
     folder.fill(5)
-    result = await Processor(folder.store, Removing(), 2).process()
+    result = await processor_of(folder.store, Removing(), 2).process()
     assert (result.processed, result.failed, result.remaining) == (4, 0, 0)
 
 
@@ -299,7 +303,7 @@ async def test_taken_away_meanwhile(folder: Folder):
 async def test_rejected_does_not_hold_up_the_next_call(folder: Folder):
     """Bad payloads are taken once: the next call, however small its limit, sees later arrivals."""
     raw_ids = folder.fill(6, lambda number: b"[]" if number < 5 else body())
-    processor = Processor(folder.store, MemoryBackend(), 10)
+    processor = processor_of(folder.store, MemoryBackend(), 10)
     results = [await processor.process(1) for _ in raw_ids]
     assert [result.failed for result in results] == [1, 1, 1, 1, 1, 0]
     assert results[-1].processed == 1
@@ -310,7 +314,7 @@ async def test_rejected_is_kept_with_its_reason(folder: Folder):
     """A rejected payload keeps its bytes; its reason has code, place and time."""
     folder.put(arrival(0), content := body(0, 1, "x"))
     before = datetime.now(UTC)
-    result = await Processor(folder.store, MemoryBackend(), 10).process()
+    result = await processor_of(folder.store, MemoryBackend(), 10).process()
     [rejection] = result.rejected
     assert (rejection.raw_id, rejection.code) == (arrival(0), "value_not_numeric")
     assert "data[1]" in rejection.detail
@@ -323,7 +327,7 @@ async def test_good_ones_among_bad_ones(folder: Folder):
     """One bad payload in a batch rejects that one alone."""
     folder.fill(9, lambda number: b"\xff" if number % 3 else body(number))
     backend = MemoryBackend()
-    result = await Processor(folder.store, backend, 9).process()
+    result = await processor_of(folder.store, backend, 9).process()
     assert (result.processed, result.failed, result.checked) == (3, 6, 9)
     assert sorted(raw_id for _, raw_id in (await rows_of(backend)).values()) == [
         arrival(number) for number in (0, 3, 6)
@@ -333,7 +337,7 @@ async def test_good_ones_among_bad_ones(folder: Folder):
 async def test_thousands_of_bad_ones(folder: Folder):
     """All of 1,500 bad payloads are counted and kept, though one answer does not list them all."""
     folder.fill(1500, lambda _: b"bad")
-    result = await Processor(folder.store, MemoryBackend(), 400).process()
+    result = await processor_of(folder.store, MemoryBackend(), 400).process()
     assert (result.processed, result.failed, result.checked, result.remaining) == (0, 1500, 1500, 0)
     assert 0 < len(result.rejected) <= 1500
     assert folder.states() == {"rejected": 1500}
@@ -357,7 +361,7 @@ async def test_unreadable(folder: Folder, make: Callable[[Path], None]):
     make(folder.place / "raw" / f"{arrival(0)}.json")
     folder.put(arrival(1), body())
     backend = MemoryBackend()
-    processor = Processor(folder.store, backend, 10)
+    processor = processor_of(folder.store, backend, 10)
     for _ in range(2):
         await processor.process(1)
     assert await backend.count() == 1
@@ -367,7 +371,7 @@ async def test_unreadable(folder: Folder, make: Callable[[Path], None]):
 
 async def test_unreadable_twice(folder: Folder):
     """A directory named like a payload that comes back is no obstacle either."""
-    processor = Processor(folder.store, MemoryBackend(), 10)
+    processor = processor_of(folder.store, MemoryBackend(), 10)
     for number in (1, 2):
         _directory(folder.place / "raw" / f"{arrival(0)}.json")
         folder.put(arrival(number), body())
@@ -388,7 +392,7 @@ async def test_any_uuid(folder: Folder, raw_id: str):
     folder.put(UUID(raw_id), body(0))
     folder.put(arrival(1), body(1))
     backend = MemoryBackend()
-    result = await Processor(folder.store, backend, 10).process()
+    result = await processor_of(folder.store, backend, 10).process()
     assert (result.processed, result.failed, result.remaining) == (2, 0, 0)
     assert {raw_id for _, raw_id in (await rows_of(backend)).values()} == {UUID(raw_id), arrival(1)}
     assert folder.store.read(UUID(raw_id)) == ("processed", body(0))
@@ -399,7 +403,7 @@ async def test_other_files_are_left_alone(folder: Folder):
     names = ["notes.txt", f"{arrival(0)}.json.tmp", f"{str(arrival(0)).upper()}.json", ".json"]
     for name in names:
         (folder.place / "raw" / name).write_bytes(body())
-    result = await Processor(folder.store, MemoryBackend(), 10).process()
+    result = await processor_of(folder.store, MemoryBackend(), 10).process()
     assert (result.checked, result.remaining) == (0, 0)
     assert sorted(os.listdir(folder.place / "raw")) == sorted(names)
 
@@ -442,7 +446,7 @@ async def _play(plan: Plan, again: set[int], batch: int) -> None:
             nodes[home].put(arrival(number), body(second, number))
 
         async def process(node: int, limit: int | None) -> None:
-            await Processor(nodes[node].store, backend, batch).process(limit)
+            await processor_of(nodes[node].store, backend, batch).process(limit)
 
         for at_once in schedule:
             await asyncio.gather(*(process(*call) for call in at_once))
@@ -463,7 +467,7 @@ async def test_last_arrival_stands_in_every_order(folder: Folder, order: tuple[i
     backend = MemoryBackend()
     for number in order:
         folder.put(arrival(number), body(0, number))
-        await Processor(folder.store, backend, 10).process()
+        await processor_of(folder.store, backend, 10).process()
     assert await rows_of(backend) == {NOON: (2.0, arrival(2))}
 
 
@@ -472,7 +476,7 @@ async def test_a_rejected_last_arrival(folder: Folder):
     folder.put(arrival(0), body(0, 1))
     folder.put(arrival(1), body(0, "x"))
     backend = MemoryBackend()
-    await Processor(folder.store, backend, 10).process()
+    await processor_of(folder.store, backend, 10).process()
     assert await rows_of(backend) == {NOON: (1.0, arrival(0))}
 
 
@@ -513,7 +517,7 @@ async def test_failure_in_an_upsert(folder: Folder, error: Exception, *, stored:
     """An upsert that raises, its rows stored or not, leaves all of them pending; again heals it."""
     folder.fill(10, lambda number: body(number // 2, number))
     backend = Failing(error, {1}, stored=stored)
-    processor = Processor(folder.store, backend, 4)
+    processor = processor_of(folder.store, backend, 4)
     with pytest.raises(type(error)):
         await processor.process()
     assert folder.names("raw") == [arrival(number) for number in range(4, 10)]
@@ -561,7 +565,7 @@ async def test_backend_that_is_down(folder: Folder):
         backend = PostgresBackend(f"postgresql://me@127.0.0.1:{port}/db")
         for _ in range(2):
             with pytest.raises(BackendUnavailable):
-                await Processor(folder.store, backend, 8).process()
+                await processor_of(folder.store, backend, 8).process()
         await backend.close()
     assert folder.names("raw") == raw_ids
     assert folder.states() == {"raw": 20}
@@ -573,7 +577,7 @@ async def test_backend_that_comes_back(
     """A PostgreSQL that stops and starts again: processing stops, and then completes the table."""
     folder.fill(10)
     backend = PostgresBackend(postgres_url, connect_timeout=5)
-    processor = Processor(folder.store, backend, 4)
+    processor = processor_of(folder.store, backend, 4)
     try:
         assert (await processor.process(2)).processed == 2
         await asyncio.to_thread(postgres_server.stop)
@@ -595,7 +599,7 @@ async def test_backend_that_refuses_rows(folder: Folder, refused: set[int]):
     """A row that the backend itself refuses is rejected, with what it said; all others stand."""
     folder.fill(13, lambda number: body(number, -1 if number in refused else 1))
     backend = Picky()
-    result = await Processor(folder.store, backend, 13).process()
+    result = await processor_of(folder.store, backend, 13).process()
     assert (result.processed, result.failed) == (13 - len(refused), len(refused))
     assert [rejection.raw_id for rejection in result.rejected] == list(
         map(arrival, sorted(refused))
@@ -617,7 +621,7 @@ async def test_postgres_that_refuses_a_row(folder: Folder, postgres_url: str):
         await connection.execute("ALTER TABLE measurements ADD CHECK (mean < 100)")
         await connection.close()
         folder.fill(5, lambda number: body(number, 1000 if number == 2 else 1))
-        result = await Processor(folder.store, backend, 10).process()
+        result = await processor_of(folder.store, backend, 10).process()
         assert (result.processed, result.failed) == (4, 1)
         [rejection] = result.rejected
         assert (rejection.raw_id, rejection.code) == (arrival(2), "backend_refused")
@@ -637,7 +641,7 @@ async def test_backend_that_goes_down_while_it_refuses(folder: Folder):
 
     folder.fill(4, lambda number: body(number, -1 if number == 0 else 1))
     with pytest.raises(BackendUnavailable):
-        await Processor(folder.store, Dying(), 10).process()
+        await processor_of(folder.store, Dying(), 10).process()
     assert folder.states() == {"raw": 4}
 
 
@@ -649,7 +653,7 @@ async def test_calls_at_once(folder: Folder):
     folder.fill(200)
     backend = Recording()
     stores = [folder.store, (await Folder(folder.place).opened()).store]
-    processors = [Processor(store, backend, 7) for store in stores]
+    processors = [processor_of(store, backend, 7) for store in stores]
     calls = [processor.process(limit) for processor in processors for limit in (30, None, 60)]
     results = await asyncio.gather(*calls)
     assert sum(result.processed for result in results) == 200
@@ -671,9 +675,9 @@ async def test_second_call_waits_for_the_first(folder: Folder):
     """A second call waits for the first, and then finds nothing left to do."""
     folder.fill(3)
     backend = Slow()
-    first = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    first = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     await backend.entered.wait()
-    second = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    second = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     done, _ = await asyncio.wait([second], timeout=0.2)
     assert not done
     backend.go.set()
@@ -686,10 +690,10 @@ async def test_busy(folder: Folder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dropzone, "LOCK_PATIENCE", 0.1)
     folder.fill(3)
     backend = Slow()
-    first = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    first = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     await backend.entered.wait()
     with pytest.raises(ProcessorBusy) as raised:
-        await Processor(folder.store, MemoryBackend(), 10).process()
+        await processor_of(folder.store, MemoryBackend(), 10).process()
     assert (raised.value.status, raised.value.code) == (503, "processor_busy")
     assert folder.states() == {"raw": 3}
     backend.go.set()
@@ -706,7 +710,7 @@ async def test_busy_with_another_process(
     while not (program.home / "waiting").exists():
         assert other.poll() is None
         await asyncio.sleep(0.01)
-    processor = Processor(folder.store, MemoryBackend(), 10)
+    processor = processor_of(folder.store, MemoryBackend(), 10)
     with pytest.raises(ProcessorBusy):
         await processor.process()
     assert folder.states() == {"raw": 3}
@@ -719,23 +723,23 @@ async def test_cancelled(folder: Folder):
     """A call that is cancelled in the middle leaves its payloads pending and the way free."""
     folder.fill(3)
     backend = Slow()
-    call = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    call = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     await backend.entered.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     assert folder.states() == {"raw": 3}
     backend.go.set()
-    assert (await Processor(folder.store, backend, 10).process()).processed == 3
+    assert (await processor_of(folder.store, backend, 10).process()).processed == 3
 
 
 async def test_cancelled_while_waiting(folder: Folder):
     """A call that is cancelled while it waits for another disturbs neither that nor later ones."""
     folder.fill(3)
     backend = Slow()
-    first = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    first = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     await backend.entered.wait()
-    waiting = asyncio.create_task(Processor(folder.store, backend, 10).process())
+    waiting = asyncio.create_task(processor_of(folder.store, backend, 10).process())
     await asyncio.wait([waiting], timeout=0.1)
     waiting.cancel()
     with suppress(asyncio.CancelledError):
@@ -743,7 +747,7 @@ async def test_cancelled_while_waiting(folder: Folder):
     backend.go.set()
     assert (await first).processed == 3
     folder.fill(3)
-    assert (await Processor(folder.store, backend, 10).process()).processed == 3
+    assert (await processor_of(folder.store, backend, 10).process()).processed == 3
 
 
 # ── The event loop ────────────────────────────────────────────────────────────────────────────────
@@ -761,7 +765,7 @@ async def test_loop_turns_while_large_payloads_are_read(folder: Folder):
     """Payloads of 100,000 values leave the event loop free to answer others in between."""
     large = body(0, *(number / 7 for number in range(100_000)))
     folder.fill(20, lambda _: large)
-    work = asyncio.create_task(Processor(folder.store, MemoryBackend(), 100).process())
+    work = asyncio.create_task(processor_of(folder.store, MemoryBackend(), 100).process())
     ticks = await _ticks_during(work)
     assert work.result().processed == 20
     assert ticks >= 20  # a loop that waits for the batch turns a handful of times
@@ -790,6 +794,6 @@ async def test_no_file_is_touched_on_the_event_loop(folder: Folder):
     """Listing, reading and moving happen in other threads: a slow disk never stops the server."""
     folder.fill(50, lambda number: b"bad" if number % 2 else body(number))
     with file_calls(folder.place) as calls:
-        await Processor(folder.store, MemoryBackend(), 10).process()
-    assert {event for event, _ in calls} >= {"open", "os.listdir", "os.rename"}
+        await processor_of(folder.store, MemoryBackend(), 10).process()
+    assert {event for event, _ in calls} >= {"open", "os.scandir", "os.rename"}
     assert not [event for event, thread in calls if thread == LOOP]

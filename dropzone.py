@@ -1464,6 +1464,7 @@ TIME_STAMP = re.compile(
     r"(?P<offset>Z|[+-](?P<hours>[01]\d|2[0-3])(?::?(?P<minutes>[0-5]\d))?)?)?",
     re.ASCII | re.IGNORECASE,
 )
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:[0-5]\d)", re.ASCII)
 SHOWN = 60  # characters of a bad value that an error shows
 
 
@@ -1552,7 +1553,7 @@ def parse_time_stamp(value: object) -> datetime:
 
 def _quick_time_stamp(value: object) -> datetime | None:
     """Read the form that nearly all devices send, and leave every other to the careful way."""
-    if isinstance(value, str) and len(value) in (20, 25) and value[10] == "T" and value[7] == "-":
+    if isinstance(value, str) and RFC3339.fullmatch(value):
         with contextlib.suppress(ValueError, OverflowError):
             moment = datetime.fromisoformat(value)
             return moment.astimezone(UTC) if moment.tzinfo else None

@@ -38,6 +38,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.process
+import operator
 import os
 import re
 import resource
@@ -1487,7 +1488,7 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
     try:  # the way of nearly all, several times as fast as finding out what is wrong
         good = GOOD_PAYLOAD.decode(body)
         body.isascii() or body.decode()  # members that nobody asked for are not decoded
-        if good.data and all(map(math.isfinite, good.data)):
+        if good.data:  # and finite: the decoder takes no others
             mean, std_dev = mean_and_std_dev(good.data)
             return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -1612,7 +1613,7 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
     count = len(values)
     try:
         mean = math.fsum(values) / count
-        deviations = [value - mean for value in values]
+        deviations = list(map(operator.sub, values, itertools.repeat(mean)))
         residual = math.fsum(deviations) / count
         std_dev = math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
         if math.isfinite(std_dev):

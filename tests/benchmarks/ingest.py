@@ -95,14 +95,23 @@ async def serve(kind: str, folder: Path) -> None:
     await asyncio.Event().wait()
 
 
+def environment(**settings: str) -> dict[str, str]:
+    """Return our environment with these settings of Dropzone's and no others."""
+    ours = {name: text for name, text in os.environ.items() if not name.startswith("DROPZONE_")}
+    return ours | settings
+
+
 @contextmanager
-def started(folder: Path, *command: str) -> Iterator[str]:
+def started(folder: Path, *command: str, **settings: str) -> Iterator[str]:
     """Run a server on a free port; give the address that its log names, and stop it afterwards."""
     log = folder / "log"
-    clean = {name: text for name, text in os.environ.items() if not name.startswith("DROPZONE_")}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            (sys.executable, *command), cwd=folder, env=clean, stdout=out, stderr=out
+            (sys.executable, *command),
+            cwd=folder,
+            env=environment(**settings),
+            stdout=out,
+            stderr=out,
         )
     try:
         yield address_in(log, process)
@@ -130,6 +139,11 @@ def address_in(log: Path, process: subprocess.Popen[bytes]) -> str:
 # ── Driving ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def require_wrk() -> None:
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is needed: apt install wrk, or brew install wrk")
+
+
 def lua_script(folder: Path, name: str, media_type: str, body: bytes) -> Path:
     (folder / f"{name}.body").write_bytes(body)
     script = folder / f"{name}.lua"
@@ -138,7 +152,6 @@ def lua_script(folder: Path, name: str, media_type: str, body: bytes) -> Path:
 
 
 def drive(target: Target, connections: int, seconds: int) -> Sample:
-    os.sync()  # nobody pays for what another has left to be written
     command = ("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(target.script))
     done = subprocess.run(
         (*command, f"{target.url}/ingest"), capture_output=True, text=True, check=True
@@ -181,6 +194,7 @@ def measure(folder: Path, seconds: int, rounds: int) -> None:
                 print(
                     f"\rround {number}: {target.name}, {connections}\033[K", end="", file=sys.stderr
                 )
+                os.sync()  # nobody pays for what another has left to be written
                 samples[connections, target].append(drive(target, connections, seconds))
         print("\r\033[K", end="", file=sys.stderr)
     print_table({run: median(found) for run, found in samples.items()})
@@ -229,8 +243,7 @@ def main() -> None:
     if args.serve:
         uvloop.run(serve(args.serve, Path.cwd()))
         return
-    if shutil.which("wrk") is None:
-        raise SystemExit("wrk is needed: apt install wrk, or brew install wrk")
+    require_wrk()
     folder = Path(tempfile.mkdtemp(prefix="dropzone-benchmark-", dir=args.dir)).resolve()
     try:
         measure(folder, args.seconds, args.rounds)

@@ -1698,6 +1698,31 @@ class Workers:
             self._pool = None
             raise StorageUnavailable("a process of this service has ended; try again") from None
 
+    async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
+        """Do some work for each item, one more at a time than there are processes.
+
+        After an error no other item is begun; it is raised when those under way are done with.
+        """
+        turn, stopped = asyncio.Lock(), False
+
+        async def lane() -> None:
+            nonlocal stopped
+            try:
+                while not stopped:
+                    async with turn:
+                        item = await asyncio.to_thread(next, items, None)
+                    if item is None:
+                        break
+                    await work(item)
+            except BaseException:
+                stopped = True
+                raise
+
+        lanes = (lane() for _ in range(WORKERS + 1))
+        for error in await asyncio.gather(*lanes, return_exceptions=True):
+            if error:
+                raise error
+
     async def close(self) -> None:
         if self._pool:
             await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
@@ -1752,17 +1777,22 @@ class Processor:
         `ProcessorBusy` when another processor keeps the data folder for longer than 10 s.
         """
         result = ProcessResult()
+
+        async def in_processes(batch: list[str]) -> None:
+            await self._process_batch(self._workers.run, batch, result)
+            progress(result.checked, todo)
+
         async with self._alone():
-            self._until = time.monotonic() + SHORT
+            short = time.monotonic() + SHORT
             pending = await asyncio.to_thread(self._folders.count_pending)
-            todo, seen, last = pending if limit is None else min(limit, pending), 0, ""
-            while seen < todo:
-                most = min(WINDOW, todo - seen)
-                window = await asyncio.to_thread(self._folders.pending_names, most, last)
-                if not window:
+            todo = pending if limit is None else min(limit, pending)
+            batches = self._batches(todo)
+            while time.monotonic() < short:
+                if (batch := await asyncio.to_thread(next, batches, None)) is None:
                     break
-                seen, last = seen + len(window), window[-1]
-                await self._process_window(window, result, lambda: progress(result.checked, todo))
+                await self._process_batch(asyncio.to_thread, batch, result)
+                progress(result.checked, todo)
+            await self._workers.spread(batches, in_processes)
             result.remaining = await asyncio.to_thread(self._folders.count_pending)
         if result.checked:
             counts = (result.processed, result.failed, result.remaining)
@@ -1796,43 +1826,28 @@ class Processor:
                 "another processor is at work on this data folder; try again"
             ) from None
 
-    async def _process_window(
-        self, window: Sequence[str], result: ProcessResult, progress: Callable[[], object]
-    ) -> None:
-        starts = range(0, len(window), self._batch)
-        batches = deque(window[start : start + self._batch] for start in starts)
-
-        async def lane(run: Callable[..., Awaitable[Any]], until: float = math.inf) -> None:
-            try:
-                while batches and time.monotonic() < until:
-                    if rest := await self._process_batch(run, batches.popleft(), result):
-                        batches.appendleft(rest)
-                    progress()
-            except BaseException:
-                batches.clear()  # so that the other lanes end, too
-                raise
-
-        await lane(asyncio.to_thread, self._until)
-        lanes = [lane(self._workers.run) for _ in range(WORKERS + 1 if batches else 0)]
-        for error in await asyncio.gather(*lanes, return_exceptions=True):
-            if error:
-                raise error
+    def _batches(self, todo: int) -> Iterator[list[str]]:
+        last = ""
+        while todo > 0 and (window := self._folders.pending_names(min(WINDOW, todo), last)):
+            todo, last = todo - len(window), window[-1]
+            yield from (window[n : n + self._batch] for n in range(0, len(window), self._batch))
 
     async def _process_batch(
         self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult
-    ) -> Sequence[str]:
-        """Read, transform, upsert and move; return what is left of a batch of large payloads."""
-        judged = JUDGED.decode(await run(judge, self._folders.read_pending, batch))
-        rejected = judged.rejected
-        rejected += await self._upsert(judged.rows) if judged.rows else []
-        refused = {rejection.raw_id for rejection in rejected}
-        stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-        await run(self._folders.settle, stored, rejected)
-        result.processed += len(stored)
-        result.failed += len(rejected)
-        result.checked = result.processed + result.failed
-        result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
-        return batch[judged.checked :]
+    ) -> None:
+        """Read, transform, upsert and move; large payloads in several portions."""
+        while batch:
+            judged = JUDGED.decode(await run(judge, self._folders.read_pending, batch))
+            rejected = judged.rejected
+            rejected += await self._upsert(judged.rows) if judged.rows else []
+            refused = {rejection.raw_id for rejection in rejected}
+            stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
+            await run(self._folders.settle, stored, rejected)
+            result.processed += len(stored)
+            result.failed += len(rejected)
+            result.checked = result.processed + result.failed
+            result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
+            batch = batch[judged.checked :]
 
     async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
@@ -1926,35 +1941,24 @@ class Proof:
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"
+
+        async def derive_portion(portion: Portion) -> None:
+            left: Portion | None = portion
+            while left:
+                judged = JUDGED.decode(await self._workers.run(derive, self._folders, left))
+                await derived.upsert(judged.rows)
+                progress(judged.checked)
+                left = left[judged.checked :] if isinstance(left, list) else None
+
         if done.exists() and time.time() - done.stat().st_mtime > 86_400:
             await asyncio.to_thread(shutil.rmtree, self._scratch)
         await derived.open()
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         for name, portions in self._folders.sources():
             if name not in finished:
-                turn = asyncio.Lock()
-                lanes = (self._lane(portions, turn, derived, progress) for _ in range(WORKERS + 1))
-                await asyncio.gather(*lanes)
+                await self._workers.spread(portions, derive_portion)
                 with done.open("a") as file:
                     file.write(f"{name}\n")
-
-    async def _lane(
-        self,
-        portions: Iterator[Portion],
-        turn: asyncio.Lock,
-        derived: Backend,
-        progress: Callable[[int], object],
-    ) -> None:
-        while True:
-            async with turn:
-                portion = await asyncio.to_thread(next, portions, None)
-            while portion:
-                judged = JUDGED.decode(await self._workers.run(derive, self._folders, portion))
-                await derived.upsert(judged.rows)
-                progress(judged.checked)
-                portion = portion[judged.checked :] if isinstance(portion, list) else None
-            if portion is None:
-                return
 
     def _finding(self, right: Measurement | None, row: Measurement | None) -> Finding | None:
         if row is None:

@@ -646,9 +646,11 @@ class Folders:
     def settle(self, processed: Iterable[UUID | str], rejected: Iterable[Rejection]) -> None:
         """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
         for rejection in rejected:
-            retries = before.retries if (before := self.record(rejection.raw_id)) else 0
-            # before the payload, so that none is without its reason
-            self._record(msgspec.structs.replace(rejection, retries=retries))
+            if before := self.record(rejection.raw_id):
+                rejection = msgspec.structs.replace(  # noqa: PLW2901
+                    rejection, retries=before.retries, retried_at=before.retried_at
+                )
+            self._record(rejection)  # before the payload, so that none is without its reason
             self._move(rejection.raw_id, self.rejected)
         for day, raw_ids in itertools.groupby(processed, day_of):
             folder = self.processed / day
@@ -696,11 +698,11 @@ class Folders:
     def compact(self, day: str) -> int:
         """Pack a day's payloads, then delete their files; return how many there were."""
         folder = self.processed / day
-        raw_ids = earliest(folder)
+        raw_ids, packs = earliest(folder), self.packs(day)
         fresh = [
             raw_id
             for raw_id in raw_ids  # the others are left of a run that was stopped
-            if self._packed(raw_id) != (folder / f"{raw_id}.json").read_bytes()
+            if not packs or self._packed(raw_id) != (folder / f"{raw_id}.json").read_bytes()
         ]
         if fresh:
             names = (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
@@ -1811,6 +1813,9 @@ class Processor:
             except (BackendError, DropzoneError) as error:
                 pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
                 log.warning("processing stopped, next try within %.0f s: %s", pause, error)
+            except Exception:  # nobody else would hear of it
+                pause = LONGEST_PAUSE
+                log.exception("processing failed, next try within %.0f s", pause)
             await asyncio.sleep(pause * uniform(0.5, 1))  # noqa: S311 (not all of them at once)
 
     async def close(self) -> None:
@@ -2890,12 +2895,17 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[tuple[RawStore, Backend]]:
-    """Open the data folder, beside a server or without one, and make the backend."""
+async def opened(config: Config, alone: str = "") -> AsyncIterator[tuple[RawStore, Backend]]:
+    """Open the data folder, beside a server or without one, and make the backend.
+
+    Of commands with the same `alone`, a second one raises Timeout.
+    """
     raw, backend = RawStore(config.raw), backend_of(config)
     await raw.open()
+    lock = FileLock(raw.journal / f"{alone}.lock", timeout=0)
     try:
-        yield raw, backend
+        with lock if alone else contextlib.nullcontext():
+            yield raw, backend
     finally:
         await backend.close()
         await raw.close()
@@ -2922,7 +2932,7 @@ async def rebuild(config: Config, args: argparse.Namespace) -> int:
 
 async def prove(config: Config, args: argparse.Namespace, way: ProofWay) -> int:
     counts = Counter[str]()
-    async with opened(config) as (raw, backend):
+    async with opened(config, "proof") as (raw, backend):
         total = await asyncio.to_thread(raw.count_processed)
         with tqdm(total=total, unit=" payloads", disable=None) as bar:
             async for finding in way(Proof(config, backend), args.since, args.until, bar.update):
@@ -2961,14 +2971,13 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
-    async with opened(config) as (raw, _backend):
-        with FileLock(raw.journal / "compact.lock", timeout=0):
-            days = await asyncio.to_thread(raw.finished_days)
-            for day in tqdm(days, unit=" days", disable=None):
-                count = await asyncio.to_thread(raw.compact, day)
-                tqdm.write(f"{day}: {count} payloads packed")
-            for name in await asyncio.to_thread(raw.expire):
-                print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
+    async with opened(config, "compact") as (raw, _backend):
+        days = await asyncio.to_thread(raw.finished_days)
+        for day in tqdm(days, unit=" days", disable=None):
+            count = await asyncio.to_thread(raw.compact, day)
+            tqdm.write(f"{day}: {count} payloads packed")
+        for name in await asyncio.to_thread(raw.expire):
+            print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
     return os.EX_OK
 
 
@@ -3022,8 +3031,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
     added["ingest"].add_argument("files", nargs="+", metavar="FILE", help="- is standard input")
-    added["process"].add_argument("--limit", type=positive, help="process this many at most")
-    added["process"].add_argument("--watch", action="store_true", help="go on until stopped")
+    how = added["process"].add_mutually_exclusive_group()
+    how.add_argument("--watch", action="store_true", help="go on until stopped")
+    how.add_argument("--limit", type=positive, help="process this many at most")
     for name in ("verify", "rebuild"):
         for bound, what in (("--since", "from"), ("--until", "before")):
             added[name].add_argument(bound, type=moment, help=f"rows {what} this moment alone")

@@ -111,20 +111,15 @@ class DropzoneError(Exception):
     """Root of what Dropzone raises: a sentence that says what to do, a stable `code`, a `status`.
 
     `status` is the HTTP status (RFC 9110) of the answer that reports it; `extra` holds members
-    that the problem document (RFC 9457) carries besides.
+    that the problem document (RFC 9457) carries besides. A class of its own is for what is caught.
     """
 
-    code = "internal_error"
-    status = 500
+    code, status = "internal_error", 500
 
-    def __init__(
-        self, detail: str, *, code: str | None = None, status: int | None = None, **extra: object
-    ) -> None:
+    def __init__(self, detail: str, code: str = "", status: int = 0, **extra: object) -> None:
         super().__init__(detail)
-        self.detail = detail
-        self.code = code or self.code
-        self.status = status or self.status
-        self.extra = extra
+        self.detail, self.extra = detail, extra
+        self.code, self.status = code or self.code, status or self.status
 
 
 class ConfigError(DropzoneError):
@@ -135,24 +130,8 @@ class PayloadNotJson(DropzoneError):
     code, status = "payload_not_json", 400
 
 
-class BodyBroken(DropzoneError):
-    code, status = "body_broken", 400
-
-
-class QueryInvalid(DropzoneError):
-    code, status = "query_invalid", 400
-
-
-class KeyRefused(DropzoneError):
-    code, status = "key_refused", 401
-
-
 class RawIdUnknown(DropzoneError):
     code, status = "raw_id_unknown", 404
-
-
-class PayloadTooLarge(DropzoneError):
-    code, status = "payload_too_large", 413
 
 
 class KeyReused(DropzoneError):
@@ -177,7 +156,10 @@ class DataQualityError(DropzoneError):
     status = 422
 
     def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail, code=code)
+        super().__init__(detail, code)
+
+    def __reduce__(self) -> tuple[type[DataQualityError], tuple[str, str]]:
+        return type(self), (self.code, self.detail)
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────
@@ -2222,11 +2204,8 @@ def idempotency_key(request: web.Request) -> str | None:
     """Return the Idempotency-Key (IETF draft idempotency-key-header-07), if there is one."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
-        raise DropzoneError(
-            "the Idempotency-Key must have 1 to 255 printable ASCII characters",
-            code="header_invalid",
-            status=400,
-        )
+        wrong = "the Idempotency-Key must have 1 to 255 printable ASCII characters"
+        raise DropzoneError(wrong, "header_invalid", 400)
     return key
 
 
@@ -2384,13 +2363,13 @@ class Admission:
     def admitted(self) -> Iterator[Callable[[int], None]]:
         """Give out the function that counts the bytes of one request in, until it is answered."""
         if self.draining:
-            raise DropzoneError("the service is about to stop", code="draining", status=503)
+            raise DropzoneError("the service is about to stop", "draining", 503)
         taken = 0
 
         def take(size: int) -> None:
             nonlocal taken
             if self.bytes and self.bytes + size > IN_FLIGHT:
-                raise DropzoneError("too much is in flight", code="overloaded", status=503)
+                raise DropzoneError("too much is in flight", "overloaded", 503)
             self.bytes += size
             taken += size
 
@@ -2478,14 +2457,14 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
         case DropzoneError():
             return error
         case BackendUnavailable():
-            return DropzoneError(str(error), code="backend_unavailable", status=503)
+            return DropzoneError(str(error), "backend_unavailable", 503)
         case MeasurementNotFound():
-            return DropzoneError(str(error), code="measurement_not_found", status=404)
+            return DropzoneError(str(error), "measurement_not_found", 404)
         case BackendError():
-            return DropzoneError(str(error), code="backend_error", status=500)
+            return DropzoneError(str(error), "backend_error", 500)
         case web.HTTPException():
             code = HTTPStatus(error.status).name.lower()
-            return DropzoneError(error.reason, code=code, status=error.status)
+            return DropzoneError(error.reason, code, error.status)
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
@@ -2503,37 +2482,38 @@ def endpoint(route: Route) -> Handler:
 
 
 def authorize(request: web.Request) -> None:
-    """Raise `KeyRefused` unless the request carries the API key, or none is configured."""
-    wanted = request.app[CONFIG].auth.api_key
-    if not wanted:
-        return
+    """Raise unless the request carries the API key, or none is configured."""
+    wanted = request.app[CONFIG].auth.api_key.reveal().encode()
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    given = request.headers.get("x-api-key") or (
-        token.strip() if scheme.lower() == "bearer" else ""
-    )
-    if not given:
-        raise KeyRefused("an API key is needed: send it in the header x-api-key")
-    if not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.reveal().encode()):
-        raise KeyRefused("the API key is wrong")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    given = request.headers.get("x-api-key") or bearer
+    if wanted and not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted):
+        wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
+        raise DropzoneError(wrong, "key_refused", 401)
 
 
 def query_in(request: web.Request, kind: type[Struct]) -> Struct:
-    """Return the query as its type; raises `QueryInvalid` naming the parameter."""
+    """Return the query as its type; raises what names the parameter."""
     values: dict[str, object] = {}
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for name, text in request.query.items():
-        if name not in fields or name in values:
-            wrong = "given twice" if name in values else f"unknown; known: {', '.join(fields)}"
-            raise QueryInvalid(f"the parameter {name} is {wrong}", parameter=name)
+        if name not in fields:
+            raise query_invalid(name, f"unknown; known: {', '.join(fields)}")
+        if name in values:
+            raise query_invalid(name, "given twice")
         if text == "null":  # which would count as not given
-            raise QueryInvalid(f"the parameter {name} is null: leave it out", parameter=name)
+            raise query_invalid(name, "null: leave it out")
         values[name] = moment_in(name, text) if "datetime" in str(fields[name]) else text
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         wrong, _, place = str(error).partition(" - at `$.")
-        name = place.rstrip("`")
-        raise QueryInvalid(f"the parameter {name} is wrong: {wrong}", parameter=name) from None
+        raise query_invalid(place.rstrip("`"), f"wrong: {wrong}") from None
+
+
+def query_invalid(name: str, wrong: str) -> DropzoneError:
+    wrong = f"the parameter {name} is {wrong}"
+    return DropzoneError(wrong, "query_invalid", 400, parameter=name)
 
 
 def moment_in(name: str, text: str) -> datetime:
@@ -2542,7 +2522,7 @@ def moment_in(name: str, text: str) -> datetime:
         return parse_time_stamp(re.sub(r" (\d\d(?::?\d\d)?)$", r"+\1", text))
     except DataQualityError as error:
         wrong = error.detail.removeprefix("time_stamp is ")
-        raise QueryInvalid(f"the parameter {name} is wrong: {wrong}", parameter=name) from None
+        raise query_invalid(name, f"wrong: {wrong}") from None
 
 
 def raw_id_in(request: web.Request) -> UUID:
@@ -2563,11 +2543,8 @@ async def read_body(
     limit, content = limits.max_body_bytes, request.content
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
-        raise DropzoneError(
-            f"Content-Encoding is {_shown(encoding)}: send gzip or deflate",
-            code="encoding_unsupported",
-            status=415,
-        )
+        wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
+        raise DropzoneError(wrong, "encoding_unsupported", 415)
     if (request.content_length or 0) > limit:
         raise too_large(limit)
     try:
@@ -2578,10 +2555,11 @@ async def read_body(
             async with asyncio.timeout(limits.body_seconds):
                 body = await _read_chunks(content, limit, take)
     except (web.RequestPayloadError, ConnectionError) as error:
-        raise BodyBroken(f"the body did not arrive whole: {error}") from None
+        wrong = f"the body did not arrive whole: {error}"
+        raise DropzoneError(wrong, "body_broken", 400) from None
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
-        raise DropzoneError(wrong, code="body_too_slow", status=408) from None
+        raise DropzoneError(wrong, "body_too_slow", 408) from None
     if encoding == "identity" or content.total_compressed_bytes is not None:
         return body
     whole = (
@@ -2601,8 +2579,9 @@ async def _read_chunks(content: StreamReader, limit: int, take: Callable[[int], 
     return bytes(body)
 
 
-def too_large(limit: int, unit: str = "bytes") -> PayloadTooLarge:
-    return PayloadTooLarge(f"the payload has more than {limit} {unit}: send less at a time")
+def too_large(limit: int, unit: str = "bytes") -> DropzoneError:
+    wrong = f"the payload has more than {limit} {unit}: send less at a time"
+    return DropzoneError(wrong, "payload_too_large", 413)
 
 
 def inflate(data: bytes | bytearray, limit: int) -> bytes:
@@ -2616,7 +2595,8 @@ def inflate(data: bytes | bytearray, limit: int) -> bytes:
             if len(whole) <= limit and (not inflater.eof or inflater.unused_data):
                 raise EOFError("the data do not end where they should")
     except (OSError, EOFError, zlib.error) as error:
-        raise BodyBroken(f"the compressed body is broken: {error}") from None
+        wrong = f"the compressed body is broken: {error}"
+        raise DropzoneError(wrong, "body_broken", 400) from None
     if len(whole) > limit:
         raise too_large(limit)
     return whole
@@ -2818,7 +2798,7 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
             try:
                 file = open_twice_readable(name, stack)
                 total = sum(1 for _ in documents_in(file, limit))  # before any of it is landed
-            except (PayloadNotJson, PayloadTooLarge, OSError) as error:
+            except (DropzoneError, OSError) as error:
                 code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
                 print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
             else:

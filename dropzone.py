@@ -243,26 +243,18 @@ Setting = tuple[str, ...]  # ("storage", "sqlite", "path")
 Table = dict[str, Any]
 
 
-def _settings_of(section: type[Any], prefix: Setting = ()) -> Iterator[Setting]:
-    """Yield every setting below a section."""
-    for setting in msgspec.structs.fields(section):
-        is_section = isinstance(setting.type, type) and issubclass(setting.type, Section)
-        inside = _settings_of(setting.type, (*prefix, setting.name)) if is_section else ()
-        yield from inside or [(*prefix, setting.name)]
+def _settings_of(section: Section, prefix: Setting = ()) -> Iterator[Setting]:
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        inside = _settings_of(value, (*prefix, name)) if isinstance(value, Section) else None
+        yield from inside or [(*prefix, name)]
 
 
 VARIABLES: dict[str, Setting] = {
-    **{"DROPZONE_" + "_".join(setting).upper(): setting for setting in _settings_of(Config)},
+    **{"DROPZONE_" + "_".join(setting).upper(): setting for setting in _settings_of(Config())},
     "DROPZONE_API_KEY": ("auth", "api_key"),
     "DROPZONE_BACKEND": ("storage", "backend"),
     "DROPZONE_DATABASE_URL": ("storage", "postgres", "url"),
-}
-BACKEND_VARIABLES = {"DROPZONE_BACKEND", "DROPZONE_STORAGE_BACKEND"}
-PATHS = {
-    ("raw", "dir"): "data/raw",
-    ("raw", "processed_dir"): None,
-    ("raw", "rejected_dir"): None,
-    ("storage", "sqlite", "path"): "data/dropzone.sqlite",
 }
 
 
@@ -279,29 +271,29 @@ def load_config(
     counts from the folder of the file that it stands in, in a variable from the working directory.
     An empty variable is as good as none. Raises `ConfigError`, which names the setting.
     """
-    here, env_file = Path.cwd(), _in_reach(".env")
-    dotenv = _filled(_read(env_file, lambda text: dotenv_values(stream=io.StringIO(text))))
-    environ = _filled(environ)
-    dotenv_home = env_file.parent if env_file else here
-    file = _in_reach("config.toml")
-    if "DROPZONE_CONFIG" in dotenv:
-        file = dotenv_home / dotenv["DROPZONE_CONFIG"]
-    if named := path or environ.get("DROPZONE_CONFIG"):
-        file = here / named
-    table = _read(file, tomllib.loads)
-    file_home = file.parent if file else here
-    for setting, default in PATHS.items():
-        _set(table, setting, _absolute(_get(table, setting) or default, file_home))
-    for variables, home in ((dotenv, dotenv_home), (environ, here)):
-        for name, text in variables.items():
-            if found := _setting_of(name):
-                _set(table, found, _absolute(text, home) if found in PATHS else text)
-    names = dotenv.keys() | environ.keys()
-    if "DROPZONE_DATABASE_URL" in names and not BACKEND_VARIABLES & names:
-        _set(table, ("storage", "backend"), "postgres")
+    here = Path.cwd()
+    dotenv = _read(_in_reach(".env"), lambda text: dotenv_values(stream=io.StringIO(text)))
+    variables = [
+        (name, text, home)
+        for found, home in (dotenv, (environ, here))
+        for name, text in found.items()
+        if name.startswith("DROPZONE_") and text
+    ]
+    files = [home / text for name, text, home in variables if name == "DROPZONE_CONFIG"]
+    files += [here / path] if path else []
+    file = files[-1] if files else _in_reach("config.toml")
+    table, home = _read(file, tomllib.loads)
+    config = _with(Config(), file, home, (), table)
+    if any(name == "DROPZONE_DATABASE_URL" for name, _, _ in variables):
+        variables.insert(0, ("DROPZONE_BACKEND", "postgres", here))  # unless another follows
+    for name, text, home in variables:
+        if name != "DROPZONE_CONFIG":
+            config = _with(config, name, home, VARIABLES.get(name, (name,)), text)
     for setting, value in (overrides or {}).items():
-        _set(table, setting, value)
-    return _checked(table, names)
+        config = _with(config, "the command line", here, setting, value)
+    if config.storage.backend == "postgres" and not config.storage.postgres.url:
+        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    return config
 
 
 def _in_reach(name: str) -> Path | None:
@@ -309,66 +301,42 @@ def _in_reach(name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read(file: Path | None, parse: Callable[[str], Table]) -> Table:
+def _read(file: Path | None, parse: Callable[[str], Table]) -> tuple[Table, Path]:
+    """Return what a file sets, and the folder that its relative paths count from."""
     try:
-        return parse(file.read_text("utf-8")) if file else {}
+        return (parse(file.read_text("utf-8")), file.parent) if file else ({}, Path.cwd())
     except (OSError, ValueError) as error:  # also what is no UTF-8
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def _filled(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in variables.items() if text}
+def _with(config: Config, source: object, home: Path, setting: Setting, value: object) -> Config:
+    """Return the configuration with what a source sets; a relative path in it begins at `home`."""
 
+    def from_text(kind: type, text: object) -> object:
+        if not isinstance(text, str):
+            raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place)
+        try:
+            return home / Path(text).expanduser() if kind is Path else kind(text)
+        except RuntimeError as error:  # the home folder of nobody
+            raise ValueError(str(error)) from None
 
-def _setting_of(name: str) -> Setting | None:
-    """Return the setting that a variable is for, None for one that is none of Dropzone's."""
-    if not name.startswith("DROPZONE_") or name == "DROPZONE_CONFIG":
-        return None
-    if name not in VARIABLES:
-        raise ConfigError(f"the variable {name} is unknown; known: {', '.join(VARIABLES)}")
-    return VARIABLES[name]
-
-
-def _get(table: Any, setting: Setting) -> Any:
-    for key in setting:
-        table = table.get(key) if isinstance(table, dict) else None
-    return table
-
-
-def _set(table: Any, setting: Setting, value: object) -> None:
-    *sections, key = setting
-    for section in sections:
-        if isinstance(table, dict):
-            table = table.setdefault(section, {})
-    if isinstance(table, dict) and value is not None:  # what is no section, the check names
-        table[key] = value
-
-
-def _absolute(path: object, home: Path) -> object:
-    if not isinstance(path, str):
-        return path
+    table = msgspec.to_builtins(config, enc_hook=_to_text)
+    for key in reversed(setting):
+        value = {key: value}
     try:
-        return str(home / Path(path).expanduser())
-    except RuntimeError:
-        raise ConfigError(f"{path} names the home folder of nobody") from None
-
-
-def _checked(table: Table, names: Iterable[str]) -> Config:
-    try:
-        config = msgspec.convert(table, Config, strict=False, dec_hook=_from_text)
+        return msgspec.convert(_merged(table, value), Config, strict=False, dec_hook=from_text)
     except msgspec.ValidationError as error:
-        setting = str(error).partition("`$.")[2].rstrip("`")
-        sources = [name for name in names if ".".join(VARIABLES.get(name, ())) == setting]
-        raise ConfigError(f"configuration: {error} {' '.join(sources)}".rstrip()) from None
-    if config.storage.backend == "postgres" and not config.storage.postgres.url:
-        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
-    return config
+        raise ConfigError(f"{source}: {error}") from None
 
 
-def _from_text(kind: type, value: object) -> object:
-    if not isinstance(value, str):
-        raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place to a ValueError)
-    return kind(value)
+def _to_text(value: Secret | Path) -> str:
+    return value.reveal() if isinstance(value, Secret) else str(value)
+
+
+def _merged(old: object, new: object) -> object:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
 
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────

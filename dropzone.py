@@ -2323,14 +2323,13 @@ class Admission:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.requests = 0
-        self.draining = False
-        self._idle = asyncio.Event()
+        self._requests: set[asyncio.Future[None]] = set()  # each is done when it is answered
+        self._draining = False
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Callable[[int], None]]:
         """Give out the function that counts the bytes of one request in, until it is answered."""
-        if self.draining:
+        if self._draining:
             raise DropzoneError("the service is about to stop", "draining", 503)
         taken = 0
 
@@ -2341,23 +2340,19 @@ class Admission:
             self.bytes += size
             taken += size
 
-        self.requests += 1
+        self._requests.add(answered := asyncio.get_running_loop().create_future())
         try:
             yield take
         finally:
-            self.requests -= 1
+            self._requests.remove(answered)
+            answered.set_result(None)
             self.bytes -= taken
-            if not self.requests:
-                self._idle.set()
 
     async def drain(self, patience: float) -> None:
         """Let nothing in any more; wait `patience` seconds at most for what is in flight."""
-        self.draining = True
-        self._idle.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                while self.requests:
-                    await self._idle.wait()
+        self._draining = True
+        if self._requests:
+            await asyncio.wait(self._requests, timeout=patience)
 
 
 ADMISSION = web.AppKey("ADMISSION", Admission)
@@ -2668,7 +2663,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, endpoint(route), name=route.handler.__name__)
     app.cleanup_ctx.append(lifecycle)
-    app.on_shutdown.append(drain)
+    app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app
 
 
@@ -2684,11 +2679,6 @@ def backend_of(config: Config) -> Backend:
         return create_backend(name, **options)
     except ValueError as error:
         raise ConfigError(f"storage.backend: {error}") from error
-
-
-async def drain(app: web.Application) -> None:
-    """Let nothing in any more; what is in flight is finished."""
-    await app[ADMISSION].drain(0)
 
 
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
@@ -2724,7 +2714,7 @@ IDLE = 75.0  # seconds for which a connection may send no request, or only a par
 
 async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
-    app, where = create_app(config), (config.server.host, config.server.port)
+    app = create_app(config)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -2737,20 +2727,20 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
     await runner.setup()
     try:
-        site = web.TCPSite(runner, *where)
+        site = web.TCPSite(runner, config.server.host, config.server.port)
         await site.start()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        for host, port, *_rest in runner.addresses:
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        log.info("listening on %s", site.name)
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
         await stop.wait()
         log.info("stopping")
         await site.stop()
-        await app[ADMISSION].drain(GRACE)
+        await app[ADMISSION].drain(GRACE)  # before the runner's turn, which cuts bodies short
     except OSError as error:
-        log.error("cannot listen on %s:%d: %s", *where, error.strerror)  # noqa: TRY400
+        where = f"{config.server.host}:{config.server.port}"
+        log.error("cannot listen on %s: %s", where, error.strerror)  # noqa: TRY400
         return os.EX_UNAVAILABLE
     finally:
         await runner.cleanup()

@@ -75,7 +75,7 @@ from uuid import UUID
 
 import aiofiles.os
 import msgspec
-from aiohttp import StreamReader, web
+from aiohttp import web
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -2095,6 +2095,14 @@ class Route:
         ROUTES.append(self)
         return handler
 
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request, behind the guard and the check of the query."""
+        if self.scope:
+            authorize(request)
+        if self.query:
+            return await self.handler(request, query_in(request, self.query))
+        return await self.handler(request)
+
 
 @Route("GET", "/health", None, {200: (Health,)})
 async def health(_: web.Request) -> web.Response:
@@ -2107,9 +2115,7 @@ async def ready(request: web.Request) -> web.Response:
     """Say whether payloads can be landed; the backend is shown, but landing does not need it."""
     raw = await asyncio.to_thread(request.app[RAW].trouble)
     checks = {"raw": raw or "ok", "backend": await trouble_of(request.app[BACKEND]) or "ok"}
-    if raw:
-        return answer(Readiness("unavailable", checks), 503, STATUS_HEADERS[503])
-    return answer(Readiness("ok", checks))
+    return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
 
 
 async def trouble_of(backend: Backend) -> str | None:
@@ -2132,12 +2138,10 @@ async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
     app = request.app
     with app[ADMISSION].admitted() as take:
-        body = await read_body(request, app[CONFIG].server, take)
+        body = await read_body(request, take)
         key = idempotency_key(request)
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() in NDJSON:
-            lines = (
-                lines_of(body) if len(body) <= INLINE else await asyncio.to_thread(lines_of, body)
-            )
+        if request.content_type in NDJSON:
+            lines = await asyncio.to_thread(lines_of, body)
             return answer(AcceptedBatch(await app[RAW].land(lines, key)), 202)
         parse_json(body)
         [raw_id] = await app[RAW].land([body], key)
@@ -2365,29 +2369,19 @@ STATUS_HEADERS = {
     503: {"Retry-After": "5"},
 }
 REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
-INLINE = 64 * 1024  # bytes of NDJSON; more than that is checked in a thread
 
 
-def answer(
-    value: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(value),
-        status=status,
-        headers={"Content-Type": "application/json", **(headers or {})},
-    )
-
-
-def new_request_id() -> str:
-    """Return an id that no other request of any process has."""
-    return f"{getrandbits(96):024x}"
+def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    own = {"Content-Type": "application/json", **STATUS_HEADERS.get(status, {})}
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, headers={**own, **(headers or {})})
 
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request its id, and every error its problem document."""
     given = request.headers.get("X-Request-ID", "")
-    request_id = given if given and REQUEST_ID_FORM.fullmatch(given) else new_request_id()
+    request_id = given if REQUEST_ID_FORM.fullmatch(given) else f"{getrandbits(96):024x}"
     request[REQUEST_ID] = request_id
     try:
         response = await handler(request)
@@ -2395,23 +2389,21 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
     level = logging.DEBUG if response.status < 400 else logging.INFO
-    if log.isEnabledFor(level):
-        log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
+    log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
     return response
 
 
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
-    known = as_dropzone_error(error)
-    status, headers = known.status, STATUS_HEADERS.get(known.status, {})
-    if isinstance(error, web.HTTPException):
-        headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
-    if status == 500:
-        log.error("request %s failed", request[REQUEST_ID], exc_info=error)
-    title = HTTPStatus(status).phrase
-    document = Problem(title, status, known.detail, known.code, request[REQUEST_ID])
-    response = answer(msgspec.structs.asdict(document) | known.extra, status, headers)
+    known, request_id = as_dropzone_error(error), request[REQUEST_ID]
+    if known.status == 500:
+        log.error("request %s failed", request_id, exc_info=error)
+    title = HTTPStatus(known.status).phrase
+    document = Problem(title, known.status, known.detail, known.code, request_id)
+    response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        response.headers["Allow"] = error.headers["Allow"]
     return response
 
 
@@ -2429,19 +2421,6 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
             code = HTTPStatus(error.status).name.lower()
             return DropzoneError(error.reason, code, error.status)
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
-
-
-def endpoint(route: Route) -> Handler:
-    """Return the handler of a route behind its guard and the check of its query."""
-
-    async def handle(request: web.Request) -> web.StreamResponse:
-        if route.scope:
-            authorize(request)
-        if route.query:
-            return await route.handler(request, query_in(request, route.query))
-        return await route.handler(request)
-
-    return handle
 
 
 def authorize(request: web.Request) -> None:
@@ -2475,8 +2454,7 @@ def query_in(request: web.Request, kind: type[Struct]) -> Struct:
 
 
 def query_invalid(name: str, wrong: str) -> DropzoneError:
-    wrong = f"the parameter {name} is {wrong}"
-    return DropzoneError(wrong, "query_invalid", 400, parameter=name)
+    return DropzoneError(f"the parameter {name} is {wrong}", "query_invalid", 400, parameter=name)
 
 
 def moment_in(name: str, text: str) -> datetime:
@@ -2496,14 +2474,13 @@ def raw_id_in(request: web.Request) -> UUID:
         raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID") from None
 
 
-async def read_body(
-    request: web.Request, limits: ServerConfig, take: Callable[[int], None]
-) -> bytes:
+async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     """Return the body with its Content-Encoding undone, `max_body_bytes` at most, within time.
 
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
-    limit, content = limits.max_body_bytes, request.content
+    limits, body = request.app[CONFIG].server, bytearray()
+    limit = limits.max_body_bytes
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
@@ -2511,35 +2488,22 @@ async def read_body(
     if (request.content_length or 0) > limit:
         raise too_large(limit)
     try:
-        if content.is_eof() and content.total_bytes <= limit:
-            take(content.total_bytes)
-            body = content.read_nowait()
-        else:
-            async with asyncio.timeout(limits.body_seconds):
-                body = await _read_chunks(content, limit, take)
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.content.iter_any():
+                take(len(chunk))
+                body += chunk
+                if len(body) > limit:
+                    raise too_large(limit)
     except (web.RequestPayloadError, ConnectionError) as error:
-        wrong = f"the body did not arrive whole: {error}"
-        raise DropzoneError(wrong, "body_broken", 400) from None
+        raise DropzoneError(f"the body did not arrive whole: {error}", "body_broken", 400) from None
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
-    if encoding == "identity" or content.total_compressed_bytes is not None:
-        return body
-    whole = (
-        inflate(body, limit) if len(body) < 1024 else await asyncio.to_thread(inflate, body, limit)
-    )
+    if encoding == "identity" or request.content.total_compressed_bytes is not None:
+        return bytes(body)
+    whole = await asyncio.to_thread(inflate, body, limit)
     take(max(0, len(whole) - len(body)))
     return whole
-
-
-async def _read_chunks(content: StreamReader, limit: int, take: Callable[[int], None]) -> bytes:
-    body = bytearray()
-    async for chunk in content.iter_any():
-        take(len(chunk))
-        body += chunk
-        if len(body) > limit:
-            raise too_large(limit)
-    return bytes(body)
 
 
 def too_large(limit: int, unit: str = "bytes") -> DropzoneError:
@@ -2558,8 +2522,7 @@ def inflate(data: bytes | bytearray, limit: int) -> bytes:
             if len(whole) <= limit and (not inflater.eof or inflater.unused_data):
                 raise EOFError("the data do not end where they should")
     except (OSError, EOFError, zlib.error) as error:
-        wrong = f"the compressed body is broken: {error}"
-        raise DropzoneError(wrong, "body_broken", 400) from None
+        raise DropzoneError(f"the compressed body is broken: {error}", "body_broken", 400) from None
     if len(whole) > limit:
         raise too_large(limit)
     return whole
@@ -2634,11 +2597,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     if route.query:
         _, schemas = msgspec.json.schema_components([route.query])
         for name, schema in schemas[route.query.__name__]["properties"].items():
-            given = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
-            given |= next(
-                (kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}), {}
-            )
-            given |= {k: v for k, v in schema.items() if k == "default" and v is not None}
+            given = schema.get("anyOf", [schema])[0]  # the other is null: a query leaves it out
             found.append({"name": name, "in": "query", "schema": given})
     return found
 
@@ -2661,7 +2620,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[PROCESSOR] = Processor(config, app[BACKEND])
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
-        add(route.path, endpoint(route), name=route.handler.__name__)
+        add(route.path, route.handle, name=route.handler.__name__)
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app
@@ -2669,14 +2628,13 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
 
 def backend_of(config: Config) -> Backend:
     """Return the configured backend; raises `ConfigError`."""
-    name, options = config.storage.backend, dict[str, object]()
-    if name == "sqlite":
-        options = {"path": config.storage.sqlite.path}
-    elif name == "postgres":
-        postgres = config.storage.postgres
-        options = {"url": postgres.url.reveal(), "pool": postgres.pool}
+    name, sqlite, postgres = msgspec.structs.astuple(config.storage)
+    options: dict[str, dict[str, object]] = {
+        "sqlite": {"path": sqlite.path},
+        "postgres": {"url": postgres.url.reveal(), "pool": postgres.pool},
+    }
     try:
-        return create_backend(name, **options)
+        return create_backend(name, **options.get(name, {}))
     except ValueError as error:
         raise ConfigError(f"storage.backend: {error}") from error
 
@@ -2689,10 +2647,8 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     await app[RAW].open()
     for name in await asyncio.to_thread(app[RAW].strays):
         log.warning("%s is left alone: it is not named <uuid>.json", app[RAW].raw / name)
-    try:
-        await app[BACKEND].open()
-    except BackendError as error:
-        log.warning("the backend does not answer, landing goes on: %s", error)
+    if trouble := await trouble_of(app[BACKEND]):
+        log.warning("the backend does not answer, landing goes on: %s", trouble)
     loop = [app[PROCESSOR].process_forever(every)] if (every := app[CONFIG].process.every) else []
     tasks = list(map(asyncio.create_task, loop))
     try:

@@ -362,17 +362,14 @@ def _parse_leniently(body: bytes) -> object:
         raise PayloadNotJson("nested too deeply: send a flatter document") from None
     except UnicodeDecodeError as error:
         position = mark + error.start
-        wrong = f"not UTF-8: {error.reason} at byte {position}"
-        raise PayloadNotJson(wrong, position=position) from None
+        line = 1 + body.count(b"\n", 0, position)
+        place = f"line {line} (byte {position})"
+        raise PayloadNotJson(f"not UTF-8: {error.reason} at {place}", position=position) from None
     except json.JSONDecodeError as error:
         problem = error.msg if error.doc.strip() else "the body is empty"
         position = mark + len(error.doc[: error.pos].encode())
-        raise PayloadNotJson(
-            f"not JSON: {problem} at line {error.lineno}, column {error.colno} (byte {position})",
-            line=error.lineno,
-            column=error.colno,
-            position=position,
-        ) from None
+        place = f"line {error.lineno}, column {error.colno} (byte {position})"
+        raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
 
 
 def _parse_int(digits: str) -> int | float:
@@ -2672,12 +2669,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
     app = create_app(config)
     runner = web.AppRunner(
-        app,
-        access_log=None,
-        auto_decompress=False,
-        keepalive_timeout=IDLE,
-        shutdown_timeout=1.0,
-        lingering_time=2.0,
+        app, access_log=None, auto_decompress=False, keepalive_timeout=IDLE, shutdown_timeout=1.0
     )
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
@@ -2708,64 +2700,45 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     raw, limit, code = RawStore(config.raw), config.server.max_body_bytes, os.EX_OK
     await raw.open()
     for name in args.files:
-        with contextlib.ExitStack() as stack:
+        with tempfile.TemporaryFile(dir=raw.journal) as copy:  # which nobody alters meanwhile
             try:
-                file = open_twice_readable(name, stack)
-                total = sum(1 for _ in documents_in(file, limit))  # before any of it is landed
+                with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+                    shutil.copyfileobj(file, copy)
+                total = sum(map(len, groups_in(copy, limit)))  # all of it is checked
             except (DropzoneError, OSError) as error:
                 code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
                 print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
-            else:
-                await land_all(raw, documents_in(file, limit), name, total)
+                continue
+            with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
+                for group in groups_in(copy, limit):
+                    print(*await raw.land(group), sep="\n")
+                    bar.update(len(group))
     await raw.close()
     return code
 
 
-def open_twice_readable(name: str, stack: contextlib.ExitStack) -> BinaryIO:
-    file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
-    if name != "-" and file.seekable():
-        return file
-    copy = stack.enter_context(tempfile.TemporaryFile())
-    shutil.copyfileobj(file, copy)
-    return copy
-
-
-async def land_all(raw: RawStore, documents: Iterator[bytes], name: str, total: int) -> None:
-    with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
-        while group := list(itertools.islice(documents, 1)):
-            size = len(group[0])
-            while size < GROUP_BYTES and len(group) < 1000 and (more := next(documents, None)):
-                group.append(more)
-                size += len(more)
-            for raw_id in await raw.land(group):
-                print(raw_id)
-            bar.update(len(group))
-
-
-def documents_in(file: BinaryIO, limit: int) -> Iterator[bytes]:
+def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
     """Yield the payloads of a file: one JSON document, or one on each line (NDJSON)."""
     file.seek(0)
     whole = file.read(limit + 1)
-    if len(whole) <= limit:
-        try:
-            parse_json(whole)
-        except PayloadNotJson as error:
-            first = whole.partition(b"\n")[0]
-            if not whole.strip() or not _is_json(first):  # one document, and a bad one
-                raise error from None
-        else:
-            yield whole
-            return
-    file.seek(0)
-    yield from documents(iter(lambda: file.readline(limit + 2), b""), limit)
-
-
-def _is_json(line: bytes) -> bool:
     try:
-        parse_json(line)
-    except PayloadNotJson:
-        return not line.strip()
-    return True
+        if len(whole) <= limit:
+            parse_json(whole)
+            yield [whole]
+            return
+    except PayloadNotJson as error:
+        if not error.detail.startswith("not JSON: Extra data"):  # behind the first document
+            raise
+    file.seek(0)
+    group, size = list[bytes](), 0
+    for document in documents(iter(lambda: file.readline(limit + 2), b""), limit):
+        group.append(document)
+        size += len(document)
+        if size >= GROUP_BYTES or len(group) == 1000:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
@@ -2886,11 +2859,11 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
 async def check(config: Config, _: argparse.Namespace) -> int:
     """name what is wrong with the configuration and its surroundings; then the exit code is 78"""
     raw, backend = RawStore(config.raw), backend_of(config)
-    troubles = {f"data folder {config.raw.dir}": await folder_trouble(raw)}
-    try:
-        troubles[f"backend {config.storage.backend}"] = await trouble_of(backend)
-    finally:
-        await backend.close()
+    troubles = {
+        f"data folder {config.raw.dir}": await folder_trouble(raw),
+        f"backend {config.storage.backend}": await trouble_of(backend),
+    }
+    await backend.close()
     for name, trouble in troubles.items():
         print(f"wrong  {name}: {trouble}" if trouble else f"ok     {name}")
     if not config.auth.api_key:

@@ -985,7 +985,7 @@ class Writer:
 
     def __init__(self, config: RawConfig) -> None:
         home = str(Path(__file__).resolve().parent)
-        settings = msgspec.to_builtins(config, enc_hook=str)
+        settings = msgspec.to_builtins(config, enc_hook=_to_text)
         self._code = (
             f"import sys; sys.path.insert(0, {home!r}); import dropzone; "
             f"dropzone.write_forever({settings!r})"
@@ -1040,7 +1040,7 @@ ANSWERS = msgspec.msgpack.Decoder(list[Answer])
 
 def write_forever(settings: Table) -> None:
     """Land the groups that come by standard input, until it ends: the process of `Writer`."""
-    store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=_from_text))
+    store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=lambda kind, text: kind(text)))
     store.open_here()
     sys.stdout.buffer.write(b"!")
     sys.stdout.buffer.flush()

@@ -1040,6 +1040,7 @@ ANSWERS = msgspec.msgpack.Decoder(list[Answer])
 
 def write_forever(settings: Table) -> None:
     """Land the groups that come by standard input, until it ends: the process of `Writer`."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service is sent to all of it
     store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=lambda kind, text: kind(text)))
     store.open_here()
     sys.stdout.buffer.write(b"!")

@@ -198,7 +198,7 @@ class Ledger:
     sent: set[bytes] = field(default_factory=set)
     acknowledged: dict[UUID, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[list[bytes], list[UUID]]] = field(default_factory=dict)
-    refused: int = 0
+    codes: set[str] = field(default_factory=set)  # of what was refused
 
     def new_body(self) -> bytes:
         size = CHANCE.choice((10, 100, 400, 1500))
@@ -216,7 +216,7 @@ class Ledger:
         async with session.post("/ingest", data=b"\n".join(bodies), headers=headers) as answer:
             if answer.status != 202:
                 assert answer.status == 503, await answer.text()
-                self.refused += 1
+                self.codes.add((await answer.json())["code"])
                 return []
             said = await answer.json()
         raw_ids = [UUID(text) for text in said.get("raw_ids") or [said["raw_id"]]]

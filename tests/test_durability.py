@@ -221,6 +221,29 @@ async def test_kill_again_and_again(tmp_path: Path):
     print(f"{len(ledger.acknowledged)} acknowledged in 20 runs, 0 lost")
 
 
+async def test_told_to_stop_as_a_whole(tmp_path: Path):
+    """SIGTERM for every process of the service at once, as systemd sends it, stops it in order."""
+    data, ledger = tmp_path / "data", Ledger()
+    service = Service(data, tmp_path / "home")
+    try:
+        async with aiohttp.ClientSession(service.url) as session:
+            clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(8)]
+            await until(lambda: len(ledger.acknowledged) > 20 and service.writers())
+            for writer in service.writers():
+                os.kill(writer, signal.SIGTERM)
+            more = len(ledger.acknowledged) + 200
+            await until(lambda: len(ledger.acknowledged) > more)
+            service.process.terminate()
+            assert await asyncio.to_thread(service.process.wait, 20) == os.EX_OK
+            ended = await asyncio.gather(*clients, return_exceptions=True)
+        assert [error for error in ended if not isinstance(error, aiohttp.ClientError)] == []
+    finally:
+        service.kill()
+    assert ledger.codes <= {"draining"}
+    assert_whole(data, ledger)
+    assert logs_in(data) == set()
+
+
 async def kill_under_load(service: Service, ledger: Ledger, number: int) -> None:
     async with aiohttp.ClientSession(service.url) as session:
         clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(8)]

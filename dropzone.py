@@ -320,17 +320,15 @@ def _with(config: Config, source: object, home: Path, setting: Setting, value: o
         except RuntimeError as error:  # the home folder of nobody
             raise ValueError(str(error)) from None
 
-    table = msgspec.to_builtins(config, enc_hook=_to_text)
+    table = msgspec.to_builtins(
+        config, enc_hook=lambda value: value.reveal() if isinstance(value, Secret) else str(value)
+    )
     for key in reversed(setting):
         value = {key: value}
     try:
         return msgspec.convert(_merged(table, value), Config, strict=False, dec_hook=from_text)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {error}") from None
-
-
-def _to_text(value: Secret | Path) -> str:
-    return value.reveal() if isinstance(value, Secret) else str(value)
 
 
 def _merged(old: object, new: object) -> object:
@@ -2057,7 +2055,7 @@ class RejectedQuery(RetryQuery, frozen=True):
 
 # ── HTTP: routes ──────────────────────────────────────────────────────────────────────────────────
 
-Handler = Callable[..., Awaitable[web.StreamResponse]]
+Handler = Callable[..., Any]  # takes the request, and its query where there is one
 
 CONFIG = web.AppKey("CONFIG", Config)
 RAW = web.AppKey("RAW", RawStore)
@@ -2093,7 +2091,7 @@ class Route:
         ROUTES.append(self)
         return handler
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         if self.scope:
             authorize(request)
@@ -2135,7 +2133,7 @@ async def trouble_of(backend: Backend) -> str | None:
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
     app = request.app
-    with app[ADMISSION].admitted() as take:
+    with app[ADMISSION].admitted(app[CONFIG].server.max_body_bytes) as take:
         body = await read_body(request, take)
         key = idempotency_key(request)
         if request.content_type in NDJSON:
@@ -2315,7 +2313,7 @@ DOCS_PAGE = """<!DOCTYPE html>
 """
 
 
-# ── HTTP: admission ───────────────────────────────────────────────────────────────────────────────
+# ── HTTP: admission and the edge ──────────────────────────────────────────────────────────────────
 
 IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
 
@@ -2329,14 +2327,16 @@ class Admission:
         self._draining = False
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[Callable[[int], None]]:
-        """Give out the function that counts the bytes of one request in, until it is answered."""
+    def admitted(self, limit: int) -> Iterator[Callable[[int], None]]:
+        """Give out what counts the bytes of one request, `limit` at most, until it is answered."""
         if self._draining:
             raise DropzoneError("the service is about to stop", "draining", 503)
         taken = 0
 
         def take(size: int) -> None:
             nonlocal taken
+            if taken + size > limit:
+                raise too_large(limit)
             if self.bytes and self.bytes + size > IN_FLIGHT:
                 raise DropzoneError("too much is in flight", "overloaded", 503)
             self.bytes += size
@@ -2359,8 +2359,6 @@ class Admission:
 
 ADMISSION = web.AppKey("ADMISSION", Admission)
 
-# ── HTTP: the edge ────────────────────────────────────────────────────────────────────────────────
-
 STATUS_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     415: {"Accept-Encoding": "gzip, deflate"},
@@ -2382,7 +2380,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     request_id = given if REQUEST_ID_FORM.fullmatch(given) else f"{getrandbits(96):024x}"
     request[REQUEST_ID] = request_id
     try:
-        response = await handler(request)
+        response: web.StreamResponse = await handler(request)
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
@@ -2477,29 +2475,30 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
 
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
-    limits, body = request.app[CONFIG].server, bytearray()
-    limit = limits.max_body_bytes
+    limits, content, body = request.app[CONFIG].server, request.content, bytearray()
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
         raise DropzoneError(wrong, "encoding_unsupported", 415)
-    if (request.content_length or 0) > limit:
-        raise too_large(limit)
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise too_large(limits.max_body_bytes)
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.content.iter_any():
-                take(len(chunk))
-                body += chunk
-                if len(body) > limit:
-                    raise too_large(limit)
+        if content.is_eof():  # all of it is here, as of most: spare the timer
+            body += content.read_nowait()
+            take(len(body))
+        else:
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in content.iter_any():
+                    take(len(chunk))
+                    body += chunk
     except (web.RequestPayloadError, ConnectionError) as error:
         raise DropzoneError(f"the body did not arrive whole: {error}", "body_broken", 400) from None
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
-    if encoding == "identity" or request.content.total_compressed_bytes is not None:
+    if encoding == "identity" or content.total_compressed_bytes is not None:
         return bytes(body)
-    whole = await asyncio.to_thread(inflate, body, limit)
+    whole = await asyncio.to_thread(inflate, body, limits.max_body_bytes)
     take(max(0, len(whole) - len(body)))
     return whole
 

@@ -2496,7 +2496,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
-    if encoding == "identity" or content.total_compressed_bytes is not None:
+    if encoding == "identity" or not body or content.total_compressed_bytes is not None:
         return bytes(body)
     whole = await asyncio.to_thread(inflate, body, limits.max_body_bytes)
     take(max(0, len(whole) - len(body)))

@@ -943,6 +943,12 @@ async def test_broken_encoding_embedded(serve: Serve, packed: bytes, encoding: s
     assert list(service.stored().values()) == [WHOLE] * (answer.status == 202)
 
 
+async def test_nothing_encoded(any_server: Service) -> None:
+    """An encoding of no body at all is 400: there is no document in it."""
+    headers = {"Content-Encoding": "gzip", "Content-Length": "0"}
+    await refusal(any_server, 400, "payload_not_json", "POST", "/ingest", headers=headers)
+
+
 async def test_broken_encoding_keeps_the_service(any_server: Service) -> None:
     """After a broken body the same client goes on with a good one."""
     for packed in (PACKED[:-4], PACKED[:100], b"x"):

@@ -2669,7 +2669,12 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
     app = create_app(config)
     runner = web.AppRunner(
-        app, access_log=None, auto_decompress=False, keepalive_timeout=IDLE, shutdown_timeout=1.0
+        app,
+        access_log=None,
+        auto_decompress=False,
+        keepalive_timeout=IDLE,
+        lingering_time=2.0,
+        shutdown_timeout=1.0,
     )
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file

@@ -983,7 +983,7 @@ class Writer:
 
     def __init__(self, config: RawConfig) -> None:
         home = str(Path(__file__).resolve().parent)
-        settings = msgspec.to_builtins(config, enc_hook=_to_text)
+        settings = msgspec.to_builtins(config, enc_hook=str)
         self._code = (
             f"import sys; sys.path.insert(0, {home!r}); import dropzone; "
             f"dropzone.write_forever({settings!r})"

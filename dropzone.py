@@ -1756,12 +1756,11 @@ class Processor:
                 pause = every
             except ProcessorBusy:
                 pause = every  # whoever is at work does it
-            except (BackendError, DropzoneError) as error:
+            except Exception as error:  # nobody else would begin it again
                 pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
-                log.warning("processing stopped, next try within %.0f s: %s", pause, error)
-            except Exception:  # nobody else would hear of it
-                pause = LONGEST_PAUSE
-                log.exception("processing failed, next try within %.0f s", pause)
+                defect = None if isinstance(error, BackendError | DropzoneError) else error
+                again = "processing stopped, next try within %.0f s: %s"
+                log.warning(again, pause, error, exc_info=defect)
             await asyncio.sleep(pause * uniform(0.5, 1))  # noqa: S311 (not all of them at once)
 
     async def close(self) -> None:
@@ -1776,6 +1775,8 @@ class Processor:
             raise ProcessorBusy(
                 "another processor is at work on this data folder; try again"
             ) from None
+        except OSError as error:  # of the data folder
+            raise _storage_error(error) from error
 
     def _batches(self, todo: int) -> Iterator[list[str]]:
         last = ""

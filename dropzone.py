@@ -588,13 +588,15 @@ class Folders:
 
     # Moves are renames, so that a payload is in exactly one folder at any moment.
 
-    def settle(self, processed: Iterable[UUID | str], rejected: Iterable[Rejection]) -> None:
-        """Move payloads out of pending. Doing it again, or a part of it again, changes nothing."""
-        for rejection in rejected:
-            if before := self.record(rejection.raw_id):
-                rejection = msgspec.structs.replace(  # noqa: PLW2901
-                    rejection, retries=before.retries, retried_at=before.retried_at
-                )
+    def settle(
+        self, processed: Iterable[UUID | str], rejected: Iterable[Rejection]
+    ) -> list[Rejection]:
+        """Move payloads out of pending; return the rejections, their retries counted.
+
+        Doing it again, or a part of it again, changes nothing.
+        """
+        counted = list(map(self._with_retries, rejected))
+        for rejection in counted:
             self._record(rejection)  # before the payload, so that none is without its reason
             self._move(rejection.raw_id, self.rejected)
         for day, raw_ids in itertools.groupby(processed, day_of):
@@ -602,6 +604,13 @@ class Folders:
             folder.mkdir(parents=True, exist_ok=True)
             for raw_id in raw_ids:
                 self._move(raw_id, folder)
+        return counted
+
+    def _with_retries(self, rejection: Rejection) -> Rejection:
+        if before := self.record(rejection.raw_id):
+            so_far = {"retries": before.retries, "retried_at": before.retried_at}
+            return msgspec.structs.replace(rejection, **so_far)
+        return rejection
 
     def _move(self, raw_id: UUID | str, folder: Path) -> None:
         name = f"{raw_id}.json"
@@ -1794,7 +1803,7 @@ class Processor:
             rejected += await self._upsert(judged.rows) if judged.rows else []
             refused = {rejection.raw_id for rejection in rejected}
             stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-            await run(self._folders.settle, stored, rejected)
+            rejected = await run(self._folders.settle, stored, rejected)
             result.processed += len(stored)
             result.failed += len(rejected)
             result.checked = result.processed + result.failed

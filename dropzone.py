@@ -628,7 +628,10 @@ class Folders:
         """Return the packs of a day, or all; a day has a second one if payloads came late."""
         with os.scandir(self.processed) as entries:
             found = [e for e in entries if e.name.endswith(PACK) and e.name.startswith(day)]
-        packs = (Pack(Path(entry.path), entry.stat().st_mtime_ns) for entry in found)
+        packs = []
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError):  # it has just expired
+                packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
         return sorted(packs, key=lambda pack: pack.path)
 
     def sources(self) -> Iterator[tuple[str, Iterator[Portion]]]:
@@ -680,11 +683,23 @@ class Folders:
         return self.keep_days > 0 and day < last
 
     def is_packed_or_expired(self, raw_id: UUID) -> bool:
-        return self.is_expired(day_of(raw_id)) or self._packed(raw_id) is not None
+        with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
+            return self.is_expired(day_of(raw_id)) or self._packed(raw_id) is not None
+        return False
 
     def _packed(self, raw_id: UUID) -> bytes | None:
-        bodies = (pack.read(raw_id) for pack in self.packs(day_of(raw_id)))
-        return next((body for body in bodies if body is not None), None)
+        damage = None
+        for pack in self.packs(day_of(raw_id)):
+            try:
+                if (body := pack.read(raw_id)) is not None:
+                    return body
+            except FileNotFoundError:
+                pass  # it has just expired
+            except StorageUnavailable as error:
+                damage = error
+        if damage:
+            raise damage
+        return None
 
     # The quarantine
 
@@ -834,9 +849,14 @@ def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]
     starts = [start for _, start in index.members] + [index.bytes]
     with open(path, "rb") as file:
         file.seek(starts[number])
-        text = gzip.decompress(file.read(starts[number + 1] - starts[number]))
-    lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
-    return {line.raw_id: line.body() for line in lines}
+        packed = file.read(starts[number + 1] - starts[number])
+    try:
+        text = gzip.decompress(packed)
+        lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
+        return {line.raw_id: line.body() for line in lines}
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        wrong = f"{path} is damaged at byte {starts[number]}, restore it from a copy: {error}"
+        raise StorageUnavailable(wrong) from error
 
 
 def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:
@@ -2853,14 +2873,19 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
+    code = os.EX_OK
     async with opened(config, "compact") as (raw, _backend):
         days = await asyncio.to_thread(raw.finished_days)
         for day in tqdm(days, unit=" days", disable=None):
-            count = await asyncio.to_thread(raw.compact, day)
-            tqdm.write(f"{day}: {count} payloads packed")
+            try:
+                count = await asyncio.to_thread(raw.compact, day)
+                tqdm.write(f"{day}: {count} payloads packed")
+            except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
+                code = os.EX_TEMPFAIL
+                tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
         for name in await asyncio.to_thread(raw.expire):
             print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
-    return os.EX_OK
+    return code
 
 
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:

@@ -655,7 +655,8 @@ class Folders:
     def compact(self, day: str) -> int:
         """Pack a day's payloads, then delete their files; return how many there were."""
         folder = self.processed / day
-        raw_ids, packs = earliest(folder), self.packs(day)
+        raw_ids = [raw_id for raw_id in earliest(folder) if day_of(raw_id) == day]
+        packs = self.packs(day)
         fresh = [
             raw_id
             for raw_id in raw_ids  # the others are left of a run that was stopped

@@ -523,6 +523,7 @@ class Folders:
         self.journal = siblings / "journal"
         self.lock_file = siblings / "process.lock"
         self.keep_days = config.keep_days
+        self._expired = self.journal / "expired"
 
     def path(self, raw_id: UUID, state: State) -> Path:
         folder = {"pending": self.raw, "rejected": self.rejected}.get(state)
@@ -674,14 +675,27 @@ class Folders:
 
     def expire(self) -> list[str]:
         """Delete the packs whose day is more than `keep_days` days ago; return their names."""
-        expired = [pack for pack in self.packs() if self.is_expired(pack.path.name[:10])]
+        first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
+        packs = self.packs() if self.keep_days else []
+        expired = [pack for pack in packs if pack.path.name[:10] < first]
+        if expired:
+            self.publish(self._expired, max(self._first_kept(), first).encode())
+            _sync_file(self._expired)
         for pack in expired:
             pack.remove()
         return [pack.path.name for pack in expired]
 
     def is_expired(self, day: str) -> bool:
-        last = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
-        return self.keep_days > 0 and day < last
+        """Say whether the packs of a day were deleted; not whether it is old enough for that.
+
+        What has landed before a long power cut is old, too, and still to be processed.
+        """
+        return day < self._first_kept()
+
+    def _first_kept(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return self._expired.read_text()
+        return ""
 
     def is_packed_or_expired(self, raw_id: UUID) -> bool:
         with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there

@@ -30,10 +30,10 @@ class MemoryBackend:
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        for row in measurements:
-            standing = self._rows.get(require_utc(row.timestamp_utc))
-            if standing and standing.raw_id == row.raw_id:
-                del self._rows[row.timestamp_utc]
+        for timestamp, raw_id in [(require_utc(m.timestamp_utc), m.raw_id) for m in measurements]:
+            standing = self._rows.get(timestamp)
+            if standing and standing.raw_id == raw_id:
+                del self._rows[timestamp]
                 self._timestamps = []
 
     async def get(self, timestamp_utc: datetime) -> Measurement:

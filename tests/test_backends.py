@@ -9,10 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
-from itertools import chain, count, permutations
+from itertools import chain, count, pairwise, permutations
+from math import inf, nextafter
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 from uuid import UUID
@@ -21,8 +22,10 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import force_setattr
 from postgres_server import PostgresServer
 
+import backends
 from backends import (
     Backend,
     BackendError,
@@ -30,6 +33,8 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
+    differences,
+    same,
     winners,
 )
 from backends.memory import MemoryBackend
@@ -356,6 +361,263 @@ async def test_questions_about_a_time_that_is_not_utc(backend: Backend, odd: dat
             await question
 
 
+# ── Delete ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_delete_takes_the_rows_that_are_named(backend: Backend) -> None:
+    """Deleted rows, of the first and the last moment too, are gone for get, find and count."""
+    rows = [row(timestamp) for timestamp in STAMPS]
+    await backend.upsert(rows)
+    assert await everything(backend) == rows
+    await backend.delete(rows[::2])
+    assert await everything(backend) == rows[1::2]
+    assert await backend.find(descending=True) == rows[1::2][::-1]
+    assert await backend.count() == len(rows[1::2])
+    assert await backend.get(rows[1].timestamp_utc) == rows[1]
+    for gone in rows[::2]:
+        with pytest.raises(MeasurementNotFound):
+            await backend.get(gone.timestamp_utc)
+    await backend.delete(rows)
+    assert (await backend.count(), await everything(backend)) == (0, [])
+
+
+@pytest.mark.parametrize("named", [1, 2, 4, 1 << 127])
+async def test_delete_leaves_a_row_that_names_another_raw_id(backend: Backend, named: int) -> None:
+    """A row that names another raw_id than was meant, a smaller or a greater one, stays."""
+    await backend.upsert([row(0, 3), row(1, named)])
+    await backend.delete([row(0, named), row(1, named), row(2, named)])
+    assert await everything(backend) == [row(0, 3)]
+
+
+async def test_delete_does_not_ask_for_the_values(backend: Backend) -> None:
+    """Timestamp and raw_id say which row is meant, whatever its numbers are by now."""
+    await backend.upsert([row(mean=1.0, std=2.0)])
+    await backend.delete([row(mean=3.0, std=4.0)])
+    assert await backend.count() == 0
+
+
+async def test_delete_of_nothing(backend: Backend) -> None:
+    """An empty batch, a row that is not there, and one named twice are all fine."""
+    await backend.delete([])
+    await backend.delete([row(0), row(0), row(0, 2)])
+    await backend.upsert([row(0), row(1)])
+    await backend.delete([])
+    assert await everything(backend) == [row(0), row(1)]
+    await backend.delete([row(0, 2), row(0), row(0)])
+    await backend.delete([row(0)])
+    assert await everything(backend) == [row(1)]
+
+
+async def test_deleted_for_an_earlier_arrival(backend: Backend) -> None:
+    """Where a row was deleted, one with a smaller raw_id finds room again."""
+    await backend.upsert([row(0, 9), row(1, 9)])
+    await backend.delete([row(0, 9)])
+    await backend.upsert([row(0, 1), row(1, 1)])
+    assert await everything(backend) == [row(0, 1), row(1, 9)]
+
+
+async def test_deletion_outlives_the_connection(connect: Connect) -> None:
+    """What was deleted stays deleted for the next backend on the same database."""
+    first = connect()
+    await first.upsert([row(0), row(1)])
+    await first.delete([row(0)])
+    await first.close()
+    assert await everything(connect()) == [row(1)]
+
+
+@pytest.mark.parametrize("odd", [NOON.replace(tzinfo=None), NOON.astimezone(timezone(SECOND))])
+async def test_delete_refuses_a_time_that_is_not_utc(backend: Backend, odd: datetime) -> None:
+    """A row that was forced to another time than UTC is refused, and with it its whole batch."""
+    await backend.upsert([row(0), row(1)])
+    forced = row(1)
+    force_setattr(forced, "timestamp_utc", odd)
+    with pytest.raises(ValueError, match="UTC"):
+        await backend.delete([row(0), forced])
+    assert await everything(backend) == [row(0), row(1)]
+
+
+edits = st.lists(
+    st.tuples(st.booleans(), st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=4)),
+    max_size=8,
+)
+
+
+@property_of_a_backend
+@given(edits)
+async def test_any_sequence_of_upserts_and_deletes(
+    backend: Backend, edits: list[tuple[bool, list[tuple[int, int]]]]
+) -> None:
+    """Whatever is upserted and deleted in turn, the table is what a dictionary would hold."""
+    start, expected = NOON + next(days) * DAY, dict[int, int]()
+    for deletes, batch in edits:
+        rows = [row(start + second * SECOND, raw_id) for second, raw_id in batch]
+        await (backend.delete(rows) if deletes else backend.upsert(rows))
+        for second, raw_id in batch:
+            standing = expected.get(second, 0)
+            if deletes and standing == raw_id:
+                del expected[second]
+            elif not deletes:
+                expected[second] = max(standing, raw_id)
+    found = await backend.find(since=start, until=start + DAY)
+    assert found == [row(start + s * SECOND, expected[s]) for s in sorted(expected)]
+
+
+async def test_deletes_beside_upserts(connect: Connect) -> None:
+    """Deletes of earlier arrivals never take a later one, in whatever order rows are locked."""
+    backends = [connect(), connect()]
+    batches = [[row(second, raw_id) for second in range(200)] for raw_id in range(1, 21)]
+    await backends[0].upsert(batches[0])
+    for before, after in pairwise(batches):
+        await asyncio.gather(
+            backends[0].delete(before[::-1]),
+            backends[1].upsert(after),
+            backends[0].delete(before),
+            backends[1].upsert(before),
+        )
+        assert await everything(backends[0]) == after
+
+
+# ── Differences ───────────────────────────────────────────────────────────────────────────────────
+
+Pair: TypeAlias = "tuple[Measurement | None, Measurement | None]"
+
+
+async def compared(
+    one: list[Measurement],
+    other: list[Measurement],
+    backend: Backend,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> list[Pair]:
+    """Compare rows in memory with others in a backend that is empty before and afterwards."""
+    memory = MemoryBackend()
+    await memory.upsert(one)
+    await backend.upsert(other)
+    found = [pair async for pair in differences(memory, backend, since, until)]
+    mirrored = [pair async for pair in differences(backend, memory, since, until)]
+    assert mirrored == [(rival, own) for own, rival in found]
+    await backend.delete(other)
+    return found
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([], []),
+        (range(5), []),
+        (range(5), range(5)),
+        (range(5), range(2, 5)),
+        (range(5), range(3)),
+        (range(5), [2]),
+        ([0, 2, 4], [1, 3, 5]),
+        (range(3), range(3, 6)),
+    ],
+    ids=["empty", "one empty", "equal", "begins", "ends", "around", "in turn", "apart"],
+)
+async def test_differences_of_one_side(
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    page: int,
+    one: Sequence[int],
+    other: Sequence[int],
+) -> None:
+    """A row that only one side has is yielded, wherever it lies and however the pages fall."""
+    monkeypatch.setattr(backends, "PAGE", page)
+    expected = [
+        (row(second) if second in one else None, row(second) if second in other else None)
+        for second in sorted({*one} ^ {*other})
+    ]
+    assert await compared([*map(row, one)], [*map(row, other)], backend) == expected
+
+
+async def test_differences_of_a_row(backend: Backend) -> None:
+    """Another mean, deviation or raw_id is a difference; one side may differ in many rows."""
+    rows = [row(second, 2, mean=1.0, std=2.0) for second in range(5)]
+    others = [
+        row(0, 2, mean=1.001, std=2.0),
+        row(1, 2, mean=1.0, std=0.0),
+        row(2, 1, mean=1.0, std=2.0),
+        row(3, 3, mean=-1.0, std=2.0),
+        rows[4],
+    ]
+    assert await compared(rows, others, backend) == list(zip(rows[:4], others[:4], strict=True))
+
+
+async def test_differences_of_the_first_and_the_last_moment(backend: Backend) -> None:
+    """Rows of the years 1 and 9999 are compared like any other."""
+    rows = [row(timestamp) for timestamp in STAMPS]
+    others = [row(timestamp, 2) for timestamp in (FIRST, LAST)]
+    found = await compared(rows, [*others, *rows[1:-1]], backend)
+    assert found == [(rows[0], others[0]), (rows[-1], others[1])]
+
+
+def rounded(values: tuple[int, float] | None) -> tuple[int, float] | None:
+    return values and (values[0], round(values[1], 9))
+
+
+tables = st.dictionaries(
+    st.sampled_from(STAMPS), st.tuples(st.integers(1, 2), st.sampled_from([1.0, 1 + 2**-52, 2.0]))
+)
+
+
+@property_of_a_backend
+@given(tables, tables, st.integers(1, 4), bounds, bounds)
+async def test_differences_do_what_they_say(
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    one: dict[datetime, tuple[int, float]],
+    other: dict[datetime, tuple[int, float]],
+    page: int,
+    since: datetime | None,
+    until: datetime | None,
+) -> None:
+    """Any two tables, pages and bounds give what a comparison of two dictionaries gives."""
+    monkeypatch.setattr(backends, "PAGE", page)
+    sides = [{at: row(at, *values) for at, values in side.items()} for side in (one, other)]
+    expected = [
+        (sides[0].get(at), sides[1].get(at))
+        for at in sorted({*one, *other})
+        if (since or FIRST) <= at
+        and (until is None or at < until)
+        and rounded(one.get(at)) != rounded(other.get(at))
+    ]
+    found = await compared([*sides[0].values()], [*sides[1].values()], backend, since, until)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (1.0, 1 + 2**-49, True),
+        (1.0, 1 + 2**-48, False),
+        (-1e300, -1e300 * (1 + 2**-50), True),
+        (1e300, -1e300, False),
+        (1.0, nextafter(1.0, inf), True),
+        (0.1 + 0.2, 0.3, True),
+        (0.0, -0.0, True),
+        (0.0, 2**-1071, True),
+        (0.0, 2**-1070, False),
+        (5e-324, -5e-324, True),
+        (0.0, 1e-300, False),
+        (1.7976931348623157e308, nextafter(1.7976931348623157e308, 0), True),
+    ],
+)
+def test_same_but_for_rounding(one: float, other: float, equal: bool) -> None:
+    """A few units in the last place are no difference, in mean and deviation; any more are."""
+    assert same(row(mean=one), row(mean=other)) is equal
+    assert same(row(mean=other), row(mean=one)) is equal
+    assert same(row(std=abs(one)), row(std=abs(other))) is (equal or one == -other)
+
+
+def test_same_is_of_one_payload() -> None:
+    """Rows of two times or of two payloads are never the same, whatever their numbers are."""
+    assert same(row(), row())
+    assert not same(row(), row(1))
+    assert not same(row(), row(NOON + MICROSECOND))
+    assert not same(row(), row(raw_id=2))
+
+
 # ── Open, close, ping ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -389,10 +651,11 @@ async def test_open_and_close_are_idempotent(connect: Connect) -> None:
     [
         lambda backend: backend.ping(),
         lambda backend: backend.upsert([row()]),
+        lambda backend: backend.delete([row()]),
         lambda backend: backend.find(),
         lambda backend: backend.count(),
     ],
-    ids=["ping", "upsert", "find", "count"],
+    ids=["ping", "upsert", "delete", "find", "count"],
 )
 async def test_every_call_opens(
     connect: Connect, call: Callable[[Backend], Awaitable[object]]
@@ -501,6 +764,19 @@ async def test_sqlite_upsert_is_all_or_nothing(sqlite: SqliteBackend, sqlite_pat
         await sqlite.upsert([row(1)])
 
 
+async def test_sqlite_delete_is_all_or_nothing(sqlite: SqliteBackend, sqlite_path: Path) -> None:
+    """A row that may not be deleted keeps its whole batch."""
+    trigger = "CREATE TRIGGER no BEFORE DELETE ON measurements WHEN OLD.mean > 9 BEGIN SELECT"
+    rows = [row(0), row(1, mean=10.0), row(2)]
+    await sqlite.upsert(rows)
+    with other_program(sqlite_path, f"{trigger} RAISE(ABORT, 'too dear'); END"):
+        with pytest.raises(BackendError, match="too dear"):
+            await sqlite.delete(rows)
+        assert await everything(sqlite) == rows
+        await sqlite.delete([rows[0]])
+        assert await everything(sqlite) == rows[1:]
+
+
 async def test_sqlite_on_a_full_disk(sqlite: SqliteBackend) -> None:
     """A batch that does not fit is unavailable and leaves nothing; the next one that does is fine.
 
@@ -605,6 +881,7 @@ CALLS: list[Callable[[Backend], Awaitable[object]]] = [
     lambda backend: backend.open(),
     lambda backend: backend.ping(),
     lambda backend: backend.upsert([row()]),
+    lambda backend: backend.delete([row()]),
     lambda backend: backend.get(NOON),
     lambda backend: backend.find(),
     lambda backend: backend.count(),
@@ -783,6 +1060,27 @@ async def test_postgres_upsert_is_all_or_nothing(
         assert not isinstance(caught.value, BackendUnavailable)
         assert await everything(postgres) == [row(0)]
         await postgres.upsert([row(1)])
+
+
+KEEP_TENS = """
+CREATE FUNCTION keep_tens() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN IF OLD.mean > 9 THEN RAISE 'too dear'; END IF; RETURN OLD; END $$;
+CREATE TRIGGER keep_tens BEFORE DELETE ON measurements FOR EACH ROW EXECUTE FUNCTION keep_tens()
+"""
+
+
+async def test_postgres_delete_is_all_or_nothing(
+    postgres: PostgresBackend, postgres_url: str
+) -> None:
+    """A row that may not be deleted keeps its whole batch."""
+    rows = [row(0), row(1, mean=10.0), row(2)]
+    await postgres.upsert(rows)
+    async with other_client(postgres_url, KEEP_TENS):
+        with pytest.raises(BackendError, match="too dear"):
+            await postgres.delete(rows)
+        assert await everything(postgres) == rows
+        await postgres.delete([rows[0]])
+        assert await everything(postgres) == rows[1:]
 
 
 GOOD = (

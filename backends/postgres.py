@@ -41,10 +41,18 @@ ON CONFLICT (timestamp_utc) DO UPDATE
 SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
 WHERE excluded.raw_id >= measurements.raw_id
 """
+# Rows are locked in one order, that of upserts too, so that nobody waits in a circle.
 DELETE = """
-DELETE FROM measurements USING unnest($1::text[], $2::uuid[]) AS batch (timestamp_text, raw_id)
-WHERE measurements.timestamp_utc = batch.timestamp_text::timestamptz
-    AND measurements.raw_id = batch.raw_id
+WITH named AS (
+    SELECT measurements.timestamp_utc, measurements.raw_id
+    FROM unnest($1::text[], $2::uuid[]) AS batch (timestamp_text, raw_id)
+    JOIN measurements ON measurements.timestamp_utc = batch.timestamp_text::timestamptz
+        AND measurements.raw_id = batch.raw_id
+    ORDER BY measurements.timestamp_utc
+    FOR UPDATE OF measurements
+)
+DELETE FROM measurements USING named
+WHERE measurements.timestamp_utc = named.timestamp_utc AND measurements.raw_id = named.raw_id
 """
 GET = """
 SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements

@@ -463,18 +463,20 @@ async def test_any_sequence_of_upserts_and_deletes(
 
 
 async def test_deletes_beside_upserts(connect: Connect) -> None:
-    """Deletes of earlier arrivals never take a later one, in whatever order rows are locked."""
-    backends = [connect(), connect()]
-    batches = [[row(second, raw_id) for second in range(200)] for raw_id in range(1, 21)]
-    await backends[0].upsert(batches[0])
+    """Deletes at the same time as upserts all succeed, and never take a later arrival."""
+    one, other = connect(), connect()
+    batches = [[row(second, raw_id) for second in range(500)] for raw_id in range(1, 9)]
+    await one.upsert(batches[0])
     for before, after in pairwise(batches):
         await asyncio.gather(
-            backends[0].delete(before[::-1]),
-            backends[1].upsert(after),
-            backends[0].delete(before),
-            backends[1].upsert(before),
+            one.delete(before[::-1]),
+            other.upsert(before),
+            one.delete(before),
+            other.upsert(after),
+            one.delete(before[::-1]),
+            other.upsert(before),
         )
-        assert await everything(backends[0]) == after
+        assert await everything(one) == after
 
 
 # ── Differences ───────────────────────────────────────────────────────────────────────────────────
@@ -1081,6 +1083,22 @@ async def test_postgres_delete_is_all_or_nothing(
         assert await everything(postgres) == rows
         await postgres.delete([rows[0]])
         assert await everything(postgres) == rows[1:]
+
+
+async def test_postgres_deletes_in_the_order_of_upserts(
+    postgres: PostgresBackend, postgres_url: str
+) -> None:
+    """A delete that waits for a row holds none behind it, which would end in a deadlock."""
+    update = "UPDATE measurements SET mean = 9 WHERE timestamp_utc = $1"
+    await postgres.upsert([row(0), row(1)])
+    async with other_client(postgres_url) as other:
+        async with other.transaction():
+            await other.execute(update, NOON)
+            deletion = asyncio.create_task(postgres.delete([row(1), row(0)]))
+            await until(other, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted")
+            await other.execute(update, NOON + SECOND)
+        await deletion
+    assert await everything(postgres) == []
 
 
 GOOD = (

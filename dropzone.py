@@ -396,6 +396,7 @@ STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
+PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
 BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION = 1000
@@ -628,7 +629,7 @@ class Folders:
     def packs(self, day: str = "") -> list[Pack]:
         """Return the packs of a day, or all; a day has a second one if payloads came late."""
         with os.scandir(self.processed) as entries:
-            found = [e for e in entries if e.name.endswith(PACK) and e.name.startswith(day)]
+            found = [e for e in entries if PACK_NAME.fullmatch(e.name) and e.name.startswith(day)]
         packs = []
         for entry in found:
             with contextlib.suppress(FileNotFoundError):  # it has just expired

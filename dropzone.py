@@ -2850,7 +2850,7 @@ async def rebuild(config: Config, args: argparse.Namespace) -> int:
 
 async def prove(config: Config, args: argparse.Namespace, way: ProofWay) -> int:
     counts = Counter[str]()
-    async with opened(config, "proof") as (raw, backend):
+    async with opened(config, "upkeep") as (raw, backend):
         total = await asyncio.to_thread(raw.count_processed)
         with tqdm(total=total, unit=" payloads", disable=None) as bar:
             async for finding in way(Proof(config, backend), args.since, args.until, bar.update):
@@ -2890,7 +2890,7 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
     code = os.EX_OK
-    async with opened(config, "compact") as (raw, _backend):
+    async with opened(config, "upkeep") as (raw, _backend):
         days = await asyncio.to_thread(raw.finished_days)
         for day in tqdm(days, unit=" days", disable=None):
             try:

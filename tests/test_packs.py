@@ -254,7 +254,7 @@ def test_two_compacts_at_once(folder: Folder, program: Program):
     wait_for(lambda: state_of(first.pid) == "T")
     second = program.run("compact")
     assert (second.returncode, second.stdout) == (TRY_AGAIN, "")
-    assert "compact.lock is held by another run" in second.stderr
+    assert "upkeep.lock is held by another run" in second.stderr
     assert_explained(second.stderr)
     first.send_signal(signal.SIGCONT)
     _, err = first.communicate()

@@ -637,12 +637,16 @@ class Folders:
         return sorted(packs, key=lambda pack: pack.path)
 
     def sources(self) -> Iterator[tuple[str, Iterator[Portion]]]:
-        """Yield the packs and folders of all that is processed: a name, and portions to read."""
+        """Yield the packs and folders of all that is processed: a name, and portions to read.
+
+        The name is another one when payloads were added.
+        """
         for pack in self.packs():
-            yield pack.path.name, ((pack, n) for n in range(len(pack.index().members)))
+            members = ((pack, n) for n in range(len(pack.index().members)))
+            yield f"{pack.path.name} {pack.written}", members
         for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
             if entry.is_dir():
-                yield entry.name, _portions(Path(entry.path))
+                yield f"{entry.name} {entry.stat().st_mtime_ns}", _portions(Path(entry.path))
 
     def count_processed(self) -> int:
         packed = sum(pack.index().payloads for pack in self.packs())
@@ -1890,7 +1894,8 @@ class Proof:
     """Derives the table again from all that is processed, and compares it with the backend's.
 
     What is derived is kept beside the journal until the comparison is done, so that a run that is
-    stopped goes on, within a day, behind the last folder or pack that it had finished.
+    stopped goes on, within a day, with the folders and packs that it had not finished, and with
+    those to which payloads were added since.
     """
 
     def __init__(self, config: Config, backend: Backend) -> None:
@@ -1947,8 +1952,8 @@ class Proof:
                 progress(judged.checked)
                 left = left[judged.checked :] if isinstance(left, list) else None
 
-        if done.exists() and time.time() - done.stat().st_mtime > 86_400:
-            await asyncio.to_thread(shutil.rmtree, self._scratch)
+        if not done.exists() or time.time() - done.stat().st_mtime > 86_400:
+            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
         await derived.open()
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         for name, portions in self._folders.sources():

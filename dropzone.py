@@ -823,7 +823,13 @@ class Pack:
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 (a pack is but its name)
     def index(self) -> PackIndex:
-        return msgspec.json.decode(Path(f"{self.path}.index").read_bytes(), type=PackIndex)
+        try:
+            return msgspec.json.decode(Path(f"{self.path}.index").read_bytes(), type=PackIndex)
+        except (FileNotFoundError, ValueError) as error:
+            if not self.path.exists():
+                raise  # it has just expired
+            wrong = f"{self.path} has lost its index, restore it from a copy: {error}"
+            raise StorageUnavailable(wrong) from error
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def member(self, number: int) -> dict[UUID, bytes]:

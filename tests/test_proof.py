@@ -1,0 +1,833 @@
+"""Proof: every row is checked against the payload that it names, and set right from it."""
+
+import asyncio
+import gzip
+import itertools
+import os
+import signal
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from subprocess import CompletedProcess
+from uuid import UUID, uuid4
+
+import asyncpg
+import msgspec
+import pytest
+from msgspec.structs import replace
+from test_cli import OK, PATIENCE, SECRET, TRY_AGAIN, USAGE, Program, assert_explained, closed_port
+from test_processing import NOON, Failing, Folder, arrival, body, processor_of
+
+from backends import RESOLUTION, Backend, BackendUnavailable, Measurement, timestamp_text
+from backends.memory import MemoryBackend
+from backends.postgres import PostgresBackend
+from backends.sqlite import SqliteBackend
+from dropzone import Config, Finding, Proof, RawConfig, RawStore
+
+STATES = ("raw", "processed", "rejected")
+WRONG = 1  # the exit code of `verify` where a row is not right
+INTERRUPTED = 128 + signal.SIGINT
+DAY = 86_400_000  # milliseconds
+SECONDS = 20  # of which a `Book` has a row
+DELETE = "DELETE FROM measurements WHERE timestamp_utc = "
+INSERT = "INSERT INTO measurements (timestamp_utc, mean, std_dev, raw_id) VALUES "
+
+
+def payload(second: int, value: float) -> bytes:
+    """Return the payload of two values around `value + 1`."""
+    return body(second, value, value + 2)
+
+
+def made(second: int, value: float, raw_id: UUID) -> Measurement:
+    """Return the row that `payload` makes."""
+    return Measurement(NOON + timedelta(seconds=second), value + 1, 1.0, raw_id)
+
+
+def earlier(second: int) -> Measurement:
+    """Return the row that a `Book` does not keep, of the payload that arrived first."""
+    return made(second, 10 * second, arrival(second))
+
+
+def later(second: int) -> Measurement:
+    """Return the row that a `Book` keeps."""
+    return made(second, 10 * second + 5, arrival(100 + second))
+
+
+Overwrite = Callable[[datetime, Measurement | None], Awaitable[None]]
+
+
+@dataclass
+class Book:
+    """A data folder and a table, and the way in which somebody else changes that table."""
+
+    folder: Folder
+    backend: Backend
+    overwrite: Overwrite
+    variables: dict[str, str]  # with which the command line works on the same table
+
+    async def process(self) -> None:
+        await processor_of(self.folder.store, self.backend, 1000).process()
+
+    async def fill(self) -> "Book":
+        """Process two payloads for each second; the first two of all arrived the day before."""
+        for second in range(SECONDS):
+            self.folder.put(earlier(second).raw_id, payload(second, 10 * second))
+            self.folder.put(later(second).raw_id, payload(second, 10 * second + 5))
+        await self.process()
+        assert await self.rows() == [later(second) for second in range(SECONDS)]
+        return self
+
+    async def rows(self) -> list[Measurement]:
+        return await self.backend.find(limit=1_000_000)
+
+    def proof(self) -> Proof:
+        return Proof(Config(raw=self.folder.store.config), self.backend)
+
+    async def findings(self) -> list[Finding]:
+        return [finding async for finding in self.proof().findings()]
+
+    async def rebuild(self) -> list[Finding]:
+        return [finding async for finding in self.proof().rebuild()]
+
+    def file(self, raw_id: UUID) -> Path:
+        """Return where a processed payload lies."""
+        return self.folder.store.path(raw_id, "processed")
+
+    def compact(self) -> None:
+        """Pack all processed payloads."""
+        for day in self.folder.store.finished_days():
+            self.folder.store.compact(day)
+
+
+def in_memory(folder: Folder) -> Book:
+    backend = MemoryBackend()
+
+    async def overwrite(at: datetime, row: Measurement | None) -> None:
+        await backend.delete(await backend.find(since=at, until=at + RESOLUTION))
+        await backend.upsert([row] if row else [])
+
+    return Book(folder, backend, overwrite, {})
+
+
+def in_sqlite(folder: Folder) -> Book:
+    path = folder.place / "dropzone.sqlite"
+
+    async def overwrite(at: datetime, row: Measurement | None) -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute(DELETE + "?", [timestamp_text(at)])
+            if row:
+                values = (timestamp_text(at), row.mean, row.std_dev, str(row.raw_id))
+                other.execute(INSERT + "(?, ?, ?, ?)", values)
+
+    return Book(folder, SqliteBackend(path), overwrite, {})
+
+
+def in_postgres(folder: Folder, url: str) -> Book:
+    async def overwrite(at: datetime, row: Measurement | None) -> None:
+        other = await asyncpg.connect(url)
+        await other.execute(DELETE + "$1", at)
+        if row:
+            await other.execute(INSERT + "($1, $2, $3, $4)", *msgspec.structs.astuple(row))
+        await other.close()
+
+    return Book(folder, PostgresBackend(url), overwrite, {"DROPZONE_DATABASE_URL": url})
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def bound(request: pytest.FixtureRequest) -> Callable[[Folder], Book]:
+    """Make a book in one of the backends."""
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+        return lambda folder: in_postgres(folder, url)
+    return in_sqlite if request.param == "sqlite" else in_memory
+
+
+@pytest.fixture
+async def book(bound: Callable[[Folder], Book], tmp_path: Path) -> AsyncIterator[Book]:
+    """A filled book in each backend."""
+    folder = await Folder(tmp_path / "data").opened()
+    filled = await bound(folder).fill()
+    yield filled
+    await filled.backend.close()
+
+
+# For what is not the backend's affair, and for the command line.
+memory = pytest.mark.parametrize("bound", ["memory"], indirect=True)
+sqlite = pytest.mark.parametrize("bound", ["sqlite"], indirect=True)
+postgres = pytest.mark.parametrize("bound", ["postgres"], indirect=True)
+databases = pytest.mark.parametrize("bound", ["sqlite", "postgres"], indirect=True)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    """The command line on the same data folder."""
+    made_program = Program(tmp_path)
+    yield made_program
+    made_program.close()
+
+
+# ── Nothing is found where nothing was done ───────────────────────────────────────────────────────
+
+
+async def test_nothing_to_find(book: Book):
+    """Processed, superseded, rejected, pending and packed payloads are all as they should be."""
+    book.folder.put(arrival(200), b"no JSON")
+    book.folder.put(arrival(201), payload(1, 0.1))
+    await book.process()
+    book.folder.put(arrival(202), payload(1, 9))
+    book.folder.put(arrival(203), payload(88, 9))
+    book.folder.put(arrival(204), b"bad too")
+    assert book.folder.states() == {"raw": 3, "processed": 2 * SECONDS + 1, "rejected": 1}
+    assert await book.findings() == []
+    book.compact()
+    assert book.folder.names("processed") == []
+    assert await book.findings() == []
+
+
+@memory
+async def test_nothing_to_find_in_nothing(book: Book, tmp_path: Path):
+    """An empty folder and an empty table agree, and a proof leaves nothing behind."""
+    empty = in_memory(await Folder(tmp_path / "empty").opened())
+    assert await empty.findings() == []
+    assert await empty.rebuild() == []
+    await book.findings()
+    assert not (book.folder.place / "journal" / "derived").exists()
+
+
+@memory
+async def test_foreign_files(book: Book):
+    """Files and folders that are none of Dropzone's are left alone, and stop no proof."""
+    for state in ("raw", "processed", "rejected"):
+        for name in ("notes.txt", "1.json", ".DS_Store", "copy.ndjson.gz"):
+            (book.folder.place / state / name).write_text("mine")
+        (book.folder.place / state / "folder").mkdir()
+        (book.folder.place / state / "folder" / "other.json").write_bytes(payload(0, 0))
+    (book.file(arrival(0)).parent / "notes.txt").write_text("mine")
+    assert await book.rebuild() == []
+
+
+async def test_crash_between_upsert_and_move(book: Book):
+    """A row whose payload is pending still, since its processor was killed, is right."""
+    pending = [made(second, 3, arrival(200 + second)) for second in (1, 88)]
+    for row, second in zip(pending, (1, 88), strict=True):
+        book.folder.put(row.raw_id, payload(second, 3))
+    await book.backend.upsert(pending)
+    rows = await book.rows()
+    assert await book.rebuild() == []
+    assert await book.rows() == rows
+
+
+@memory
+async def test_extreme_values(book: Book):
+    """Values at the ends of a double are derived to the very row that stands."""
+    for number, value in enumerate([-0.0, 5e-324, 1e308, 0.1, 1 / 3]):
+        book.folder.put(arrival(200 + number), body(50 + number, value))
+        book.folder.put(arrival(300 + number), body(60 + number, value, value / 3))
+    await book.process()
+    assert await book.findings() == []
+
+
+@memory
+async def test_expired(book: Book):
+    """A row whose payload `keep_days` has deleted is right, unless a later one makes another."""
+    book.compact()
+    store = RawStore(RawConfig(dir=book.folder.place / "raw", keep_days=1))
+    await store.open()
+    assert len(store.expire()) == 2
+    book.folder.store = store
+    assert await book.findings() == []
+    [raw_id] = await store.land([payload(1, 7)])
+    await book.process()
+    await book.overwrite(at(1), later(1))
+    newest = made(1, 7, raw_id)
+    assert await book.rebuild() == [Finding("superseded", later(1), newest)]
+    assert (await book.rows())[:3] == [later(0), newest, later(2)]
+    await store.close()
+
+
+# ── What was tampered with is found, named and set right ──────────────────────────────────────────
+
+Tampering = Callable[[Book, int], Awaitable[list[Finding]]]  # of a second; what is to be found
+
+
+def at(second: int) -> datetime:
+    return NOON + timedelta(seconds=second)
+
+
+def replaced(kind: str, **fields: object) -> Tampering:
+    """Change the row that stands."""
+
+    async def tamper(book: Book, second: int) -> list[Finding]:
+        row = replace(later(second), **fields)
+        await book.overwrite(at(second), row)
+        return [Finding(kind, row, later(second))]
+
+    return tamper
+
+
+async def raw_id_of_the_earlier(book: Book, second: int) -> list[Finding]:
+    row = replace(later(second), raw_id=arrival(second))
+    await book.overwrite(at(second), row)
+    return [Finding("differing", row, later(second))]
+
+
+async def deleted_row(book: Book, second: int) -> list[Finding]:
+    await book.overwrite(at(second), None)
+    return [Finding("missing", None, later(second))]
+
+
+async def invented_row(book: Book, second: int) -> list[Finding]:
+    row = made(SECONDS + second, 9, uuid4())
+    await book.overwrite(row.timestamp_utc, row)
+    return [Finding("orphaned", row, None)]
+
+
+async def copied_row(book: Book, second: int) -> list[Finding]:
+    row = replace(later(second), timestamp_utc=at(SECONDS + second))
+    await book.overwrite(row.timestamp_utc, row)
+    return [Finding("differing", row, None)]
+
+
+async def row_of_the_earlier(book: Book, second: int) -> list[Finding]:
+    await book.overwrite(at(second), earlier(second))
+    return [Finding("superseded", earlier(second), later(second))]
+
+
+async def row_of_a_pending_payload(book: Book, second: int) -> list[Finding]:
+    right = made(second, 3, arrival(200 + second))
+    book.folder.put(right.raw_id, payload(second, 3))
+    row = replace(right, mean=5.0)
+    await book.overwrite(at(second), row)
+    return [Finding("differing", row, right)]
+
+
+async def edited_values(book: Book, second: int) -> list[Finding]:
+    row = later(second)
+    book.file(row.raw_id).write_bytes(payload(second, 77))
+    return [Finding("differing", row, made(second, 77, row.raw_id))]
+
+
+async def edited_time_stamp(book: Book, second: int) -> list[Finding]:
+    row = later(second)
+    book.file(row.raw_id).write_bytes(payload(SECONDS + second, 4))
+    moved = made(SECONDS + second, 4, row.raw_id)
+    return [Finding("differing", row, earlier(second)), Finding("missing", None, moved)]
+
+
+async def edited_to_no_json(book: Book, second: int) -> list[Finding]:
+    file = book.file(later(second).raw_id)
+    file.write_bytes(file.read_bytes()[:-1])
+    return [Finding("differing", later(second), earlier(second))]
+
+
+async def emptied_payloads(book: Book, second: int) -> list[Finding]:
+    for row in (earlier(second), later(second)):
+        book.file(row.raw_id).write_bytes(b"")
+    return [Finding("differing", later(second), None)]
+
+
+async def deleted_payload(book: Book, second: int) -> list[Finding]:
+    book.file(later(second).raw_id).unlink()
+    return [Finding("orphaned", later(second), earlier(second))]
+
+
+async def deleted_payloads(book: Book, second: int) -> list[Finding]:
+    for row in (earlier(second), later(second)):
+        book.file(row.raw_id).unlink()
+    return [Finding("orphaned", later(second), None)]
+
+
+OF_ROWS = [
+    replaced("differing", mean=-17.0),
+    replaced("differing", mean=1e308),
+    replaced("differing", std_dev=1 + 1e-12),
+    replaced("orphaned", raw_id=arrival(999)),  # unknown, and greater than the right one
+    replaced("orphaned", raw_id=arrival(99)),  # unknown, and smaller
+    replaced("orphaned", raw_id=UUID(int=0)),
+    replaced("differing", raw_id=arrival(0)),  # of another second
+    replaced("differing", raw_id=arrival(100 + 19)),
+    raw_id_of_the_earlier,
+    deleted_row,
+    invented_row,
+    copied_row,
+    row_of_the_earlier,
+]
+OF_PAYLOADS = [
+    edited_values,
+    edited_time_stamp,
+    edited_to_no_json,
+    emptied_payloads,
+    deleted_payload,
+    deleted_payloads,
+]
+
+
+async def tamper_with_all(book: Book, tamperings: Sequence[Tampering]) -> list[Finding]:
+    """Do each to a second of its own, from second 1 on; return what is to be found, in order."""
+    findings = [await tamper(book, second) for second, tamper in enumerate(tamperings, 1)]
+    return sorted(itertools.chain.from_iterable(findings), key=at_of)
+
+
+def at_of(finding: Finding) -> datetime:
+    [moment] = {row.timestamp_utc for row in (finding.row, finding.right) if row}
+    return moment
+
+
+def mended(rows: Sequence[Measurement], findings: Sequence[Finding]) -> list[Measurement]:
+    """Return the rows after a rebuild."""
+    rights = {at_of(finding): finding.right for finding in findings}
+    table: dict[datetime, Measurement | None] = {row.timestamp_utc: row for row in rows} | rights
+    return [row for _, row in sorted(table.items()) if row]
+
+
+async def prove_and_rebuild(book: Book, tamperings: Sequence[Tampering]) -> None:
+    """Tamper, and hold what is found and what is set right against what it should be."""
+    expected = await tamper_with_all(book, tamperings)
+    rows = await book.rows()
+    assert await book.findings() == expected
+    assert await book.rows() == rows
+    assert await book.rebuild() == expected
+    assert await book.rows() == mended(rows, expected)
+    assert await book.findings() == []
+
+
+async def test_rows(book: Book):
+    """A row that somebody changed is named for what is wrong with it, and a rebuild mends it."""
+    await prove_and_rebuild(book, [*OF_ROWS, row_of_a_pending_payload])
+
+
+@memory
+async def test_payloads(book: Book):
+    """A row whose payload somebody changed is found; a rebuild makes what the payloads say now."""
+    await prove_and_rebuild(book, OF_PAYLOADS)
+
+
+@memory
+async def test_rows_of_packed_payloads(book: Book):
+    """Payloads in packs prove their rows as those in files do."""
+    book.compact()
+    await prove_and_rebuild(book, OF_ROWS)
+
+
+@memory
+async def test_bounds(book: Book):
+    """Only rows of `since <= timestamp_utc < until` are looked at and mended."""
+    expected = await tamper_with_all(book, [deleted_row] * 5)
+    proof = book.proof().findings(since=at(2), until=at(4))
+    assert [finding async for finding in proof] == expected[1:3]
+    rebuild = book.proof().rebuild(since=at(3))
+    assert [finding async for finding in rebuild] == expected[2:]
+    assert await book.findings() == expected[:2]
+
+
+@memory
+async def test_an_empty_table_is_made_again(book: Book):
+    """A table that was lost is made again from the payloads alone."""
+    rows = await book.rows()
+    await book.backend.delete(rows)
+    assert await book.rebuild() == [Finding("missing", None, row) for row in rows]
+    assert await book.rows() == rows
+
+
+# ── While landing and processing go on ────────────────────────────────────────────────────────────
+
+
+@postgres
+async def test_processed_during_a_rebuild(book: Book):
+    """What is processed between a finding and its mending is a later arrival, and stands."""
+    await tamper_with_all(book, [row_of_the_earlier, replaced("differing", mean=3.0), deleted_row])
+    async for finding in book.proof().rebuild():
+        second = (at_of(finding) - NOON).seconds
+        book.folder.put(arrival(500 + second), payload(second, 50))
+        await book.process()
+    newest = [made(second, 50, arrival(500 + second)) for second in (1, 2, 3)]
+    assert (await book.rows())[1:4] == newest
+    assert await book.findings() == []
+
+
+@postgres
+async def test_processed_while_payloads_are_read(book: Book):
+    """What is processed while a proof reads and compares is no finding, and is not disturbed."""
+    [finding] = await tamper_with_all(book, [replaced("differing", mean=3.0)])
+    numbers = itertools.count()
+
+    async def go_on() -> None:
+        for number in numbers:
+            book.folder.put(arrival(600 + number), payload(2 + number % 5, number))
+            await book.process()
+
+    processing = asyncio.create_task(go_on())
+    assert await book.findings() == [finding]
+    assert await book.rebuild() == [finding]
+    processing.cancel()
+    with suppress(asyncio.CancelledError):
+        await processing
+    await book.process()
+    assert next(numbers) > 5
+    assert await book.findings() == []
+
+
+# ── Stopped, and gone on with ─────────────────────────────────────────────────────────────────────
+
+# For the command line, as `module:Class`: each is the default SQLite file, but for one thing.
+OWN_BACKENDS = """
+import asyncio, os, signal
+from pathlib import Path
+from backends import BackendUnavailable
+from backends.sqlite import SqliteBackend
+
+class Sqlite(SqliteBackend):
+    def __init__(self):
+        super().__init__(Path("data") / "dropzone.sqlite")
+
+class Waits(Sqlite):
+    async def find(self, **bounds):
+        Path("waiting").touch()
+        while not Path("go").exists():
+            await asyncio.sleep(0.01)
+        return await super().find(**bounds)
+
+class Killed(Sqlite):
+    async def find(self, **bounds):
+        os.kill(os.getpid(), signal.SIGKILL)
+        await asyncio.sleep(60)
+
+class Interrupted(Sqlite):
+    async def find(self, **bounds):
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+"""
+
+
+@pytest.fixture
+def own(program: Program) -> Callable[[str], dict[str, str]]:
+    """Make OWN_BACKENDS importable by the command line."""
+    (program.home / "own_backends.py").write_text(OWN_BACKENDS)
+    path = str(program.home)
+    return lambda name: {"PYTHONPATH": path, "DROPZONE_BACKEND": f"own_backends:{name}"}
+
+
+@sqlite
+async def test_one_at_a_time(book: Book, program: Program, own: Callable[[str], dict[str, str]]):
+    """While a proof is at work, another one or `compact` says so and does nothing: exit code 75."""
+    await tamper_with_all(book, [deleted_row])
+    at_work = program.start("rebuild", **own("Waits"))
+    async with asyncio.timeout(PATIENCE):
+        while not (program.home / "waiting").exists():
+            await asyncio.sleep(0.01)
+    for command in ("verify", "compact"):
+        done = await asyncio.to_thread(program.run, command)
+        assert (done.returncode, done.stdout) == (TRY_AGAIN, "")
+        assert_explained(done.stderr)
+    assert len(book.folder.names("processed")) == 2 * SECONDS
+    (program.home / "go").touch()
+    assert (await asyncio.to_thread(at_work.communicate))[1] == b""
+    assert at_work.returncode == OK
+    done = await asyncio.to_thread(program.run, "compact")
+    assert (done.returncode, done.stderr) == (OK, "")
+    assert book.folder.names("processed") == []
+
+
+class Stop(Exception):
+    """Ends a proof from within."""
+
+
+def derived(book: Book) -> Path:
+    """Return where a proof that was stopped keeps what it has derived."""
+    return book.folder.place / "journal" / "derived"
+
+
+def files(book: Book) -> dict[Path, bytes]:
+    """Return what lies in the data folder, but for what a proof keeps, and the table."""
+    found = (file for state in STATES for file in (book.folder.place / state).rglob("*"))
+    return {file: file.read_bytes() for file in found if file.is_file()}
+
+
+@sqlite
+@pytest.mark.parametrize(("command", "how"), [("verify", "Killed"), ("rebuild", "Interrupted")])
+async def test_stopped_before_the_comparison(
+    book: Book, program: Program, own: Callable[[str], dict[str, str]], command: str, how: str
+):
+    """SIGKILL or Ctrl-C leaves all as it was; the next run reads nothing again, and ends alike."""
+    expected = await tamper_with_all(book, OF_ROWS)
+    rows, before = await book.rows(), files(book)
+    done = await asyncio.to_thread(program.run, command, **own(how))
+    code = -signal.SIGKILL if how == "Killed" else INTERRUPTED
+    assert (done.returncode, done.stdout) == (code, "")
+    assert how == "Killed" or done.stderr == ""
+    assert (await book.rows(), files(book)) == (rows, before)
+    read: list[int] = []
+    proof = book.proof()
+    assert [finding async for finding in proof.findings(progress=read.append)] == expected
+    assert read == []
+    assert not derived(book).exists()
+
+
+@sqlite
+async def test_stopped_and_processed_meanwhile(
+    book: Book, program: Program, own: Callable[[str], dict[str, str]]
+):
+    """What is processed after a proof was stopped is read by the one that goes on."""
+    await asyncio.to_thread(program.run, "verify", **own("Killed"))
+    book.folder.put(arrival(700), payload(1, 7))
+    await book.process()
+    await book.overwrite(at(1), None)
+    read: list[int] = []
+    proof = book.proof()
+    lost = Finding("missing", None, made(1, 7, arrival(700)))
+    assert [finding async for finding in proof.rebuild(progress=read.append)] == [lost]
+    assert sum(read) == 2 * SECONDS - 2 + 1  # but the folder of the two that arrived the day before
+
+
+@memory
+async def test_stopped_among_many_folders(book: Book):
+    """A proof that was stopped while it read goes on with the folder that it had not finished."""
+    for day in range(1, 5):
+        book.folder.put(arrival(day * DAY + 10), payload(100 + day, day))
+    await book.process()
+    expected = await tamper_with_all(book, OF_ROWS)
+    read: list[int] = []
+
+    def stop(count: int) -> None:
+        read.append(count)
+        if len(read) == 3:  # of six folders
+            raise Stop
+
+    with pytest.raises(Stop):
+        await anext(book.proof().findings(progress=stop))
+    assert [finding async for finding in book.proof().findings(progress=read.append)] == expected
+    assert read[:3] == [2, 2 * SECONDS - 2, 1]
+    assert read[3:] == [1, 1, 1, 1]
+
+
+@memory
+async def test_stopped_before_anything_was_finished(book: Book):
+    """What was read of a folder that was not finished is forgotten: it may have changed since."""
+    row = made(300, 3, arrival(-1))  # in the first folder
+    book.folder.put(row.raw_id, payload(300, 3))
+    await book.process()
+
+    def stop(_: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        await anext(book.proof().findings(progress=stop))
+    book.file(row.raw_id).unlink()
+    assert await book.findings() == [Finding("orphaned", row, None)]
+
+
+@memory
+async def test_what_is_kept_grows_old(book: Book):
+    """What a proof has derived is used for a day, and then no more."""
+
+    def stop(count: int) -> None:
+        if count > 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        await anext(book.proof().findings(progress=stop))
+    done = derived(book) / "done"
+    yesterday = done.stat().st_mtime - 86_401
+    os.utime(done, (yesterday, yesterday))
+    read: list[int] = []
+    assert [finding async for finding in book.proof().findings(progress=read.append)] == []
+    assert sum(read) == 2 * SECONDS
+
+
+@memory
+async def test_the_backend_goes_away(book: Book):
+    """A rebuild whose backend goes away in the middle is finished by the next one."""
+    expected = await tamper_with_all(book, [deleted_row] * 4)
+    failing = Failing(BackendUnavailable("down"), {3})
+    await failing.upsert(await book.rows())
+    half = Book(book.folder, failing, book.overwrite, {})
+    with pytest.raises(BackendUnavailable):
+        await half.rebuild()
+    assert await half.rebuild() == expected[2:]
+    assert await failing.find() == [later(second) for second in range(SECONDS)]
+
+
+@sqlite
+async def test_a_killed_worker(book: Book, program: Program):
+    """A worker process that is killed is told of in a sentence: exit code 75; the next run ends."""
+    for number in range(3000):
+        book.folder.put(arrival(2 * DAY + number), payload(number, number))
+    await book.process()
+    process = program.start("verify")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    async with asyncio.timeout(PATIENCE):
+        while not (workers := [pid for pid in children.read_text().split() if is_worker(pid)]):
+            await asyncio.sleep(0.001)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = await asyncio.to_thread(process.communicate)
+    assert process.returncode == TRY_AGAIN
+    assert_explained(err.decode())
+    assert await book.findings() == []
+
+
+def is_worker(pid: str) -> bool:
+    with suppress(FileNotFoundError):
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+# ── The command line ──────────────────────────────────────────────────────────────────────────────
+
+
+async def run(book: Book, program: Program, *arguments: object) -> CompletedProcess[str]:
+    """Run the command line on the book's table while the loop goes on."""
+    return await asyncio.to_thread(program.run, *arguments, **book.variables)
+
+
+def in_json(text: str) -> list[Finding]:
+    return [msgspec.json.decode(line, type=Finding) for line in text.splitlines()]
+
+
+def assert_silent(done: CompletedProcess[str], code: int) -> None:
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@databases
+async def test_verify_and_rebuild(book: Book, program: Program):
+    """`verify` exits 1 and shows what `rebuild --dry-run` shows; `rebuild` mends it: exit code 0.
+
+    In a pipe nothing is on standard error.
+    """
+    expected = await tamper_with_all(book, OF_ROWS)
+    rows, before = await book.rows(), files(book)
+    verified = await run(book, program, "verify")
+    assert_silent(verified, WRONG)
+    dry = await run(book, program, "rebuild", "--dry-run")
+    assert_silent(dry, OK)
+    assert dry.stdout == verified.stdout
+    assert (await book.rows(), files(book)) == (rows, before)
+    rebuilt = await run(book, program, "rebuild")
+    assert_silent(rebuilt, OK)
+    assert rebuilt.stdout == verified.stdout
+    assert await book.rows() == mended(rows, expected)
+    again = await run(book, program, "verify")
+    assert_silent(again, OK)
+    assert again.stdout == "all rows are right\n"
+    assert files(book) == before
+
+
+@sqlite
+async def test_the_table_of_findings(book: Book, program: Program):
+    """Each finding is a line: its kind, time, row and what it should be; then come the counts."""
+    [finding] = await tamper_with_all(book, [invented_row])
+    await deleted_row(book, 2)
+    await row_of_the_earlier(book, 3)
+    head, *lines, counts = (await run(book, program, "verify")).stdout.splitlines()
+    assert head.split()[:2] == ["finding", "timestamp_utc"]
+    cells: list[tuple[object, ...]] = [
+        ("missing", timestamp_text(at(2)), "-", later(2).raw_id, 26.0, 1.0),
+        (
+            *("superseded", timestamp_text(at(3)), earlier(3).raw_id, 31.0, 1.0),
+            *(later(3).raw_id, 36.0, 1.0),
+        ),
+        ("orphaned", timestamp_text(at_of(finding)), finding.row.raw_id, 10.0, 1.0, "-"),
+    ]
+    assert [line.split() for line in lines] == [[str(cell) for cell in line] for line in cells]
+    assert {line.index(line.split()[1]) for line in lines} == {head.index("timestamp_utc")}
+    assert counts == "1 missing, 1 superseded, 1 orphaned"
+
+
+@sqlite
+async def test_bounds_of_the_command_line(book: Book, program: Program):
+    """`--since` and `--until` bound the rows, by any time stamp with an offset."""
+    expected = await tamper_with_all(book, [deleted_row] * 5)
+    bounds = ("--since", "2019-05-01T14:00:02+02:00", "--until", "2019-05-01T12:00:04Z")
+    verified = await run(book, program, "verify", "--json", *bounds)
+    assert_silent(verified, WRONG)
+    assert in_json(verified.stdout) == expected[1:3]
+    rebuilt = await run(book, program, "rebuild", "--json", *bounds)
+    assert_silent(rebuilt, OK)
+    assert in_json(rebuilt.stdout) == expected[1:3]
+    verified = await run(book, program, "verify", "--json", *bounds)
+    assert_silent(verified, OK)
+    assert verified.stdout == ""
+    assert await book.findings() == [expected[0], *expected[3:]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["verify", "--since", "2019"], ["rebuild", "--until", "2019-05-01T12:00:00"]]
+)
+def test_bounds_that_are_no_moment(program: Program, arguments: list[str]):
+    """A bound that is no time stamp, or has no offset, is refused: exit code 2."""
+    done = program.run(*arguments)
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert arguments[1] in done.stderr
+    assert_explained(done.stderr)
+
+
+@sqlite
+@pytest.mark.usefixtures("book")
+@pytest.mark.parametrize("command", ["verify", "rebuild"])
+async def test_backend_away(program: Program, command: str):
+    """A backend that is away is named without its password: exit code 75, and no finding."""
+    with closed_port() as port:
+        url = f"postgresql://me:{SECRET}@127.0.0.1:{port}/db"
+        done = await asyncio.to_thread(program.run, command, DROPZONE_DATABASE_URL=url)
+    assert (done.returncode, done.stdout) == (TRY_AGAIN, "")
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert_explained(done.stderr)
+    assert SECRET not in done.stderr
+
+
+@postgres
+async def test_untouched_rows_stay(book: Book, program: Program):
+    """A rebuild writes the rows that were wrong and no other; a dry run writes none."""
+    expected = await tamper_with_all(book, OF_ROWS)
+    before = await versions(book)
+    await run(book, program, "rebuild", "--dry-run")
+    assert await versions(book) == before
+    await run(book, program, "rebuild")
+    touched = {at_of(finding) for finding in expected}
+    unchanged = {moment for moment, version in await versions(book) if (moment, version) in before}
+    assert unchanged == {at(second) for second in range(SECONDS)} - touched
+
+
+async def versions(book: Book) -> set[tuple[datetime, str]]:
+    """Return which transaction has written each row."""
+    client = await asyncpg.connect(book.variables["DROPZONE_DATABASE_URL"])
+    rows = await client.fetch("SELECT timestamp_utc, xmin::text FROM measurements")
+    await client.close()
+    return {(row["timestamp_utc"], row["xmin"]) for row in rows}
+
+
+@sqlite
+@pytest.mark.parametrize("damage", ["cut", "altered", "no index"])
+async def test_a_damaged_pack(book: Book, program: Program, damage: str):
+    """A pack that cannot be read is named, and no row is held against it: exit code 75."""
+    book.compact()
+    [_, pack] = [pack.path for pack in book.folder.store.packs()]
+    whole = pack.read_bytes()
+    if damage == "cut":
+        pack.write_bytes(whole[: len(whole) // 2])
+    elif damage == "altered":
+        text = gzip.decompress(whole).replace(b"[5, 7]", b"[5, 8]")
+        pack.write_bytes(gzip.compress(text, 6, mtime=0))
+    else:
+        Path(f"{pack}.index").unlink()
+    rows = await book.rows()
+    done = await run(book, program, "rebuild")
+    assert (done.returncode, done.stdout) == (TRY_AGAIN, "")
+    assert pack.name in done.stderr
+    assert_explained(done.stderr)
+    assert await book.rows() == rows
+
+
+@sqlite
+async def test_whose_reader_has_gone(book: Book, program: Program):
+    """A closed standard output (`verify | head`) ends a proof without a traceback."""
+    await tamper_with_all(book, OF_ROWS)
+    process = program.start("verify")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, err = await asyncio.to_thread(process.communicate)
+    assert process.returncode not in {OK, WRONG}
+    assert b"Traceback" not in err

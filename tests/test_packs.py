@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import pytest
+import test_processing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from power_cut import CHANCE, state_of, wait_for
@@ -35,6 +36,7 @@ from dropzone import (
     uuid_at,
 )
 
+folder, program = test_processing.folder, test_processing.program  # fixtures
 LEAP_DAY, DAY = "2024-02-29", "2024-03-01"  # of the first two arrivals, and of the others
 ODD = [
     b"",
@@ -92,19 +94,6 @@ def copies(place: Path) -> Counter[UUID]:
 
 def once(payloads: Iterable[UUID]) -> Counter[UUID]:
     return Counter(list(payloads))
-
-
-@pytest.fixture
-async def folder(tmp_path: Path) -> Folder:
-    return await Folder(tmp_path / "data").opened()
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Iterator[Program]:
-    """The command line on the same data folder."""
-    made = Program(tmp_path)
-    yield made
-    made.close()
 
 
 # ── What a pack is ────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import test_cli
 import test_http
 from test_cli import OK, USAGE, Program, Server
 from test_http import SOME_ID, Serve, Service, check_problem, reading, refusal
@@ -18,7 +19,7 @@ from test_processing import Folder, Picky, arrival, body
 
 from backends import Measurement
 
-serve, quiet = test_http.serve, test_http.quiet  # fixtures
+serve, quiet, program = test_http.serve, test_http.quiet, test_cli.program  # fixtures
 
 BAD = {
     "payload_not_object": [1],
@@ -52,13 +53,6 @@ async def rejections(service: Service) -> list[dict[str, Any]]:
         reasons += (await service.process())["rejected"]
     assert [reason["code"] for reason in reasons] == CODES
     return reasons
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Iterator[Program]:
-    made = Program(tmp_path)
-    yield made
-    made.close()
 
 
 async def retried(service: Service, query: str = "") -> int:

@@ -1962,6 +1962,8 @@ class Proof:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
         await derived.open()
         finished = set(done.read_text().splitlines()) if done.exists() else set()
+        if finished:
+            log.warning("going on with a run that was stopped; to begin anew, delete %s", done)
         for name, portions in self._folders.sources():
             if name not in finished:
                 await self._workers.spread(portions, derive_portion)

@@ -1,0 +1,397 @@
+"""Any interleaving of landing, processing, kills, retries, rebuilds and packing ends in one table.
+
+That table is what a plain computation makes of all payloads, one after another.
+"""
+
+import asyncio
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal, TypeVar
+from uuid import UUID
+
+import asyncpg
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from test_cli import OK, PATIENCE, Program
+from test_processing import NOON, Folder, arrival, body, processor_of
+
+from backends import BackendError, BackendUnavailable, Measurement
+from backends.memory import MemoryBackend
+from backends.postgres import PostgresBackend
+from backends.sqlite import SqliteBackend
+from dropzone import Config, Proof, Rejection
+
+T = TypeVar("T")
+DAY = 86_400_000  # milliseconds
+SECONDS = 2  # that many timestamps are fought for
+RUN_SECONDS = 8.0
+
+
+def payload(second: int, value: int | None) -> bytes:
+    """Return a payload; with None, one that is rejected."""
+    return b"bad" if value is None else body(second, value - 1, value + 1)
+
+
+Content = tuple[int, int | None]  # second and value
+Payloads = dict[UUID, Content]
+
+
+def computed(payloads: Payloads) -> list[Measurement]:
+    """Return the table that the payloads make one after another, in order of arrival."""
+    table = {}
+    for raw_id, (second, value) in sorted(payloads.items()):
+        if value is not None:
+            at = NOON + timedelta(seconds=second)
+            table[at] = Measurement(at, float(value), 1.0, raw_id)
+    return [row for _, row in sorted(table.items())]
+
+
+# ── Step by step, on backends that fail on purpose ────────────────────────────────────────────────
+
+
+class Fragile:
+    """Refuses means below zero while `picky`; the next upsert raises once `dies` is set."""
+
+    picky = False
+    dies: Literal["", "before", "behind"] = ""
+    stored: Sequence[Measurement] = ()
+
+    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        if self.picky and any(row.mean < 0 for row in measurements):
+            raise BackendError("a mean below zero violates my constraint")
+        if self.dies != "before":
+            await super().upsert(measurements)
+            self.stored = measurements
+        if self.dies:
+            raise BackendUnavailable(f"killed {self.dies} the upsert")
+
+
+class InMemory(Fragile, MemoryBackend):
+    """Takes the folder that it has no need of."""
+
+    def __init__(self, _: Path) -> None:
+        super().__init__()
+
+
+class InSqlite(Fragile, SqliteBackend):
+    """Keeps its file in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "rows.sqlite")
+
+
+contents = st.tuples(st.integers(0, SECONDS - 1), st.sampled_from([1, 2, 3, -1, None]))
+limits = st.none() | st.integers(1, 3)
+some = st.integers(0, 3)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """One data folder, processors that come and go, and the payloads that were put in."""
+
+    kind: type[InMemory | InSqlite] = InMemory
+    rebuilds = 0  # that an example may do: each starts processes
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.home = Path(tempfile.mkdtemp())
+        self.folder = self.run(Folder(self.home / "data").opened())
+        self.backend = self.kind(self.home)
+        self.payloads: Payloads = {}
+        self.left = self.rebuilds
+        self.tampered = False
+
+    def run(self, work: Coroutine[None, None, T]) -> T:
+        return self.runner.run(work)
+
+    @rule(arrivals=st.lists(st.tuples(some, st.integers(0, 20), contents), min_size=1, max_size=6))
+    def arrive(self, arrivals: list[tuple[int, int, Content]]) -> None:
+        """Payloads of some days in the past, in any order of arrival, are pending."""
+        for day, number, content in arrivals:
+            raw_id = arrival(day * DAY + number)
+            if raw_id not in self.payloads:
+                self.folder.put(raw_id, payload(*content))
+                self.payloads[raw_id] = content
+
+    @rule(arrivals=st.lists(contents, min_size=1, max_size=3))
+    def land(self, arrivals: list[Content]) -> None:
+        raw_ids = self.run(self.folder.store.land([payload(*content) for content in arrivals]))
+        self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
+    @rule(limits=st.lists(limits, min_size=1, max_size=2), batch=st.integers(1, 4))
+    def process(self, limits: list[int | None], batch: int) -> None:
+        """One processor or two at once, each of as many payloads as its limit says."""
+
+        async def work() -> None:
+            processors = [processor_of(self.folder.store, self.backend, batch) for _ in limits]
+            await asyncio.gather(
+                *(one.process(limit) for one, limit in zip(processors, limits, strict=True))
+            )
+
+        self.run(work())
+
+    @rule(when=st.sampled_from(["before", "behind"]), batch=st.integers(1, 4), moved=some)
+    def die_at_the_upsert(self, when: Literal["before", "behind"], batch: int, moved: int) -> None:
+        """A processor is killed before it stores a batch; or behind that, when some is moved."""
+        self.backend.dies, self.backend.stored = when, ()
+        with suppress(BackendUnavailable):
+            self.run(processor_of(self.folder.store, self.backend, batch).process())
+        self.folder.store.settle([row.raw_id for row in self.backend.stored][:moved], [])
+        self.backend.dies = ""
+
+    @rule(count=st.integers(1, 2))
+    def die_behind_the_reason(self, count: int) -> None:
+        """A processor is killed when it has written why it rejects, before it moves the payload."""
+        pending = self.folder.store.pending()
+        for raw_id in [one for one in pending if self.payloads[one][1] is None][:count]:
+            reason = Rejection(raw_id, "payload_not_json", "not JSON", datetime.now(UTC))
+            file = self.folder.place / "rejected" / f"{raw_id}.reason.json"
+            file.write_bytes(msgspec.json.encode(reason))
+
+    @rule()
+    def change_the_constraint(self) -> None:
+        self.backend.picky = not self.backend.picky
+
+    @rule(count=st.integers(1, 4))
+    def retry(self, count: int) -> None:
+        for rejection in list(self.folder.store.rejections())[:count]:
+            assert self.folder.store.retry(rejection.raw_id)
+
+    @rule()
+    def compact(self) -> None:
+        for day in self.folder.store.finished_days():
+            self.folder.store.compact(day)
+
+    @rule()
+    def die_behind_the_pack(self) -> None:
+        """The packer is killed when a pack is written, before the files are deleted."""
+        for day in self.folder.store.finished_days():
+            folder, copy = self.folder.place / "processed" / day, self.home / "copy"
+            shutil.copytree(folder, copy)
+            self.folder.store.compact(day)
+            copy.rename(folder)
+
+    @rule()
+    def reopen(self) -> None:
+        self.run(self.folder.store.close())
+        self.folder = self.run(Folder(self.folder.place).opened())
+
+    @precondition(lambda self: self.rebuilds)
+    @rule(number=some, change=st.sampled_from(["delete", "mean", "raw_id"]))
+    def tamper(self, number: int, change: str) -> None:
+        """Somebody deletes a row, or changes it."""
+        rows = self.run(self.backend.find())
+        if rows:
+            row = rows[number % len(rows)]
+            self.run(self.backend.delete([row]))
+            if change != "delete":
+                raw_id = row.raw_id if change == "mean" else UUID(int=1 << 127)
+                other = msgspec.structs.replace(row, mean=99.0, raw_id=raw_id)
+                self.run(self.backend.upsert([other]))
+            self.tampered = True
+
+    @precondition(lambda self: self.left)
+    @rule(most=st.none() | st.integers(0, 2))
+    def rebuild(self, most: int | None) -> None:
+        """A rebuild runs to its end, or is killed after some findings."""
+        self.left -= 1
+
+        async def work() -> None:
+            found = 0
+            rebuild = Proof(Config(raw=self.folder.store.config), self.backend).rebuild()
+            async for _ in rebuild:
+                if found == most:
+                    await rebuild.aclose()
+                    return
+                found += 1
+            self.tampered = False
+
+        try:
+            self.run(work())
+        except BackendError:
+            assert self.backend.picky
+            self.tampered = True
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """At any moment, every payload is there, byte for byte."""
+        for raw_id, content in self.payloads.items():
+            assert self.folder.store.find(raw_id) == payload(*content)
+
+    def teardown(self) -> None:
+        """Let everything come to its end, and hold the table against the plain computation."""
+        try:
+            self.backend.picky = False
+            self.retry(len(self.payloads))
+            self.process([None, None], 3)
+            if self.tampered:
+                self.left += 1
+                self.rebuild(None)
+            assert self.run(self.backend.find()) == computed(self.payloads)
+            bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
+            assert self.folder.names("raw") == []
+            assert set(self.folder.names("rejected")) == bad
+        finally:
+            self.run(self.folder.store.close())
+            self.run(self.backend.close())
+            self.runner.close()
+            shutil.rmtree(self.home)
+
+
+class InterleavingsInSqlite(Interleavings):
+    """The same, on a database that is a file."""
+
+    kind = InSqlite
+
+
+class WithRebuilds(Interleavings):
+    """The same, with rebuilds, and rows that somebody has tampered with."""
+
+    rebuilds = 2
+
+
+class WithRebuildsInSqlite(WithRebuilds):
+    """The same, on a database that is a file."""
+
+    kind = InSqlite
+
+
+MANY = settings(max_examples=25, stateful_step_count=25, deadline=None)
+FEW = settings(max_examples=10, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("machine", [Interleavings, InterleavingsInSqlite])
+def test_any_interleaving(machine: type[Interleavings]):
+    """Landing, processing, kills, retries and packing in any order end in the computed table."""
+    run_state_machine_as_test(machine, settings=MANY)
+
+
+@pytest.mark.parametrize("machine", [WithRebuilds, WithRebuildsInSqlite])
+def test_any_interleaving_with_rebuilds(machine: type[Interleavings]):
+    """So they do with rows that were tampered with, and rebuilds that may be killed halfway."""
+    run_state_machine_as_test(machine, settings=FEW)
+
+
+# ── All at once, on PostgreSQL ────────────────────────────────────────────────────────────────────
+
+
+class Chaos:
+    """Two processor processes on one data folder and PostgreSQL, and what befalls them."""
+
+    def __init__(self, program: Program, folder: Folder, url: str, seed: int) -> None:
+        self.program, self.folder, self.url = program, folder, url
+        self.chance = random.Random(seed)  # noqa: S311
+        self.payloads: Payloads = {}
+        self.processors = [self.start() for _ in range(2)]
+
+    def start(self):
+        variables = {"DROPZONE_PROCESS_EVERY": "0.02", "DROPZONE_PROCESS_BATCH": "5"}
+        return self.program.start("process", "--watch", **variables, DROPZONE_DATABASE_URL=self.url)
+
+    async def arrive(self) -> None:
+        """Up to 60 payloads arrive: some landed now, some in a folder that comes from the past."""
+        arrivals = [self.draw() for _ in range(self.chance.randint(1, 60))]
+        raw_ids = await self.folder.store.land([payload(*one) for one in arrivals])
+        for one in [self.draw() for _ in arrivals]:
+            raw_id = arrival(self.chance.randrange(4 * DAY))
+            if raw_id not in self.payloads:
+                self.payloads[raw_id] = one
+                self.folder.put(raw_id, payload(*one))
+        self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
+    def draw(self) -> Content:
+        value = self.chance.randint(-5, 50)
+        return self.chance.randrange(10), value or None
+
+    async def kill(self) -> None:
+        """A processor is killed while it works, and another one takes its place."""
+        await self.arrive()
+        pending = self.folder.store.count_pending()
+        await self.until(lambda: self.folder.store.count_pending() < pending)
+        number = self.chance.randrange(2)
+        self.processors[number].kill()
+        self.processors[number] = self.start()
+
+    async def refuse(self) -> None:
+        """The database refuses means below zero for as long as it takes to process some."""
+        await self.execute("ALTER TABLE measurements ADD CHECK (mean >= 0) NOT VALID")
+        await self.arrive()
+        await self.until(lambda: self.folder.store.count_pending() < 10)
+        await self.execute("ALTER TABLE measurements DROP CONSTRAINT measurements_mean_check")
+
+    async def retry(self) -> None:
+        for rejection in self.folder.store.rejections():
+            self.folder.store.retry(rejection.raw_id)
+
+    async def compact(self) -> None:
+        for day in self.folder.store.finished_days():
+            self.folder.store.compact(day)
+
+    async def lose_rows(self) -> None:
+        """Some rows are lost, and a rebuild brings them back while the others go on."""
+        await self.execute("DELETE FROM measurements WHERE mean > 25")
+        done = await asyncio.to_thread(self.program.run, "rebuild", DROPZONE_DATABASE_URL=self.url)
+        assert (done.returncode, done.stderr) == (OK, "")
+
+    async def execute(self, statement: str) -> None:
+        client = await asyncpg.connect(self.url)
+        await client.execute(statement)
+        await client.close()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not holds():
+                await asyncio.sleep(0.002)
+
+    async def end(self) -> None:
+        """Everything is retried and processed, and the processors stop when they are told to."""
+        await self.retry()
+        await self.until(lambda: self.folder.store.count_pending() == 0)
+        for process in self.processors:
+            process.send_signal(signal.SIGTERM)
+            _, err = await asyncio.to_thread(process.communicate)
+            assert process.returncode == OK, err
+
+
+async def test_everything_at_once(tmp_path: Path, postgres_url: str):
+    """Processors that are killed, refusals, retries, packing and rebuilds lose nothing at all."""
+    seed = random.randrange(1_000_000)  # noqa: S311
+    program = Program(tmp_path)
+    backend = PostgresBackend(postgres_url)
+    await backend.open()
+    try:
+        folder = await Folder(tmp_path / "data").opened()
+        chaos = Chaos(program, folder, postgres_url, seed)
+        steps = [*[chaos.arrive] * 2, *[chaos.kill] * 3, chaos.refuse, chaos.retry, chaos.compact]
+        ends = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < ends:
+            await chaos.chance.choice([*steps, chaos.lose_rows])()
+        await chaos.lose_rows()
+        await chaos.end()
+        assert await backend.find() == computed(chaos.payloads), seed
+        bad = {raw_id for raw_id, (_, value) in chaos.payloads.items() if value is None}
+        assert set(folder.names("rejected")) == bad, seed
+        for raw_id, content in chaos.payloads.items():
+            assert folder.store.find(raw_id) == payload(*content), seed
+        proof = Proof(Config(raw=folder.store.config), backend)
+        assert [finding async for finding in proof.findings()] == [], seed
+        await folder.store.close()
+    finally:
+        program.close()
+        await backend.close()

@@ -385,6 +385,34 @@ def test_interrupted(how: str, least: int, tmp_path: Path):
         )
 
 
+def test_synced_before_anything_is_deleted(folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    """Before the first payload is deleted, its pack, the index and their names are on disk."""
+    processed_in(folder.place, [body(2), body(3)], 2)
+    done: list[tuple[str, str]] = []
+
+    def noted(name: str) -> Callable[..., None]:
+        call = getattr(os, name)
+
+        def note(file: object, *others: object) -> None:
+            call(file, *others)
+            path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else str(file)
+            done.append((name, Path(path).name))
+
+        return note
+
+    for name in ("fsync", "rename", "unlink"):
+        monkeypatch.setattr(os, name, noted(name))
+    compact(folder.store)
+    assert done == [
+        ("fsync", f"{DAY}.ndjson.part"),
+        ("fsync", f"{DAY}.ndjson.gz.index"),
+        ("rename", f"{DAY}.ndjson.part"),
+        ("fsync", "processed"),
+        ("unlink", f"{arrival(2)}.json"),
+        ("unlink", f"{arrival(3)}.json"),
+    ]
+
+
 def test_killed_at_random(folder: Folder, program: Program):
     """`compact` that is killed again and again loses nothing, and doubles nothing in the end."""
     payloads = processed_in(folder.place, [body(number) for number in range(2500)])

@@ -75,7 +75,7 @@ from uuid import UUID
 
 import aiofiles.os
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, web
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -2427,9 +2427,10 @@ REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    own = {"Content-Type": "application/json", **STATUS_HEADERS.get(status, {})}
-    body = msgspec.json.encode(value)
-    return web.Response(body=body, status=status, headers={**own, **(headers or {})})
+    body, media = msgspec.json.encode(value), "application/json"
+    if status in STATUS_HEADERS:
+        headers = STATUS_HEADERS[status] | (headers or {})
+    return web.Response(body=body, status=status, headers=headers, content_type=media)
 
 
 @web.middleware
@@ -2444,7 +2445,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
     level = logging.DEBUG if response.status < 400 else logging.INFO
-    log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
+    if log.isEnabledFor(level):
+        log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
     return response
 
 
@@ -2534,7 +2536,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
 
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
-    limits, content, body = request.app[CONFIG].server, request.content, bytearray()
+    limits, content = request.app[CONFIG].server, request.content
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
@@ -2543,23 +2545,27 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
         raise too_large(limits.max_body_bytes)
     try:
         if content.is_eof():  # all of it is here, as of most: spare the timer
-            body += content.read_nowait()
+            body = content.read_nowait()
             take(len(body))
         else:
             async with asyncio.timeout(limits.body_seconds):
-                async for chunk in content.iter_any():
-                    take(len(chunk))
-                    body += chunk
+                body = b"".join([chunk async for chunk in _counted(content, take)])
     except (web.RequestPayloadError, ConnectionError) as error:
         raise DropzoneError(f"the body did not arrive whole: {error}", "body_broken", 400) from None
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
     if encoding == "identity" or not body or content.total_compressed_bytes is not None:
-        return bytes(body)
+        return body
     whole = await asyncio.to_thread(inflate, body, limits.max_body_bytes)
     take(max(0, len(whole) - len(body)))
     return whole
+
+
+async def _counted(content: StreamReader, take: Callable[[int], None]) -> AsyncIterator[bytes]:
+    async for chunk in content.iter_any():
+        take(len(chunk))
+        yield chunk
 
 
 def too_large(limit: int, unit: str = "bytes") -> DropzoneError:

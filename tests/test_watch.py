@@ -484,7 +484,10 @@ async def test_large_payloads_in_workers(tmp_path: Path):
 async def test_more_than_a_window(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, limit: int | None, short: int
 ):
-    """A backlog larger than what is listed at a time is processed whole, the earliest first."""
+    """A backlog larger than what is listed at a time is processed whole, each payload once.
+
+    What is worth no worker processes is processed in order of arrival.
+    """
     monkeypatch.setattr(dropzone, "WINDOW", 7)
     monkeypatch.setattr(dropzone, "SHORT", short)
     raw_ids = folder.fill(50)

@@ -40,7 +40,7 @@ from dropzone import Config, Proof, Rejection
 T = TypeVar("T")
 DAY = 86_400_000  # milliseconds
 SECONDS = 2  # that many timestamps are fought for
-RUN_SECONDS = 8.0
+RUN_SECONDS = 7.0
 
 
 def payload(second: int, value: int | None) -> bytes:
@@ -97,6 +97,7 @@ class InSqlite(Fragile, SqliteBackend):
 
 
 contents = st.tuples(st.integers(0, SECONDS - 1), st.sampled_from([1, 2, 3, -1, None]))
+arrivals = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), contents), max_size=6)
 limits = st.none() | st.integers(1, 3)
 some = st.integers(0, 3)
 
@@ -120,9 +121,8 @@ class Interleavings(RuleBasedStateMachine):
     def run(self, work: Coroutine[None, None, T]) -> T:
         return self.runner.run(work)
 
-    @rule(arrivals=st.lists(st.tuples(some, st.integers(0, 20), contents), min_size=1, max_size=6))
     def arrive(self, arrivals: list[tuple[int, int, Content]]) -> None:
-        """Payloads of some days in the past, in any order of arrival, are pending."""
+        """Make payloads of some days in the past, in any order of arrival, pending."""
         for day, number, content in arrivals:
             raw_id = arrival(day * DAY + number)
             if raw_id not in self.payloads:
@@ -134,9 +134,14 @@ class Interleavings(RuleBasedStateMachine):
         raw_ids = self.run(self.folder.store.land([payload(*content) for content in arrivals]))
         self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
 
-    @rule(limits=st.lists(limits, min_size=1, max_size=2), batch=st.integers(1, 4))
-    def process(self, limits: list[int | None], batch: int) -> None:
+    @rule(
+        arrivals=arrivals, limits=st.lists(limits, min_size=1, max_size=2), batch=st.integers(1, 4)
+    )
+    def process(
+        self, arrivals: list[tuple[int, int, Content]], limits: list[int | None], batch: int
+    ) -> None:
         """One processor or two at once, each of as many payloads as its limit says."""
+        self.arrive(arrivals)
 
         async def work() -> None:
             processors = [processor_of(self.folder.store, self.backend, batch) for _ in limits]
@@ -146,15 +151,22 @@ class Interleavings(RuleBasedStateMachine):
 
         self.run(work())
 
-    @rule(when=st.sampled_from(["before", "behind"]), batch=st.integers(1, 4), moved=some)
-    def die_at_the_upsert(self, when: Literal["before", "behind"], batch: int, moved: int) -> None:
+    @rule(arrivals=arrivals, when=st.sampled_from(["before", "behind"]), moved=some)
+    def die_at_the_upsert(
+        self,
+        arrivals: list[tuple[int, int, Content]],
+        when: Literal["before", "behind"],
+        moved: int,
+    ) -> None:
         """A processor is killed before it stores a batch; or behind that, when some is moved."""
+        self.arrive(arrivals)
         self.backend.dies, self.backend.stored = when, ()
         with suppress(BackendUnavailable):
-            self.run(processor_of(self.folder.store, self.backend, batch).process())
+            self.run(processor_of(self.folder.store, self.backend, 4).process())
         self.folder.store.settle([row.raw_id for row in self.backend.stored][:moved], [])
         self.backend.dies = ""
 
+    @precondition(lambda self: self.folder.names("raw"))
     @rule(count=st.integers(1, 2))
     def die_behind_the_reason(self, count: int) -> None:
         """A processor is killed when it has written why it rejects, before it moves the payload."""
@@ -168,16 +180,19 @@ class Interleavings(RuleBasedStateMachine):
     def change_the_constraint(self) -> None:
         self.backend.picky = not self.backend.picky
 
+    @precondition(lambda self: self.folder.names("rejected"))
     @rule(count=st.integers(1, 4))
     def retry(self, count: int) -> None:
         for rejection in list(self.folder.store.rejections())[:count]:
             assert self.folder.store.retry(rejection.raw_id)
 
+    @precondition(lambda self: self.folder.store.finished_days())
     @rule()
     def compact(self) -> None:
         for day in self.folder.store.finished_days():
             self.folder.store.compact(day)
 
+    @precondition(lambda self: self.folder.store.finished_days())
     @rule()
     def die_behind_the_pack(self) -> None:
         """The packer is killed when a pack is written, before the files are deleted."""
@@ -192,7 +207,7 @@ class Interleavings(RuleBasedStateMachine):
         self.run(self.folder.store.close())
         self.folder = self.run(Folder(self.folder.place).opened())
 
-    @precondition(lambda self: self.rebuilds)
+    @precondition(lambda self: self.rebuilds and self.folder.names("processed"))
     @rule(number=some, change=st.sampled_from(["delete", "mean", "raw_id"]))
     def tamper(self, number: int, change: str) -> None:
         """Somebody deletes a row, or changes it."""
@@ -239,7 +254,7 @@ class Interleavings(RuleBasedStateMachine):
         try:
             self.backend.picky = False
             self.retry(len(self.payloads))
-            self.process([None, None], 3)
+            self.process([], [None, None], 3)
             if self.tampered:
                 self.left += 1
                 self.rebuild(None)
@@ -272,8 +287,8 @@ class WithRebuildsInSqlite(WithRebuilds):
     kind = InSqlite
 
 
-MANY = settings(max_examples=25, stateful_step_count=25, deadline=None)
-FEW = settings(max_examples=10, stateful_step_count=40, deadline=None)
+MANY = settings(max_examples=20, stateful_step_count=20, deadline=None)
+FEW = settings(max_examples=8, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize("machine", [Interleavings, InterleavingsInSqlite])

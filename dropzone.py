@@ -1938,14 +1938,23 @@ class Proof:
         until: datetime | None = None,
         progress: Callable[[int], object] = abs,
     ) -> AsyncIterator[Finding]:
-        """Do the same, and after each finding, set the row right."""
+        """Do the same, and set the rows right, a thousand at a time."""
+        found = list[Finding]()
         async for finding in self.findings(since, until, progress):
             yield finding
-            row, right = finding.row, finding.right
-            if row and (right is None or right.raw_id < row.raw_id):  # an upsert would not win
-                await self._backend.delete([row])
-            if right:
-                await self._backend.upsert([right])
+            found.append(finding)
+            if len(found) == PORTION:
+                await self._set_right(found)
+                found = []
+        await self._set_right(found)
+
+    async def _set_right(self, findings: Sequence[Finding]) -> None:
+        """Upsert the right rows; delete first those that would win against them."""
+        pairs = [(finding.row, finding.right) for finding in findings]
+        await self._backend.delete(
+            [row for row, right in pairs if row and not (right and right.raw_id >= row.raw_id)]
+        )
+        await self._backend.upsert([right for _, right in pairs if right])
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"

@@ -1701,6 +1701,10 @@ class Workers:
             self._pool = None
             raise StorageUnavailable("a process of this service has ended; try again") from None
 
+    def begin(self) -> asyncio.Future[Any]:
+        """Start the processes, and return what is done when they are ready."""
+        return asyncio.gather(*(self.run(os.getpid) for _ in range(WORKERS)))
+
     async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Do some work for each item, one more at a time than there are processes.
 
@@ -1759,8 +1763,9 @@ class ProcessResult(Struct):
 class Processor:
     """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
-    Payloads are read, computed and moved in a thread; what takes longer, in processes, several
-    batches at a time. The order of the upserts does not matter: the greatest raw_id stands.
+    Payloads are read, computed and moved in a thread; where that takes longer, by processes, once
+    they have started, several batches at a time. The order of the upserts does not matter: the
+    greatest raw_id stands.
     """
 
     def __init__(self, config: Config, backend: Backend) -> None:
@@ -1790,11 +1795,16 @@ class Processor:
             pending = await asyncio.to_thread(self._folders.count_pending)
             todo = pending if limit is None else min(limit, pending)
             batches = self._batches(todo)
-            while time.monotonic() < short:
+            ready: asyncio.Future[Any] | None = None
+            while time.monotonic() < short or (ready and not ready.done()):
                 if (batch := await asyncio.to_thread(next, batches, None)) is None:
                     break
                 await self._process_batch(asyncio.to_thread, batch, result)
                 progress(result.checked, todo)
+                if ready is None and time.monotonic() >= short:
+                    ready = self._workers.begin()
+            if ready and not ready.cancel():  # it is done, if only with an error
+                ready.result()
             await self._workers.spread(batches, in_processes)
             result.remaining = await asyncio.to_thread(self._folders.count_pending)
         if result.checked:

@@ -458,26 +458,28 @@ def _day(number: int) -> str:
 
 def earliest(folder: Path, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
     """Return the `limit` least raw_ids of the payloads in a folder behind `after`, in order."""
-    return list(map(UUID, earliest_names(folder, limit, str(after or ""))))
+    return list(map(UUID, earliest_names(folder, limit, str(after or ""))[0]))
 
 
-def earliest_names(folder: Path, limit: int, after: str = "") -> list[str]:
-    """Return the same as text, which is quicker to hand about.
+def earliest_names(folder: Path, limit: int, after: str = "") -> tuple[list[str], int]:
+    """Return the same as text, which is quicker to hand about, and how many there are in all.
 
     It holds no more than twice as many names at a time, however many files there are.
     """
-    names: list[str] = []
+    names, count = list[str](), 0
     low, high = f"{after}~" if after else "", "~"
     with os.scandir(folder) as entries:
         for entry in entries:
-            if low < (name := entry.name) < high and PAYLOAD_NAME.fullmatch(name):
-                names.append(name)
-                if len(names) >= 2 * limit:
+            if low < (name := entry.name) and PAYLOAD_NAME.fullmatch(name):
+                count += 1
+                if name < high:
+                    names.append(name)
+                if len(names) > 2 * limit:
                     names.sort()
+                    high = names[limit]
                     del names[limit:]
-                    high = names[-1]
     names.sort()
-    return [name[:36] for name in names[:limit]]
+    return [name[:36] for name in names[:limit]], count
 
 
 def next_raw_id(last: UUID) -> UUID:
@@ -566,9 +568,6 @@ class Folders:
     def pending(self, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
         """Return the `limit` earliest pending payloads behind `after`, in order of arrival."""
         return earliest(self.raw, limit, after)
-
-    def pending_names(self, limit: int, after: str = "") -> list[str]:
-        return earliest_names(self.raw, limit, after)
 
     def count_pending(self) -> int:
         with os.scandir(self.raw) as entries:
@@ -1791,10 +1790,9 @@ class Processor:
             progress(result.checked, todo)
 
         async with self._alone():
-            short = time.monotonic() + SHORT
-            pending = await asyncio.to_thread(self._folders.count_pending)
+            window, pending = await asyncio.to_thread(self._window, limit)
             todo = pending if limit is None else min(limit, pending)
-            batches = self._batches(todo)
+            batches, short = self._batches(window, todo), time.monotonic() + SHORT
             ready: asyncio.Future[Any] | None = None
             while time.monotonic() < short or (ready and not ready.done()):
                 if (batch := await asyncio.to_thread(next, batches, None)) is None:
@@ -1843,11 +1841,15 @@ class Processor:
         except OSError as error:  # of the data folder
             raise _storage_error(error) from error
 
-    def _batches(self, todo: int) -> Iterator[list[str]]:
-        last = ""
-        while todo > 0 and (window := self._folders.pending_names(min(WINDOW, todo), last)):
-            todo, last = todo - len(window), window[-1]
+    def _window(self, limit: int | None, after: str = "") -> tuple[list[str], int]:
+        most = WINDOW if limit is None else min(WINDOW, limit)
+        return earliest_names(self._folders.raw, most, after)
+
+    def _batches(self, window: list[str], todo: int) -> Iterator[list[str]]:
+        while window:
             yield from (window[n : n + self._batch] for n in range(0, len(window), self._batch))
+            todo -= len(window)
+            window, _ = self._window(todo, window[-1]) if todo > 0 else ([], 0)
 
     async def _process_batch(
         self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult

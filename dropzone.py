@@ -403,7 +403,7 @@ PORTION = 1000
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
 
-GROUPS = 2  # under way at once: one is written while the next one waits at the door
+BATCHES = 2  # groups under way at once where many payloads come together; else it is one
 GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
@@ -1201,7 +1201,7 @@ class RawStore(Folders):
         """
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._gathered.append((Batch(list(bodies), key), landed))
-        if len(self._landing) < GROUPS:
+        if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(task := asyncio.create_task(self._land_gathered()))
             task.add_done_callback(self._landing.discard)
         return (await landed).result()

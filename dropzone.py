@@ -404,6 +404,7 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
 
 BATCHES = 2  # groups under way at once where many payloads come together; else it is one
+LARGE_GROUP = 16  # requests
 GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
@@ -1207,10 +1208,16 @@ class RawStore(Folders):
         return (await landed).result()
 
     async def _land_gathered(self) -> None:
-        """Land whatever has gathered while the groups before were landed, until nothing has."""
+        """Land whatever has gathered while the groups before were landed, until nothing has.
+
+        A large group is half of all that wait, so that one half is received while the other is
+        written; left alone, the groups would become ever more unequal, and each side wait.
+        """
+        group = list[Batch]()
         while self._gathered:
+            half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
             group, waiting, size = [], [], 0
-            while self._gathered and size < GROUP_BYTES:
+            while self._gathered and size < GROUP_BYTES and len(group) < half:
                 batch, landed = self._gathered.popleft()
                 group.append(batch)
                 waiting.append(landed)

@@ -1186,9 +1186,10 @@ class RawStore(Folders):
     #
     # A power cut before the end of 1 takes a group that nobody was told of; the checksum gives the
     # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log
-    # is deleted only by `_checkpoint`: after a sync of the whole file system that began when no
-    # more was to be appended and 2 was done for all of it. So at any moment an acknowledged payload
-    # lies in a synced record, or in a synced file, or in both.
+    # is deleted, or begun anew, only by `_checkpoint`: after a sync of the whole file system that
+    # began when no more was to be appended and 2 was done for all of it. So at any moment an
+    # acknowledged payload lies in a synced record, or in a synced file, or in both. Of a log that
+    # was begun anew, the old records have another epoch, and are never read again.
     #
     # Each store appends to logs of its own and holds a lock on them while it lives. Whoever opens
     # a store recovers the logs that nobody holds. raw_ids come from a counter that all share.

@@ -1738,8 +1738,9 @@ class Workers:
                 raise error
 
     async def close(self) -> None:
-        if self._pool:
-            await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        pool, self._pool = self._pool, None
+        if pool:
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
 
 def _begin_worker() -> None:
@@ -1958,23 +1959,30 @@ class Proof:
         until: datetime | None = None,
         progress: Callable[[int], object] = abs,
     ) -> AsyncIterator[Finding]:
-        """Do the same, and set the rows right, a thousand at a time."""
-        found = list[Finding]()
-        async for finding in self.findings(since, until, progress):
-            yield finding
-            found.append(finding)
-            if len(found) == PORTION:
-                await self._set_right(found)
-                found = []
-        await self._set_right(found)
+        """Do the same, and set the rows right, a thousand at a time.
 
-    async def _set_right(self, findings: Sequence[Finding]) -> None:
-        """Upsert the right rows; delete first those that would win against them."""
+        Where rows had to be deleted it looks again: a payload that was processed just before may
+        have lost against such a row.
+        """
+        found, deleted = list[Finding](), True
+        while deleted:
+            deleted = False
+            async for finding in self.findings(since, until, progress):
+                yield finding
+                found.append(finding)
+                if len(found) == PORTION:
+                    deleted |= await self._set_right(found)
+                    found = []
+            deleted |= await self._set_right(found)
+            found = []
+
+    async def _set_right(self, findings: Sequence[Finding]) -> bool:
+        """Upsert the right rows; delete first those that would win against them, if any."""
         pairs = [(finding.row, finding.right) for finding in findings]
-        await self._backend.delete(
-            [row for row, right in pairs if row and not (right and right.raw_id >= row.raw_id)]
-        )
+        wrong = [row for row, right in pairs if row and not (right and right.raw_id >= row.raw_id)]
+        await self._backend.delete(wrong)
         await self._backend.upsert([right for _, right in pairs if right])
+        return bool(wrong)
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"

@@ -1204,8 +1204,7 @@ class RawStore(Folders):
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._gathered.append((Batch(list(bodies), key), landed))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
-            self._landing.add(task := asyncio.create_task(self._land_gathered()))
-            task.add_done_callback(self._landing.discard)
+            self._landing.add(asyncio.create_task(self._land_gathered()))
         return (await landed).result()
 
     async def _land_gathered(self) -> None:
@@ -1229,6 +1228,8 @@ class RawStore(Folders):
             for landed, answer in zip(waiting, answers, strict=True):
                 if not landed.done():  # or else whoever waited has gone
                     landed.set_result(answer)
+        # at once, so that whoever has just been answered and lands again begins another one
+        self._landing.difference_update({asyncio.current_task()})
 
     def write(self, group: Sequence[Batch]) -> list[Answer]:
         """Land a group; see above."""

@@ -823,9 +823,9 @@ def test_a_log_that_is_used_again(rounds: list[list[bytes]], *, cut: bool):
 
 async def test_logs_are_used_again(tmp_path: Path):
     """A log goes round: what was in it before its checkpoint is not brought back by a recovery."""
-    with landing(tmp_path, 40, "wait", 300) as process:
+    with landing(tmp_path, 42, "wait", 300) as process:
         assert process.stdout is not None
-        raw_ids = [UUID(process.stdout.readline().strip()) for _ in range(40)]
+        raw_ids = [UUID(process.stdout.readline().strip()) for _ in range(42)]
         logs = logs_in(tmp_path)
     held = [raw_id for raw_id in raw_ids if _in_a_record(tmp_path, raw_id)]
     assert len(logs) <= 4

@@ -1214,22 +1214,23 @@ class RawStore(Folders):
         written; left alone, the groups would become ever more unequal, and each side wait.
         """
         group = list[Batch]()
-        while self._gathered:
-            half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
-            group, waiting, size = [], [], 0
-            while self._gathered and size < GROUP_BYTES and len(group) < half:
-                batch, landed = self._gathered.popleft()
-                group.append(batch)
-                waiting.append(landed)
-                size += sum(map(len, batch.bodies))
-            answers = await self._writer.write(group) if size >= WRITER_BYTES else None
-            if answers is None:
-                answers = await self._in_thread(self.write, group)
-            for landed, answer in zip(waiting, answers, strict=True):
-                if not landed.done():  # or else whoever waited has gone
-                    landed.set_result(answer)
-        # at once, so that whoever has just been answered and lands again begins another one
-        self._landing.difference_update({asyncio.current_task()})
+        try:
+            while self._gathered:
+                half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
+                group, waiting, size = [], [], 0
+                while self._gathered and size < GROUP_BYTES and len(group) < half:
+                    batch, landed = self._gathered.popleft()
+                    group.append(batch)
+                    waiting.append(landed)
+                    size += sum(map(len, batch.bodies))
+                answers = await self._writer.write(group) if size >= WRITER_BYTES else None
+                if answers is None:
+                    answers = await self._in_thread(self.write, group)
+                for landed, answer in zip(waiting, answers, strict=True):
+                    if not landed.done():  # or else whoever waited has gone
+                        landed.set_result(answer)
+        finally:  # at once: whoever has just been answered and lands again begins another one
+            self._landing.difference_update({asyncio.current_task()})
 
     def write(self, group: Sequence[Batch]) -> list[Answer]:
         """Land a group; see above."""

@@ -1404,8 +1404,9 @@ class RawStore(Folders):
             os.pwrite(self._counter, last.bytes, 0)
             self._checkpoint(logs)
             for left in (*self.journal.glob("*.part*"), *self.journal.glob("*.new")):
-                if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
-                    left.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another store has just renamed it
+                    if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
+                        left.unlink()
 
     def _restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
         for state in (*STATES, STATES[0]):  # it may move meanwhile

@@ -253,6 +253,24 @@ async def test_two_stores_on_one_folder(store: RawStore, folder: Path):
         assert store.pending() == other.pending() == sorted(raw_id for [raw_id] in answers)
 
 
+async def test_opening_a_folder_that_another_store_lands_in(store: RawStore, folder: Path):
+    """A store opens whatever files another one makes and renames meanwhile, again and again."""
+    over = asyncio.Event()
+
+    async def land_on() -> None:
+        while not over.is_set():
+            await store.land([BODY] * 20)
+
+    landing = asyncio.create_task(land_on())
+    try:
+        for _ in range(50):
+            async with opened(folder):
+                pass
+    finally:
+        over.set()
+        await landing
+
+
 async def test_a_caller_that_leaves(store: RawStore):
     """A call that is cancelled does no harm to the calls beside it and after it."""
     leaving = [asyncio.ensure_future(store.land([BODY])) for _ in range(5)]

@@ -409,6 +409,7 @@ GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be l
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
 LOG_BYTES = 128 * 1024 * 1024  # at which a log is ended and checkpointed
+AHEAD = 256 * 1024  # bytes that a log is filled ahead of its records
 FULL_LOGS = 2  # that may await their checkpoint before landing does, too: the journal is bounded
 HEAD = struct.Struct("<QII")  # of a record: its epoch, the length and CRC-32 of what follows
 KEY_LIFE = timedelta(hours=24)
@@ -928,14 +929,15 @@ class Record(Struct, frozen=True, array_like=True):
 class Log:
     """One file of the journal: records, each with its length and checksum, written and synced.
 
-    A log that is no longer needed is begun anew and overwritten: blocks that a file has already
-    are synced without waiting for the file system's own journal. The epoch, a secret number, tells
-    the new records from what is left of the old.
+    Blocks that a file has already are synced without waiting for the file system's own journal. So
+    it is filled ahead of the records, and a log that is no longer needed is begun anew and
+    overwritten: the epoch, a secret number, tells the new records from what is left of the old.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.broken = False  # it is not to be used again
+        self.size = self._filled = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._begin()
 
@@ -965,9 +967,13 @@ class Log:
         """Return when the record is on disk; after an OSError it may be there or not."""
         body = msgspec.msgpack.encode(record)
         head = HEAD.pack(self._epoch, len(body), zlib.crc32(body))
+        end = self.size + len(head) + len(body)
+        if end > self._filled:
+            os.pwrite(self._file, bytes(AHEAD), end)
+            self._filled = end + AHEAD
         _write_all(self._file, head + body)
         os.fdatasync(self._file)
-        self.size += len(head) + len(body)
+        self.size = end
 
     def cut(self, size: int) -> None:
         """Take back what was appended since the log had this size."""
@@ -1664,6 +1670,7 @@ LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
 WORKERS = min(4, os.cpu_count() or 1)
+NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
@@ -1748,7 +1755,7 @@ class Workers:
 
 def _begin_worker() -> None:
     """Let landing go first, and end with the process that started this one, however it ends."""
-    os.nice(10)
+    os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the other, who closes this one
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
@@ -2853,6 +2860,7 @@ def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
     """turn the pending payloads into measurements, with or without a server beside it"""
+    os.nice(NICE)
     async with opened(config) as (_, backend):
         processor = Processor(config, backend)
         try:

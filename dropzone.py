@@ -29,7 +29,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
-import hmac
+import importlib
 import importlib.util
 import io
 import itertools
@@ -42,9 +42,11 @@ import operator
 import os
 import re
 import resource
+import secrets
 import shutil
 import signal
 import sqlite3
+import ssl
 import statistics
 import struct
 import sys
@@ -58,6 +60,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -70,12 +73,13 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from random import getrandbits, uniform
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import aiofiles.os
 import msgspec
-from aiohttp import StreamReader, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -181,6 +185,12 @@ class Secret:
         return "Secret(set)" if self else "Secret(unset)"
 
 
+class Place(str):
+    """An https address or the path of a file."""
+
+    __slots__ = ()
+
+
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
     """A section of `config.toml`, where each setting is explained."""
 
@@ -190,6 +200,9 @@ class ServerConfig(Section, frozen=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     max_body_bytes: Annotated[int, Meta(ge=1)] = 32 * 1024 * 1024
     body_seconds: Annotated[float, Meta(gt=0)] = 30.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
 
 
 class RawConfig(Section, frozen=True):
@@ -220,16 +233,42 @@ class StorageConfig(Section, frozen=True):
     postgres: PostgresConfig = PostgresConfig()
 
 
+Scope = Literal["ingest", "process", "read"]
+KEY_NAME = r"^[A-Za-z0-9._-]{1,64}\Z"
+
+
+class KeyConfig(Section, frozen=True):
+    name: Annotated[str, Meta(pattern=KEY_NAME)]
+    hash: Secret
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+
+
+class JwtConfig(Section, frozen=True):
+    issuer: str = ""
+    audience: str = ""
+    jwks: Place = Place()
+    scope_claim: str = "scope"
+
+
 class AuthConfig(Section, frozen=True):
     api_key: Secret = Secret()
+    keys: tuple[KeyConfig, ...] = ()
+    jwt: JwtConfig = JwtConfig()
 
 
 class LogConfig(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Config(Section, frozen=True):
-    """Every setting, checked, with its paths made absolute."""
+class Config(Section, frozen=True, dict=True):
+    """Every setting, checked, with its paths made absolute.
+
+    One that was loaded knows the `files` that it depends on, there or not, the one with the keys
+    first, and how to `reload` itself. One that a program made by itself has neither.
+    """
+
+    files: ClassVar[Sequence[Path]] = ()
+    reload: ClassVar[functools.partial[Config]]
 
     server: ServerConfig = ServerConfig()
     raw: RawConfig = RawConfig()
@@ -291,14 +330,20 @@ def load_config(
             config = _with(config, name, home, VARIABLES.get(name, (name,)), text)
     for setting, value in (overrides or {}).items():
         config = _with(config, "the command line", here, setting, value)
+    again = functools.partial(load_config, file, environ=environ, overrides=overrides)
+    places = ((file,) if file else _places("config.toml")) + _places(".env")
+    config.__dict__.update(files=places, reload=again)
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
     return config
 
 
+def _places(name: str) -> tuple[Path, ...]:
+    return Path.cwd() / name, Path(__file__).resolve().parent / name
+
+
 def _in_reach(name: str) -> Path | None:
-    files = (Path.cwd() / name, Path(__file__).resolve().parent / name)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in _places(name) if file.is_file()), None)
 
 
 def _read(file: Path | None, parse: Callable[[str], Table]) -> tuple[Table, Path]:
@@ -316,19 +361,27 @@ def _with(config: Config, source: object, home: Path, setting: Setting, value: o
         if not isinstance(text, str):
             raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place)
         try:
-            return home / Path(text).expanduser() if kind is Path else kind(text)
+            is_path = kind is Path or (kind is Place and text and "://" not in text)
+            return kind(home / Path(text).expanduser() if is_path else text)
         except RuntimeError as error:  # the home folder of nobody
             raise ValueError(str(error)) from None
 
-    table = msgspec.to_builtins(
+    try:
+        if setting == ("auth", "keys") and isinstance(value, str):  # a variable
+            value = msgspec.json.decode(value)
+        for key in reversed(setting):
+            value = {key: value}
+        table = _merged(_plain(config), value)
+        return msgspec.convert(table, Config, strict=False, dec_hook=from_text)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _plain(config: Config) -> Table:
+    table: Table = msgspec.to_builtins(
         config, enc_hook=lambda value: value.reveal() if isinstance(value, Secret) else str(value)
     )
-    for key in reversed(setting):
-        value = {key: value}
-    try:
-        return msgspec.convert(_merged(table, value), Config, strict=False, dec_hook=from_text)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}") from None
+    return table
 
 
 def _merged(old: object, new: object) -> object:
@@ -2169,6 +2222,7 @@ BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
+CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
 PING_PATIENCE = 3.0  # seconds
 
 
@@ -2186,7 +2240,7 @@ class Route:
 
     method: Literal["GET", "POST"]
     path: str
-    scope: Literal["ingest", "process", "read"] | None  # None: no key is needed
+    scope: Scope | None  # None: no key is needed
     answers: dict[int, tuple[type | str, ...]]  # the types (as JSON) or media types of each status
     problems: tuple[int, ...] = ()  # besides those of every route with a scope or a query
     query: type[Struct] | None = None  # the checked query is the handler's second argument
@@ -2200,7 +2254,7 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         if self.scope:
-            authorize(request)
+            await authorize(request, self.scope)
         if self.query:
             return await self.handler(request, query_in(request, self.query))
         return await self.handler(request)
@@ -2419,6 +2473,201 @@ DOCS_PAGE = """<!DOCTYPE html>
 """
 
 
+# ── HTTP: who may do what ─────────────────────────────────────────────────────────────────────────
+
+SCOPES: tuple[Scope, ...] = ("ingest", "process", "read")
+KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+ALGORITHMS = (  # asymmetric ones alone: with HS256, whoever knows the public key could sign
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA"),
+)
+LEEWAY = 30  # seconds by which the clocks of issuer and Dropzone may differ
+FETCH_PATIENCE = 5.0  # seconds
+FETCH_PAUSE = 10.0  # seconds between fetches at least, however many unknown keys are named
+KEYS_LIFE = 600.0  # seconds after which a withdrawn key is missed
+Caller = tuple[str, Collection[str]]  # its name and its scopes
+
+
+def hash_of(key: str) -> bytes:
+    """Return the SHA-256 of an API key.
+
+    A slow password hash would protect nothing: nobody guesses 160 random bits. Nor does the time
+    that it takes to look a digest up tell anything about a key.
+    """
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+class Guard:
+    """Knows who may do what: by the keys of a configuration, and by the tokens of its issuer."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.callers = callers_of(config.auth)
+        self.tokens = Tokens(config.auth.jwt) if any_of(config.auth.jwt) else None
+
+    @property
+    def is_open(self) -> bool:
+        return not (self.callers or self.tokens)
+
+    def reload(self) -> None:
+        """Read the keys again; whatever is wrong with them raises, and changes nothing."""
+        config = self._config.reload()
+        fresh = Guard(config)
+        if fresh.is_open and not self.is_open:  # an editor may just have emptied the file
+            raise ConfigError("no key is left: restart if the API is meant to be open to everyone")
+        old, new = _plain(self._config), _plain(config)
+        for section in old.keys() - {"auth"}:
+            if old[section] != new[section]:
+                log.warning("[%s] was changed: it takes effect at the next start", section)
+        if self.tokens and self._config.auth.jwt == config.auth.jwt:
+            fresh.tokens = self.tokens.outdated()
+        self._config, self.callers, self.tokens = config, fresh.callers, fresh.tokens
+        log.info("the API keys were read again, there are %d", len(self.callers))
+
+
+GUARD = web.AppKey("GUARD", Guard)
+
+
+def any_of(config: JwtConfig) -> bool:
+    return bool(config.issuer or config.audience or config.jwks)
+
+
+def callers_of(auth: AuthConfig) -> dict[bytes, Caller]:
+    """Return who has which key, by its digest; raises `ConfigError`."""
+    callers = dict[bytes, Caller]()
+    if key := auth.api_key.reveal():
+        callers[hash_of(key)] = ("api_key", SCOPES)
+    names = {"api_key"}
+    for each in auth.keys:
+        match = KEY_HASH.fullmatch(each.hash.reveal())
+        digest = bytes.fromhex(match[1]) if match else b""
+        if each.name in names:
+            raise ConfigError(f"auth.keys: the name {each.name} is taken, give each key its own")
+        if not match:
+            raise ConfigError(f"auth.keys: the hash of {each.name} is not sha256:<64 hex digits>")
+        if digest in callers:
+            raise ConfigError(f"auth.keys: {each.name} is the same key as {callers[digest][0]}")
+        names.add(each.name)
+        callers[digest] = (each.name, each.scopes)
+    return callers
+
+
+class Tokens:
+    """Judges JWT access tokens (RFC 7519, RFC 9068) by their issuer's keys, fetched and kept."""
+
+    def __init__(self, config: JwtConfig) -> None:
+        missing = [name for name in ("issuer", "audience", "jwks") if not getattr(config, name)]
+        if missing:
+            raise ConfigError(f"auth.jwt: set {' and '.join(missing)}, too")
+        address = urlsplit(config.jwks) if "://" in config.jwks else None
+        local = address and address.hostname in ("localhost", "127.0.0.1", "::1")
+        if address and address.scheme != "https" and not (address.scheme == "http" and local):
+            raise ConfigError("auth.jwt.jwks: give an https address, or the path of a file")
+        self._config = config
+        self._jwt = importlib.import_module("jwt")
+        self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
+        self._fetched = -math.inf
+        self._trouble = ""
+        self._lock = asyncio.Lock()
+
+    def outdated(self) -> Tokens:
+        """Fetch the keys before the next token is judged."""
+        self._fetched = -math.inf
+        return self
+
+    async def judge(self, token: str) -> Caller:
+        """Return whom a token names, and its scopes; raises `DropzoneError` with 401 or 503."""
+        jwt, config = self._jwt, self._config
+        try:
+            key, algorithms = await self._key(jwt.get_unverified_header(token).get("kid"))
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=algorithms,
+                audience=config.audience,
+                issuer=config.issuer,
+                leeway=LEEWAY,
+                options={"require": ["exp"], "enforce_minimum_key_length": True},
+            )
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            wrong = f"the token is refused: {error}"
+            raise DropzoneError(wrong, "token_invalid", 401) from None
+        names = (claims.get(name) for name in ("sub", "azp", "client_id"))
+        name = next((name for name in names if name and isinstance(name, str)), "token")
+        scopes = claims.get(config.scope_claim)
+        scopes = scopes.split() if isinstance(scopes, str) else scopes
+        return _shown_name(name), scopes if isinstance(scopes, list) else ()
+
+    async def _key(self, kid: str | None) -> tuple[Any, Sequence[str]]:
+        """Return a public key and its algorithms."""
+        if self._is_due(kid):
+            async with self._lock:
+                if self._is_due(kid):  # else another request has fetched them meanwhile
+                    await self.fetch()
+        if (key := self._find(kid)) is not None:
+            return key
+        if self._trouble:
+            wrong = f"the keys of the issuer cannot be had, try again: {self._trouble}"
+            raise DropzoneError(wrong, "issuer_unavailable", 503)
+        raise ValueError("the issuer has no key of this kid")
+
+    def _is_due(self, kid: str | None) -> bool:
+        age = time.monotonic() - self._fetched
+        return age > KEYS_LIFE or (age > FETCH_PAUSE and self._find(kid) is None)
+
+    def _find(self, kid: str | None) -> tuple[Any, Sequence[str]] | None:
+        only = next(iter(self._keys)) if len(self._keys) == 1 and kid is None else kid
+        return self._keys.get(only) or self._keys.get(None)
+
+    async def fetch(self) -> None:
+        """Fetch the keys of the issuer; where that fails, those known before stay."""
+        place = self._config.jwks
+        try:
+            self._keys = self._parsed(await (_download if "://" in place else _file_text)(place))
+            self._trouble = ""
+        except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
+            self._trouble = str(error) or f"no answer within {FETCH_PATIENCE} s"
+            log.warning("auth.jwt.jwks: %s gives no keys: %s", place, self._trouble)
+        self._fetched = time.monotonic()
+
+    def _parsed(self, text: bytes) -> dict[str | None, tuple[Any, Sequence[str]]]:
+        if text.lstrip().startswith(b"-----BEGIN"):
+            serialization = importlib.import_module("cryptography.hazmat.primitives.serialization")
+            return {None: (serialization.load_pem_public_key(text), ALGORITHMS)}
+        keys = dict[str | None, tuple[Any, Sequence[str]]]()
+        for each in msgspec.json.decode(text, type=JwkSet).keys:
+            with contextlib.suppress(self._jwt.PyJWTError):  # a kind that is not known here
+                key = self._jwt.PyJWK(each)
+                if each.get("use", "sig") == "sig" and key.algorithm_name in ALGORITHMS:
+                    algorithms = [key.algorithm_name] if "alg" in each else ALGORITHMS
+                    keys[key.key_id] = key.key, algorithms
+        if not keys:
+            raise ValueError("there is no public key to check signatures with")
+        return keys
+
+
+class JwkSet(Struct):
+    keys: list[Table]
+
+
+async def _download(url: str) -> bytes:
+    async with (
+        ClientSession(timeout=ClientTimeout(total=FETCH_PATIENCE)) as session,
+        session.get(url, allow_redirects=False) as response,
+    ):
+        if response.status != 200:
+            raise ValueError(f"the answer has status {response.status}")
+        return await response.read()
+
+
+async def _file_text(path: str) -> bytes:
+    return await asyncio.to_thread(Path(path).read_bytes)
+
+
+def _shown_name(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:128])
+
+
 # ── HTTP: admission and the edge ──────────────────────────────────────────────────────────────────
 
 IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
@@ -2470,6 +2719,10 @@ STATUS_HEADERS = {
     415: {"Accept-Encoding": "gzip, deflate"},
     503: {"Retry-After": "5"},
 }
+CHALLENGES = {  # RFC 6750
+    "token_invalid": 'Bearer error="invalid_token"',
+    "scope_missing": 'Bearer error="insufficient_scope"',
+}
 REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 
 
@@ -2508,6 +2761,8 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = error.headers["Allow"]
+    if known.code in CHALLENGES:
+        response.headers["WWW-Authenticate"] = CHALLENGES[known.code]
     return response
 
 
@@ -2527,15 +2782,25 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
-def authorize(request: web.Request) -> None:
-    """Raise unless the request carries the API key, or none is configured."""
-    wanted = request.app[CONFIG].auth.api_key.reveal().encode()
+async def authorize(request: web.Request, scope: Scope) -> None:
+    """Note who calls; raise unless their key or token has the scope, or the API is open."""
+    guard = request.app[GUARD]
+    if guard.is_open:
+        return
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    given = request.headers.get("x-api-key") or bearer
-    if wanted and not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted):
+    key = request.headers.get("x-api-key")
+    caller = guard.callers.get(hash_of(key or bearer))
+    if caller is None and guard.tokens and not key and bearer.count(".") == 2:
+        caller = await guard.tokens.judge(bearer)
+    if caller is None:
+        given = key or bearer
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
+    request[CALLER], scopes = caller
+    if scope not in scopes:
+        wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
+        raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
 
 
 def query_in(request: web.Request, kind: type[Struct]) -> Struct:
@@ -2674,7 +2939,8 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    statuses = {*route.problems, *([401] if route.scope else ()), *([400] if route.query else ())}
+    guarded = (401, 403, 503) if route.scope else ()
+    statuses = {*route.problems, *guarded, *([400] if route.query else ())}
     answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
@@ -2683,7 +2949,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "responses": {str(status): _response(status, kinds) for status, kinds in answers.items()},
     }
     if route.scope:
-        operation["security"] = [{name: []} for name in SECURITY_SCHEMES] + [{}]
+        operation["security"] = [{name: [route.scope]} for name in SECURITY_SCHEMES] + [{}]
     if route.handler is ingest:
         operation["requestBody"] = {"required": True, "content": {"*/*": {"schema": {}}}}
     return operation
@@ -2726,6 +2992,10 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[RAW] = RawStore(config.raw)
     app[BACKEND] = backend_of(config) if backend is None else backend
     app[ADMISSION] = Admission()
+    app[GUARD] = guard = Guard(config)
+    app[RELOADER] = Reloader()
+    if config.files:
+        app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
     app[PROCESSOR] = Processor(config, app[BACKEND])
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
@@ -2751,7 +3021,7 @@ def backend_of(config: Config) -> Backend:
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     """Open what the application works with; close it when the last request is answered."""
     app[PREFIX] = str(app.router["health"].url_for()).removesuffix("/health")
-    if not app[CONFIG].auth.api_key:
+    if app[GUARD].is_open:
         log.warning("no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     await app[RAW].open()
     for name in await asyncio.to_thread(app[RAW].strays):
@@ -2759,7 +3029,9 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     if trouble := await trouble_of(app[BACKEND]):
         log.warning("the backend does not answer, landing goes on: %s", trouble)
     loop = [app[PROCESSOR].process_forever(every)] if (every := app[CONFIG].process.every) else []
-    tasks = list(map(asyncio.create_task, loop))
+    if tokens := app[GUARD].tokens:
+        await tokens.fetch()
+    tasks = list(map(asyncio.create_task, [*loop, app[RELOADER].run()]))
     try:
         yield
     finally:
@@ -2771,15 +3043,111 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         await app[BACKEND].close()
 
 
+class Reloader:
+    """Takes over what may change while the service runs: when its files do, or when it is told."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+        self._files = list[Path]()
+        self._actions = list[Callable[[], None]]()
+        self._taken = self._states()
+
+    def watch(self, files: Iterable[Path | str | None], reload: Callable[[], None]) -> None:
+        """Call `reload` in a thread when a file has changed; it may raise `ConfigError`."""
+        self._files += [Path(file) for file in files if file]
+        self._actions.append(reload)
+        self._taken = self._states()
+
+    async def run(self) -> None:
+        """Look once a second, and wait for a file that is still being written."""
+        seen = self._taken
+        while self._actions:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.told.wait(), LOOK)
+            before, seen = seen, await asyncio.to_thread(self._states)
+            if self.told.is_set() or before == seen != self._taken:
+                self.told.clear()
+                self._taken = seen
+                await asyncio.to_thread(self._reload)
+
+    def _states(self) -> list[tuple[int, int, int] | None]:
+        return list(map(_state_of, self._files))
+
+    def _reload(self) -> None:
+        for reload in self._actions:
+            try:
+                reload()
+            except ConfigError as error:
+                log.error("%s; what held before still holds", error)  # noqa: TRY400
+
+
+def _state_of(file: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+RELOADER = web.AppKey("RELOADER", Reloader)
+LOOK = 1.0  # seconds
+
+
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
 
 
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """Load the certificates, None where none are configured; raises `ConfigError`."""
+    cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
+    if cert is None:
+        if key or client_ca:
+            raise ConfigError("server.tls_key and tls_client_ca are of no use without tls_cert")
+        return None
+    context, setting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "tls_cert with tls_key"
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        for file in filter(None, (cert, key, client_ca)):
+            file.read_bytes()  # its error names the file, unlike those of OpenSSL
+        context.load_cert_chain(cert, key, password="")  # so that no terminal is asked for one
+        setting = "tls_client_ca"
+        if client_ca:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except ssl.SSLError as error:
+        wrong = (error.reason or "unknown").lower().replace("_", " ")
+        need = "give PEM files, the key unencrypted and that of the certificate"
+        raise ConfigError(f"server.{setting} cannot be used ({wrong}): {need}") from None
+    except OSError as error:
+        raise ConfigError(f"server: {error.filename} cannot be read: {error.strerror}") from None
+    return context
+
+
+def followed(config: ServerConfig, reloader: Reloader) -> ssl.SSLContext | None:
+    """Return a context whose every handshake uses the certificates that were loaded last."""
+    if (front := tls_context(config)) is None:
+        return None
+    newest = front
+
+    def hand_over(handshake: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: object) -> None:
+        handshake.context = newest
+
+    def reload() -> None:
+        nonlocal newest
+        newest = tls_context(config) or newest
+        log.info("the certificates were loaded again")
+
+    front.sni_callback = hand_over  # which is called also where a client names no server
+    reloader.watch((config.tls_cert, config.tls_key, config.tls_client_ca), reload)
+    return front
+
+
 async def serve(config: Config, _: argparse.Namespace) -> int:
     """serve the API (what happens without a command)"""
     app = create_app(config)
+    tls = followed(config.server, app[RELOADER])
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -2792,11 +3160,12 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port)
+        site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
         await site.start()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app[RELOADER].told.set)
         log.info("listening on %s", site.name)
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
         await stop.wait()
@@ -2979,6 +3348,51 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     return os.EX_OK
 
 
+async def new_key(config: Config, args: argparse.Namespace) -> int:
+    """print a new API key, this once, and add its hash to the configuration file"""
+    names = {"api_key", *(name for name, _ in callers_of(config.auth).values())}
+    if args.name in names:
+        raise ConfigError(f"the name {args.name} is taken: `key list` shows all of them")
+    key, file = f"dz_{secrets.token_hex(20)}", config.files[0]  # a scanner for secrets can find it
+    scopes = json.dumps(list(dict.fromkeys(args.scope)))
+    table = KEY_TABLE.format(args.name, hash_of(key).hex(), scopes)
+    try:
+        append_key(file, table, 1 + len(config.auth.keys))
+    except (OSError, ValueError) as error:
+        wrong = f"{file} was left as it is ({error}): add this to the keys yourself"
+        print(key)
+        print(f"dropzone: {wrong}\n{table}", file=sys.stderr)
+        return os.EX_CANTCREAT
+    print(key)
+    print(f"{args.name} was added to {file}, which servers read within seconds", file=sys.stderr)
+    return os.EX_OK
+
+
+KEY_TABLE = """
+[[auth.keys]]
+name = "{}"
+hash = "sha256:{}"
+scopes = {}
+"""
+
+
+def append_key(file: Path, table: str, count: int) -> None:
+    """Append a key; raises `ValueError` where the file would then not hold that many, or breaks."""
+    before = file.read_text("utf-8") if file.exists() else ""
+    added = table if not before or before.endswith("\n") else f"\n{table}"
+    if len(tomllib.loads(before + added)["auth"]["keys"]) != count:
+        raise ValueError("DROPZONE_AUTH_KEYS goes before it")
+    with file.open("a", encoding="utf-8") as out:
+        out.write(added)
+
+
+async def list_keys(config: Config, _: argparse.Namespace) -> int:
+    """list the API keys by name and scopes; `key new NAME --scope …` makes one"""
+    for name, scopes in callers_of(config.auth).values():
+        print(name, *scopes)
+    return os.EX_OK
+
+
 async def check(config: Config, _: argparse.Namespace) -> int:
     """name what is wrong with the configuration and its surroundings; then the exit code is 78"""
     raw, backend = RawStore(config.raw), backend_of(config)
@@ -2989,7 +3403,8 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     await backend.close()
     for name, trouble in troubles.items():
         print(f"wrong  {name}: {trouble}" if trouble else f"ok     {name}")
-    if not config.auth.api_key:
+    tls_context(config.server)  # raises, as the next line does
+    if Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(troubles.values()) else os.EX_OK
 
@@ -3016,6 +3431,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
+    runs |= {"key": list_keys}
     added = {}
     for name, run in runs.items():
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
@@ -3031,6 +3447,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     added["rebuild"].add_argument("--dry-run", action="store_true", help="change nothing")
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
+    actions = added["key"].add_subparsers(metavar="ACTION")
+    for name, run in (("list", list_keys), ("new", new_key)):
+        added[name] = actions.add_parser(name, parents=[common], help=run.__doc__)
+        added[name].set_defaults(run=run)
+    added["new"].add_argument("name", type=key_name, metavar="NAME")
+    many: dict[str, Any] = {"action": "append", "required": True, "choices": SCOPES}
+    added["new"].add_argument("--scope", help="what the key opens; may be repeated", **many)
     return parser.parse_args(argv)
 
 
@@ -3040,6 +3463,13 @@ def moment(text: str) -> datetime:
         return parse_time_stamp(text)
     except DataQualityError as error:
         raise ValueError(error.detail) from None
+
+
+def key_name(text: str) -> str:
+    """Return the name of a key; argparse names this function in its error."""
+    if not re.fullmatch(KEY_NAME, text):
+        raise ValueError
+    return text
 
 
 def positive(text: str) -> int:

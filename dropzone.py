@@ -3116,6 +3116,8 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
         if client_ca:
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+            context.num_tickets = 0  # whoever resumes a session is not asked for a certificate
+            context.options |= ssl.OP_NO_TICKET
     except ssl.SSLError as error:
         wrong = (error.reason or "unknown").lower().replace("_", " ")
         need = "give PEM files, the key unencrypted and that of the certificate"

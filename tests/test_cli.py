@@ -161,7 +161,7 @@ def test_help_names_every_command(program: Program):
     """`--help` prints what each command does, and exits 0."""
     done = program.run("--help")
     assert (done.returncode, done.stderr) == (OK, "")
-    for command in ("serve", "ingest", "process", "check"):
+    for command in ("serve", "ingest", "process", "check", "key"):
         assert re.search(rf"^ +{command} +\w+", done.stdout, re.MULTILINE), command
 
 
@@ -265,6 +265,8 @@ def test_check_notes_the_missing_key(program: Program):
     assert guarded.returncode == OK
     assert "DROPZONE_API_KEY" not in guarded.stdout
     assert SECRET not in guarded.stdout + guarded.stderr
+    program.run("key", "new", "gateway", "--scope", "ingest")
+    assert "DROPZONE_API_KEY" not in program.run("check").stdout
 
 
 @pytest.mark.parametrize("setting", ["DROPZONE_RAW_DIR", "DROPZONE_STORAGE_SQLITE_PATH"])

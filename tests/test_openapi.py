@@ -1,12 +1,14 @@
 """The description at /openapi.json is true: of the routes, of what they take, of what they say."""
 
 import asyncio
+import hashlib
 import json
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,6 +30,9 @@ from dropzone import (
     ROUTES,
     AuthConfig,
     Config,
+    JwtConfig,
+    KeyConfig,
+    Place,
     Problem,
     RawConfig,
     Secret,
@@ -37,6 +42,7 @@ from dropzone import (
 
 READING = {"time_stamp": "2019-05-01T10:00:00Z", "data": [0, 2]}
 KEY = {"x-api-key": "sesam"}
+TOKEN = {"Authorization": "Bearer eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.e30.eA"}  # with a kid
 NOT_DESCRIBED = {("GET", "/docs/{asset}")}  # the files of the page
 FORMATS = FormatChecker()
 Client = TestClient[web.Request, web.Application]
@@ -82,12 +88,25 @@ class Outage(MemoryBackend):
             raise BackendUnavailable("the database does not answer")
 
 
+def key_with(scope: Any) -> KeyConfig:
+    """Return a key that opens what its name says."""
+    digest = hashlib.sha256(scope.encode()).hexdigest()
+    return KeyConfig(scope, Secret(f"sha256:{digest}"), (scope,))
+
+
 def config_in(folder: Path, key: str = "") -> Config:
-    """Return a configuration with limits that a test can pass."""
+    """Return a configuration with limits that a test can pass.
+
+    With a key there are also keys with a scope each, and an issuer whose keys are not to be had.
+    """
+    auth = AuthConfig()
+    if key:
+        issuer = JwtConfig("https://issuer.example", "dropzone", Place(folder / "nowhere"))
+        auth = AuthConfig(Secret(key), (key_with("read"), key_with("ingest")), issuer)
     return Config(
         server=ServerConfig(max_body_bytes=20_000, body_seconds=1),
         raw=RawConfig(dir=folder / "raw"),
-        auth=AuthConfig(api_key=Secret(key)),
+        auth=auth,
     )
 
 
@@ -273,8 +292,9 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await ask("GET", "/ready")
     await ask("POST", "/ingest", json=READING)
     await ask("POST", "/rejected/retry")
-    for method, path, _, _, _ in tuple(found):
-        await ask(method, path, key={}, raw_id="x", timestamp="x")
+    callers = ({}, {"x-api-key": "read"}, {"x-api-key": "ingest"}, TOKEN)
+    for (method, path, *_), key in product(tuple(found), callers):
+        await ask(method, path, key=key, raw_id="x", timestamp="x")
     return found
 
 

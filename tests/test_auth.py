@@ -1,0 +1,814 @@
+"""Who may do what: keys and their scopes, their rotation, and the tokens of an issuer."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer, unused_port
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import PublicFormat as Public
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dropzone
+from backends.memory import MemoryBackend
+from dropzone import (
+    CALLER,
+    ROUTES,
+    AuthConfig,
+    Config,
+    ConfigError,
+    JwtConfig,
+    KeyConfig,
+    Place,
+    RawConfig,
+    Secret,
+    create_app,
+    load_config,
+)
+
+DROPZONE = Path(dropzone.__file__).resolve()
+PATIENCE = 60  # seconds until something that does not happen is taken for broken
+SCOPES = ("ingest", "process", "read")
+GUARDED = [
+    (route.method, re.sub("{.*?}", "x", route.path), route.scope) for route in ROUTES if route.scope
+]
+ISSUER, AUDIENCE = "https://issuer.example/", "dropzone"
+Client = TestClient[web.Request, web.Application]
+
+
+def table(name: str, key: str, *scopes: str) -> str:
+    """Return the table of a key, as it stands in a configuration file."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return f'[[auth.keys]]\nname = "{name}"\nhash = "sha256:{digest}"\nscopes = {list(scopes)}\n'
+
+
+def key_of(name: str, key: str, *scopes: Any) -> KeyConfig:
+    return KeyConfig(name, Secret(f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"), scopes)
+
+
+class Service:
+    """A service behind a middleware that notes who called."""
+
+    def __init__(self, client: Client, callers: list[str | None]) -> None:
+        self.client, self.callers = client, callers
+
+    async def __call__(
+        self, path: str = "/measurements", method: str = "GET", **headers: str
+    ) -> tuple[int, dict[str, Any], Any]:
+        """Send a request; return status, document and headers."""
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        body = b"1" if method == "POST" else None
+        async with self.client.request(method, path, headers=named, data=body) as answer:
+            text = await answer.read()
+            document = json.loads(text) if "json" in answer.content_type else {}
+            return answer.status, document, answer.headers
+
+    async def token(self, token: str, path: str = "/measurements") -> tuple[int, str]:
+        """Send a bearer token; return status and code."""
+        status, document, _ = await self(path, Authorization=f"Bearer {token}")
+        return status, document.get("code", "")
+
+    async def until(self, status: int, **headers: str) -> None:
+        """Ask until the answer has a status."""
+        async with asyncio.timeout(PATIENCE):
+            while (await self(**headers))[0] != status:
+                await asyncio.sleep(0.05)
+
+
+Serve = Callable[[Config], Awaitable[Service]]
+
+
+@pytest.fixture
+def serve(aiohttp_client: Any) -> Serve:
+    """Return what serves a configuration."""
+
+    async def start(config: Config) -> Service:
+        callers: list[str | None] = []
+
+        @web.middleware
+        async def note(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            finally:
+                callers.append(request.get(CALLER))
+
+        app = create_app(config, backend=MemoryBackend())
+        app.middlewares.append(note)
+        return Service(await aiohttp_client(app), callers)
+
+    return start
+
+
+@pytest.fixture
+def config_of(tmp_path: Path) -> Callable[..., Config]:
+    return lambda **auth: Config(raw=RawConfig(dir=tmp_path / "raw"), auth=AuthConfig(**auth))
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration file where one works; no other counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").touch()
+    return tmp_path / "config.toml"
+
+
+def replace(file: Path, text: str) -> None:
+    """Write a file as deployments do: beside it, then over it."""
+    beside = file.with_suffix(".new")
+    beside.write_text(text)
+    beside.replace(file)
+
+
+# ── Keys and scopes ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+async def test_scopes(serve: Serve, config_of: Callable[..., Config], scope: str):
+    """A key opens the routes of its scopes; every other guarded one is 403 and says what lacks."""
+    service = await serve(config_of(keys=(key_of("sensor", "one", scope),)))
+    for method, path, needed in GUARDED:
+        status, problem, headers = await service(path, method, x_api_key="one")
+        assert (status == 403) == (needed != scope), path
+        if status == 403:
+            assert (problem["code"], problem["scope"]) == ("scope_missing", needed)
+            assert headers["WWW-Authenticate"] == 'Bearer error="insufficient_scope"'
+
+
+async def test_unknown_keys(serve: Serve, config_of: Callable[..., Config]):
+    """A wrong key and none at all are 401, and so is a hash, for whoever has read the file."""
+    service = await serve(config_of(keys=(key_of("sensor", "one", "read"),)))
+    digest = hashlib.sha256(b"one").hexdigest()
+    for headers in ({}, {"x_api_key": "two"}, {"x_api_key": digest}, {"x_api_key": ""}):
+        status, problem, answered = await service(**headers)
+        assert (status, problem["code"]) == (401, "key_refused")
+        assert answered["WWW-Authenticate"].startswith("Bearer")
+    assert service.callers == [None] * 4
+
+
+async def test_callers(serve: Serve, config_of: Callable[..., Config]):
+    """The name of the key is known to whoever logs and limits, also where its scope lacks."""
+    keys = (key_of("reader", "one", "read"), key_of("gateway", "two", "ingest"))
+    service = await serve(config_of(api_key=Secret("sesam"), keys=keys))
+    for key in ("one", "two", "sesam"):
+        await service(x_api_key=key)
+        await service(Authorization=f"Bearer {key}")
+    await service("/health", x_api_key="one")
+    names = [name for name in ("reader", "gateway", "api_key") for _ in range(2)]
+    assert service.callers == [*names, None]
+
+
+async def test_open(serve: Serve, config_of: Callable[..., Config], caplog: Any):
+    """With nothing configured the API is open, says so in the log, and knows no caller."""
+    service = await serve(config_of())
+    assert (await service(x_api_key="one"))[0] == 200
+    assert service.callers == [None]
+    assert "DROPZONE_API_KEY" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["api_key", "keys", "jwt"])
+async def test_not_open(serve: Serve, config_of: Callable[..., Config], way: str, caplog: Any):
+    """Any of the three ways closes the API, and the log does not call it open."""
+    ways = {
+        "api_key": Secret("sesam"),
+        "keys": (key_of("reader", "one", "read"),),
+        "jwt": JwtConfig(ISSUER, AUDIENCE, Place("/nowhere")),
+    }
+    service = await serve(config_of(**{way: ways[way]}))
+    assert (await service())[0] == 401
+    assert "open to everyone" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ([key_of("a", "one", "read"), key_of("a", "two", "read")], "the name a is taken"),
+        ([key_of("api_key", "one", "read")], "the name api_key is taken"),
+        ([key_of("a", "one", "read"), key_of("b", "one", "read")], "b is the same key as a"),
+        ([key_of("a", "sesam", "read")], "a is the same key as api_key"),
+        ([KeyConfig("a", Secret("hunter2"), ("read",))], "the hash of a is not sha256:"),
+    ],
+)
+def test_keys_that_contradict(config_of: Callable[..., Config], keys: list[KeyConfig], named: str):
+    """Keys that cannot be told apart, and a hash that is none, are refused by name."""
+    with pytest.raises(ConfigError) as caught:
+        create_app(config_of(api_key=Secret("sesam"), keys=tuple(keys)))
+    assert named in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('name = "a b"\nhash = "x"\nscopes = ["read"]', "auth.keys[0].name"),
+        ('name = "a\\n"\nhash = "x"\nscopes = ["read"]', "auth.keys[0].name"),
+        ('name = "a"\nscopes = ["read"]', "auth.keys[0]"),
+        ('name = "a"\nhash = 5\nscopes = ["read"]', "auth.keys[0].hash"),
+        ('name = "a"\nhash = "x"\nscopes = ["write"]', "auth.keys[0].scopes[0]"),
+        ('name = "a"\nhash = "x"\nscopes = []', "auth.keys[0].scopes"),
+        ('name = "a"\nhash = "x"\nscopes = ["read"]\nkey = "x"', "key"),
+    ],
+)
+def test_tables_that_are_wrong(file: Path, text: str, place: str):
+    """A table of a key that is not one is refused with its place."""
+    file.write_text(f"[[auth.keys]]\n{text}")
+    with pytest.raises(ConfigError, match=place.replace("[", r"\[")):
+        load_config(environ={})
+
+
+def test_keys_by_variable(file: Path):
+    """Keys can be given as JSON in DROPZONE_AUTH_KEYS; what is no JSON is an error without it."""
+    file.write_text(table("in-file", "one", "read"))
+    given = json.dumps([{"name": "by-variable", "hash": "sha256:" + "0" * 64, "scopes": ["read"]}])
+    [key] = load_config(environ={"DROPZONE_AUTH_KEYS": given}).auth.keys
+    assert key.name == "by-variable"
+    with pytest.raises(ConfigError) as caught:
+        load_config(environ={"DROPZONE_AUTH_KEYS": "hunter2"})
+    assert "DROPZONE_AUTH_KEYS" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_hashes_are_not_shown(config_of: Callable[..., Config]):
+    """A configuration that is printed shows no hash, even."""
+    key = key_of("sensor", "one", "read")
+    assert key.hash.reveal().removeprefix("sha256:") not in repr(config_of(keys=(key,)))
+
+
+# ── Making keys ───────────────────────────────────────────────────────────────────────────────────
+
+
+def run(folder: Path, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a folder, with no variables but those given."""
+    clean = {n: text for n, text in os.environ.items() if not n.startswith("DROPZONE_")}
+    return subprocess.run(
+        [sys.executable, DROPZONE, *arguments],
+        cwd=folder,
+        env=clean | options.pop("variables", {}),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        **options,
+    )
+
+
+async def test_key_new(file: Path, serve: Serve):
+    """`key new` prints a key once, which works with its scopes; the file holds its hash alone."""
+    file.write_text("[log]\nlevel = 'info'")  # and no line end
+    done = run(file.parent, "key", "new", "gateway-7", "--scope", "read", "--scope", "process")
+    assert done.returncode == 0, done.stderr
+    key = done.stdout.strip()
+    assert key.startswith("dz_")
+    assert len(key) >= 3 + 128 // 4
+    assert str(file) in done.stderr
+    assert key not in done.stderr + file.read_text()
+    service = await serve(load_config(environ={}))
+    assert (await service(x_api_key=key))[0] == 200
+    assert (await service("/ingest", "POST", x_api_key=key))[0] == 403
+    assert run(file.parent, "key", "list").stdout == "gateway-7 read process\n"
+
+
+def test_key_new_without_a_file(file: Path):
+    """Where there is no configuration file, one is made where one works."""
+    other = file.with_name("other.toml")
+    other.touch()
+    assert run(file.parent, "--config", "other.toml", "key", "new", "a", "--scope", "read")
+    assert 'name = "a"' in other.read_text()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["one", "api_key"])
+def test_key_new_of_a_taken_name(file: Path, name: str):
+    """A name that is taken is refused, and nothing changes."""
+    file.write_text(table("one", "x", "read"))
+    before = file.read_text()
+    done = run(file.parent, "key", "new", name, "--scope", "read")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert name in done.stderr
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("a b", "--scope", "read"), ('a"', "--scope", "read"), ("a", "--scope", "all"), ("a",)],
+)
+def test_key_new_of_no_key(file: Path, arguments: tuple[str, ...]):
+    """A name that would not fit into a log line, and a key without a scope, are usage errors."""
+    assert run(file.parent, "key", "new", *arguments).returncode == 2
+    assert not file.exists()
+
+
+def no_writes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {"preexec_fn": no_writes}),
+        ("auth = {keys = []}", {}),
+        ("[auth]\nkeys = []", {}),
+        ("", {"variables": {"DROPZONE_AUTH_KEYS": json.dumps([])}}),
+    ],
+    ids=["full", "inline table", "inline list", "variable"],
+)
+def test_key_new_that_cannot_be_added(file: Path, text: str, options: dict[str, Any]):
+    """Where the file cannot take a key, its table is printed to be pasted; the exit code is 73."""
+    file.write_text(text)
+    if "variables" in options:
+        file.write_text(table("hidden", "x", "read"))
+    before = file.read_text()
+    done = run(file.parent, "key", "new", "a", "--scope", "read", **options)
+    digest = hashlib.sha256(done.stdout.strip().encode()).hexdigest()
+    assert done.returncode == 73, done.stderr
+    assert f'hash = "sha256:{digest}"' in done.stderr
+    assert str(file) in done.stderr
+    assert file.read_text() == before
+
+
+# ── Rotation ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_rotation(serve: Serve, file: Path, caplog: Any):
+    """A key that is added to the file, or taken out of it, counts without a restart."""
+    caplog.set_level(logging.INFO)
+    file.write_text(table("old", "one", "read"))
+    service = await serve(load_config(environ={}))
+    replace(file, table("old", "one", "read") + table("new", "two", "read"))
+    await service.until(200, x_api_key="two")
+    assert (await service(x_api_key="one"))[0] == 200
+    replace(file, table("new", "two", "read"))
+    await service.until(401, x_api_key="one")
+    assert (await service(x_api_key="two"))[0] == 200
+    assert "two" not in caplog.text
+
+
+async def test_rotation_of_the_key_for_everything(serve: Serve, file: Path):
+    """The key for everything is followed where it stands in .env, too."""
+    env = file.with_name(".env")
+    env.write_text("DROPZONE_API_KEY=one")
+    service = await serve(load_config(environ={}))
+    replace(env, "DROPZONE_API_KEY=two")
+    await service.until(200, x_api_key="two")
+    assert (await service(x_api_key="one"))[0] == 401
+
+
+async def test_first_key_closes(serve: Serve, file: Path):
+    """The first key closes an open API."""
+    file.touch()
+    service = await serve(load_config(environ={}))
+    assert (await service())[0] == 200
+    replace(file, table("first", "one", "read"))
+    await service.until(401)
+    assert (await service(x_api_key="one"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[auth",
+        "[auth]\nprot = 1",
+        "",
+        table("a", "one", "read") * 2,
+        "[auth.jwt]\nissuer = 'x'",
+        None,
+    ],
+    ids=["no TOML", "unknown setting", "empty", "a name twice", "half an issuer", "gone"],
+)
+async def test_broken_rotation(serve: Serve, file: Path, text: str | None, caplog: Any):
+    """A new file that is broken, empty or gone is named in the log; the old keys stay."""
+    file.write_text(table("a", "one", "read"))
+    service = await serve(load_config(environ={}))
+    file.unlink() if text is None else replace(file, text)
+    async with asyncio.timeout(PATIENCE):
+        while "what held before still holds" not in caplog.text:
+            await asyncio.sleep(0.05)
+    assert (await service(x_api_key="one"))[0] == 200
+    assert (await service())[0] == 401
+    replace(file, table("a", "two", "read"))
+    await service.until(200, x_api_key="two")
+
+
+async def test_other_changes(serve: Serve, file: Path, caplog: Any):
+    """What else changed in the file is named, and waits for the next start."""
+    file.write_text(table("a", "one", "read"))
+    service = await serve(load_config(environ={}))
+    replace(file, table("a", "two", "read") + "[server]\nport = 1234")
+    await service.until(200, x_api_key="two")
+    assert "[server] was changed: it takes effect at the next start" in caplog.text
+
+
+# ── Tokens ────────────────────────────────────────────────────────────────────────────────────────
+
+RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+KINDS: dict[str, tuple[str, Any]] = {
+    "RS256": ("rsa", RSA),
+    "PS256": ("rsa", RSA),
+    "ES256": ("ec", EC),
+    "EdDSA": ("ed", ED),
+}
+
+
+def jwk(key: Any, kid: str, **more: str) -> dict[str, str]:
+    """Return the public half of a key."""
+    kinds: Any = {rsa.RSAPrivateKey: "RS256", ec.EllipticCurvePrivateKey: "ES256"}
+    name = next((kinds[kind] for kind in kinds if isinstance(key, kind)), "EdDSA")
+    algorithm: Any = jwt.get_algorithm_by_name(name)
+    return algorithm.to_jwk(key.public_key(), as_dict=True) | {"kid": kid, **more}
+
+
+def pem(key: Any) -> bytes:
+    return key.public_key().public_bytes(Encoding.PEM, Public.SubjectPublicKeyInfo)
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    """Return good claims with some of them changed, or left out where None."""
+    good: dict[str, Any] = {"iss": ISSUER, "aud": AUDIENCE, "sub": "robot", "scope": "read"}
+    made = good | {"exp": int(time.time()) + 600} | changes
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def token(kid: str | None = "rsa", algorithm: str = "RS256", key: Any = RSA, **changes: Any) -> str:
+    headers = {"kid": kid} if kid else None
+    return jwt.encode(claims(**changes), key, algorithm, headers=headers)
+
+
+class Issuer:
+    """An issuer that publishes its keys, counts who asks, and can fail or hang."""
+
+    def __init__(self) -> None:
+        self.keys = [jwk(RSA, "rsa"), jwk(EC, "ec", alg="ES256"), jwk(ED, "ed", use="sig")]
+        self.asked = 0
+        self.status = 200
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.url = ""
+
+    async def publish(self, _: web.Request) -> web.Response:
+        self.asked += 1
+        await self.answering.wait()
+        return web.json_response({"keys": self.keys}, status=self.status)
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    made = Issuer()
+    app = web.Application()
+    app.router.add_get("/jwks", made.publish)
+    async with TestServer(app, host="127.0.0.1") as server:
+        made.url = str(server.make_url("/jwks"))
+        yield made
+        made.answering.set()
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let keys be fetched without a pause, so that no test has to wait for it."""
+    monkeypatch.setattr(dropzone, "FETCH_PAUSE", 0.0)
+
+
+def trusting(jwks: object, **more: Any) -> JwtConfig:
+    return JwtConfig(ISSUER, AUDIENCE, Place(jwks), **more)
+
+
+@pytest.fixture
+async def service(serve: Serve, config_of: Callable[..., Config], issuer: Issuer) -> Service:
+    """A service that trusts the issuer, and has a key besides."""
+    keys = (key_of("sensor", "one", "read"),)
+    return await serve(config_of(jwt=trusting(issuer.url), keys=keys))
+
+
+@pytest.mark.parametrize("algorithm", KINDS)
+async def test_tokens(service: Service, algorithm: str):
+    """A token of the issuer is let in by its scopes, and its subject is the caller."""
+    kid, key = KINDS[algorithm]
+    made = token(kid, algorithm, key)
+    assert await service.token(made) == (200, "")
+    assert await service.token(made, "/raw/x") == (404, "raw_id_unknown")
+    status, problem, headers = await service("/process", "POST", Authorization=f"Bearer {made}")
+    assert (status, problem["code"], problem["scope"]) == (403, "scope_missing", "process")
+    assert "insufficient_scope" in headers["WWW-Authenticate"]
+    assert service.callers == ["robot"] * 3
+    assert (await service(x_api_key="one"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"scope": "ingest read process"}, 200),
+        ({"scope": ["read"]}, 200),
+        ({"scope": ["ingest", 5, None]}, 403),
+        ({"scope": "readable"}, 403),
+        ({"scope": ""}, 403),
+        ({"scope": None}, 403),
+        ({"scope": {"read": 1}}, 403),
+        ({"scope": 5}, 403),
+        ({"aud": ["other", AUDIENCE]}, 200),
+        ({"aud": "other"}, 401),
+        ({"aud": None}, 401),
+        ({"iss": "https://issuer.example"}, 401),
+        ({"iss": None}, 401),
+        ({"exp": None}, 401),
+        ({"exp": -60}, 401),
+        ({"exp": "soon"}, 401),
+        ({"exp": 1e999}, 401),
+        ({"exp": -10}, 200),
+        ({"nbf": 3600}, 401),
+        ({"nbf": 10}, 200),
+        ({"iat": 3600}, 401),
+        ({"sub": 5}, 401),
+    ],
+    ids=str,
+)
+async def test_claims(service: Service, changes: dict[str, Any], status: int):
+    """Issuer, audience, expiry and begin are checked, with a leeway; scopes are text or a list."""
+    for name in {"exp", "nbf", "iat"} & changes.keys():
+        if isinstance(changes[name], int):
+            changes = {name: int(time.time()) + changes[name]}
+    got, problem, headers = await service(Authorization=f"Bearer {token(**changes)}")
+    assert got == status, problem
+    if status == 401:
+        assert problem["code"] == "token_invalid"
+        assert headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+
+
+def forged(header: dict[str, Any], secret: bytes) -> str:
+    """Return a token signed with HMAC, which no library would make of a public key."""
+    parts = [json.dumps(part).encode() for part in (header, claims())]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    digest = hmac.digest(secret, signed, "sha256") if secret else b""
+    return (signed + b"." + base64.urlsafe_b64encode(digest).rstrip(b"=")).decode()
+
+
+SECRETS = {
+    "PEM": pem(RSA),
+    "DER": RSA.public_key().public_bytes(Encoding.DER, Public.SubjectPublicKeyInfo),
+    "JWK": json.dumps(jwk(RSA, "rsa")).encode(),
+    "modulus": jwk(RSA, "rsa")["n"].encode(),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("algorithm", ["HS256", "none", "None", "NONE", "", "hs256", None, 5])
+@pytest.mark.parametrize("kind", ["address", "PEM"])
+async def test_algorithm_confusion(
+    service: Service, config_of: Any, serve: Serve, tmp_path: Path, algorithm: Any, secret: str,
+    kind: str,
+):  # fmt: skip
+    """A token without a signature, or signed with the public key as a secret, is never let in."""
+    if kind == "PEM":
+        (tmp_path / "key.pem").write_bytes(pem(RSA))
+        service = await serve(config_of(jwt=trusting(tmp_path / "key.pem")))
+    header = {"typ": "JWT", "alg": algorithm, "kid": "rsa"}
+    assert await service.token(forged(header, SECRETS[secret])) == (401, "token_invalid")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        token(key=OTHER),
+        token("ec", "ES256", ec.generate_private_key(ec.SECP256R1())),
+        token("ec"),
+        token("ec", "EdDSA", ED),
+        token("ed", "ES256", EC),
+        token()[:-8] + "AAAAAAAA",
+        token() + ".x",
+        "..",
+        "a.b.c",
+        base64.urlsafe_b64encode(b"[" * 5000).decode().rstrip("=") + ".e30.x",
+    ],
+    ids=range(10),
+)
+async def test_wrong_tokens(service: Service, made: str):
+    """A token with another's signature, another's kid or no form at all is 401, never an error."""
+    status, code = await service.token(made)
+    assert (status, code) in {(401, "token_invalid"), (401, "key_refused")}
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_symmetric_keys_are_not_taken(service: Service, issuer: Issuer):
+    """A secret that an issuer publishes by mistake, or a key to encrypt with, opens nothing."""
+    secret = "a-secret-that-is-long-enough-for-hs256"
+    encoded = base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")
+    issuer.keys += [
+        {"kty": "oct", "kid": "oct", "k": encoded},
+        {"kty": "oct", "kid": "oct-rs", "k": encoded, "alg": "RS256"},
+        jwk(OTHER, "enc", use="enc"),
+        {"kty": "unknown", "kid": "strange"},
+    ]
+    assert await service.token(token("oct", "HS256", secret)) == (401, "token_invalid")
+    assert await service.token(token("oct-rs", "HS256", secret)) == (401, "token_invalid")
+    assert await service.token(token("enc", key=OTHER)) == (401, "token_invalid")
+    assert await service.token(token()) == (200, "")
+
+
+async def test_names(serve: Serve, config_of: Callable[..., Config], issuer: Issuer):
+    """The caller is the subject or the client, on one line; scopes may be in another claim."""
+    service = await serve(config_of(jwt=trusting(issuer.url, scope_claim="scp")))
+    for changes in (
+        {"sub": None, "azp": "client"},
+        {"sub": None, "client_id": "client"},
+        {"sub": None},
+        {"sub": "a\nb\x1b[0m"},
+        {"sub": "ö" * 300},
+    ):
+        assert await service.token(token(scp="read", **changes)) == (200, "")
+    assert service.callers == ["client", "client", "token", "a?b?[0m", "ö" * 128]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(parts=st.lists(st.binary(max_size=40) | st.from_regex(rb'\{"alg":.*\}'), min_size=3))
+def test_any_token(parts: list[bytes], jwks_file: Path):
+    """Whatever looks like a token is judged to be none, and raises nothing else."""
+    text = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts[:3])
+    tokens = dropzone.Tokens(trusting(jwks_file))
+    with pytest.raises(dropzone.DropzoneError) as caught:
+        asyncio.run(tokens.judge(text))
+    assert caught.value.status == 401
+
+
+# ── Where the keys of an issuer come from ─────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def jwks_file(tmp_path: Path) -> Path:
+    made = tmp_path / "jwks.json"
+    made.write_text(json.dumps({"keys": [jwk(RSA, "rsa"), jwk(EC, "ec")]}))
+    return made
+
+
+async def test_keys_are_kept(service: Service, issuer: Issuer):
+    """The keys are fetched once, at the start, however many tokens come."""
+    for _ in range(20):
+        assert await service.token(token()) == (200, "")
+    assert issuer.asked == 1
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_new_key_of_the_issuer(service: Service, issuer: Issuer):
+    """A key that the issuer has made since is fetched for the first token that names it."""
+    issuer.keys = [jwk(OTHER, "other")]
+    assert await service.token(token("other", key=OTHER)) == (200, "")
+    assert await service.token(token()) == (401, "token_invalid")
+
+
+async def test_unknown_keys_are_not_fetched_each(service: Service, issuer: Issuer):
+    """However many keys are made up, the issuer is not asked for each."""
+    made = [token(f"made-up-{number}") for number in range(50)]
+    found = await asyncio.gather(*map(service.token, made))
+    assert set(found) == {(401, "token_invalid")}
+    assert issuer.asked <= 2
+
+
+async def test_withdrawn_key(service: Service, issuer: Issuer, monkeypatch: pytest.MonkeyPatch):
+    """A key that the issuer has withdrawn is missed after some minutes."""
+    issuer.keys = issuer.keys[1:]
+    assert await service.token(token()) == (200, "")
+    monkeypatch.setattr(dropzone, "KEYS_LIFE", 0.0)
+    assert await service.token(token()) == (401, "token_invalid")
+
+
+@pytest.mark.usefixtures("no_pause")
+@pytest.mark.parametrize("trouble", ["status", "hangs", "no keys", "no JSON"])
+async def test_issuer_in_trouble(
+    serve: Serve, config_of: Any, issuer: Issuer, trouble: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Tokens that cannot be judged are to be tried again; known issuer keys and our own go on."""
+    keys = (key_of("sensor", "one", "read"),)
+    service = await serve(config_of(jwt=trusting(issuer.url), keys=keys))
+    monkeypatch.setattr(dropzone, "FETCH_PATIENCE", 0.2)
+    issuer.status = 503 if trouble == "status" else 200
+    issuer.keys = {"no keys": [], "no JSON": "x"}.get(trouble, issuer.keys)  # type: ignore[assignment]
+    if trouble == "hangs":
+        issuer.answering.clear()
+    header = {"Authorization": f"Bearer {token('newer')}"}
+    status, problem, headers = await service(**header)
+    assert (status, problem["code"]) == (503, "issuer_unavailable")
+    assert headers["Retry-After"].isdigit()
+    assert await service.token(token()) == (200, "")
+    assert (await service(x_api_key="one"))[0] == 200
+    issuer.status, issuer.keys = 200, [jwk(RSA, "newer")]
+    issuer.answering.set()
+    assert (await service(**header))[0] == 200
+
+
+async def test_issuer_that_is_not_there(serve: Serve, config_of: Any, caplog: Any):
+    """The service starts without its issuer, and the log says so; tokens are to be tried again."""
+    service = await serve(config_of(jwt=trusting(f"http://127.0.0.1:{unused_port()}/jwks")))
+    assert await service.token(token()) == (503, "issuer_unavailable")
+    assert "auth.jwt.jwks" in caplog.text
+    assert (await service("/health"))[0] == 200
+
+
+async def test_redirects_are_not_followed(serve: Serve, config_of: Any, issuer: Issuer):
+    """Keys are taken from the configured address alone."""
+    app = web.Application()
+
+    async def lead(_: web.Request) -> web.Response:
+        raise web.HTTPFound(issuer.url)
+
+    app.router.add_get("/", lead)
+    async with TestServer(app, host="127.0.0.1") as server:
+        service = await serve(config_of(jwt=trusting(server.make_url("/"))))
+        assert await service.token(token()) == (503, "issuer_unavailable")
+    assert issuer.asked == 0
+
+
+async def test_key_files(serve: Serve, config_of: Any, tmp_path: Path, jwks_file: Path):
+    """The keys may lie in a JWKS file or a PEM file, where no kid is needed."""
+    service = await serve(config_of(jwt=trusting(jwks_file)))
+    assert await service.token(token("ec", "ES256", EC)) == (200, "")
+    assert await service.token(token(None)) == (401, "token_invalid")  # which of the two?
+    (tmp_path / "key.pem").write_bytes(pem(ED))
+    service = await serve(config_of(jwt=trusting(tmp_path / "key.pem")))
+    for kid in (None, "any"):
+        assert await service.token(token(kid, "EdDSA", ED)) == (200, "")
+    assert await service.token(token(None, "RS256", RSA)) == (401, "token_invalid")
+
+
+async def test_key_file_that_changes(serve: Serve, file: Path, tmp_path: Path):
+    """A key file that changes is read again."""
+    (tmp_path / "key.pem").write_bytes(pem(RSA))
+    auth = f"[auth.jwt]\nissuer = '{ISSUER}'\naudience = '{AUDIENCE}'\njwks = 'key.pem'"
+    file.write_text(auth)
+    service = await serve(load_config(environ={}))
+    new = {"Authorization": f"Bearer {token(key=OTHER)}"}
+    assert (await service(**new))[0] == 401
+    replace(tmp_path / "key.pem", pem(OTHER).decode())
+    await service.until(200, **new)
+
+
+@pytest.mark.parametrize(
+    ("jwt_config", "named"),
+    [
+        (JwtConfig(issuer=ISSUER), "audience and jwks"),
+        (JwtConfig(ISSUER, "", Place("keys.json")), "audience"),
+        (JwtConfig(jwks=Place("keys.json")), "issuer and audience"),
+        (trusting("http://issuer.example/jwks"), "https"),
+        (trusting("http://127.0.0.1.example/jwks"), "https"),
+        (trusting("ftp://127.0.0.1/jwks"), "https"),
+    ],
+)
+def test_wrong_settings(config_of: Any, jwt_config: JwtConfig, named: str):
+    """An issuer that is half described, or whose keys could be altered on their way, is refused."""
+    with pytest.raises(ConfigError, match=named):
+        create_app(config_of(jwt=jwt_config))
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"keys": []}', "-----BEGIN PUBLIC KEY-----\nx"])
+async def test_broken_key_file(serve: Serve, config_of: Any, tmp_path: Path, content: str):
+    """A key file without a key is named in the log, and tokens are to be tried again."""
+    (tmp_path / "keys").write_text(content)
+    service = await serve(config_of(jwt=trusting(tmp_path / "keys")))
+    assert await service.token(token()) == (503, "issuer_unavailable")
+
+
+async def test_private_key_is_no_key_file(serve: Serve, config_of: Any, tmp_path: Path):
+    """A private key in the place of the public one is not taken, so that it is noticed."""
+    private = RSA.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "keys").write_bytes(private)
+    service = await serve(config_of(jwt=trusting(tmp_path / "keys")))
+    assert await service.token(token()) == (503, "issuer_unavailable")
+
+
+def test_the_library_is_imported_when_needed():
+    """Without an issuer, PyJWT and its cryptography are not even imported."""
+    code = (
+        "import sys, dropzone; dropzone.create_app(dropzone.Config());"
+        "sys.exit(bool({'jwt', 'cryptography'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DROPZONE.parent, timeout=PATIENCE)
+
+
+async def test_no_secret_is_logged(service: Service, caplog: Any):
+    """Neither keys nor tokens, right or wrong, are in the log or in an answer."""
+    caplog.set_level(logging.DEBUG)
+    made = [token(), token(key=OTHER), token("made-up"), "dz_wrong", "one"]
+    for each in made:
+        _, document, _ = await service(Authorization=f"Bearer {each}")
+        assert each not in json.dumps(document)
+    lines = [record.getMessage() for record in caplog.records if record.name == "dropzone"]
+    assert lines
+    assert not any(
+        each in line.split() or each[-20:] in line for each in made[:4] for line in lines
+    )

@@ -2484,6 +2484,7 @@ ALGORITHMS = (  # asymmetric ones alone: with HS256, whoever knows the public ke
 LEEWAY = 30  # seconds by which the clocks of issuer and Dropzone may differ
 FETCH_PATIENCE = 5.0  # seconds
 FETCH_PAUSE = 10.0  # seconds between fetches at least, however many unknown keys are named
+TOKENS_KEPT = 10_000
 KEYS_LIFE = 600.0  # seconds after which a withdrawn key is missed
 Caller = tuple[str, Collection[str]]  # its name and its scopes
 
@@ -2566,6 +2567,7 @@ class Tokens:
         self._config = config
         self._jwt = importlib.import_module("jwt")
         self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
+        self._judged = dict[str, tuple[float, Caller]]()  # until when: a signature takes 0.2 ms
         self._fetched = -math.inf
         self._trouble = ""
         self._lock = asyncio.Lock()
@@ -2578,6 +2580,9 @@ class Tokens:
     async def judge(self, token: str) -> Caller:
         """Return whom a token names, and its scopes; raises `DropzoneError` with 401 or 503."""
         jwt, config = self._jwt, self._config
+        until, caller = self._judged.get(token, (0.0, ("", ())))
+        if time.time() < until and time.monotonic() - self._fetched < KEYS_LIFE:
+            return caller
         try:
             key, algorithms = await self._key(jwt.get_unverified_header(token).get("kid"))
             claims = jwt.decode(
@@ -2596,7 +2601,11 @@ class Tokens:
         name = next((name for name in names if name and isinstance(name, str)), "token")
         scopes = claims.get(config.scope_claim)
         scopes = scopes.split() if isinstance(scopes, str) else scopes
-        return _shown_name(name), scopes if isinstance(scopes, list) else ()
+        caller = (_shown_name(name), scopes if isinstance(scopes, list) else ())
+        if len(self._judged) == TOKENS_KEPT:
+            self._judged.clear()
+        self._judged[token] = (int(claims["exp"]) + LEEWAY, caller)
+        return caller
 
     async def _key(self, kid: str | None) -> tuple[Any, Sequence[str]]:
         """Return a public key and its algorithms."""
@@ -2624,6 +2633,7 @@ class Tokens:
         place = self._config.jwks
         try:
             self._keys = self._parsed(await (_download if "://" in place else _file_text)(place))
+            self._judged.clear()
             self._trouble = ""
         except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
             self._trouble = str(error) or f"no answer within {FETCH_PATIENCE} s"

@@ -664,6 +664,27 @@ async def test_keys_are_kept(service: Service, issuer: Issuer):
     assert issuer.asked == 1
 
 
+async def test_expiry_of_a_known_token(service: Service, monkeypatch: pytest.MonkeyPatch):
+    """A token that was let in before is refused once it has expired, and its leeway is over."""
+    monkeypatch.setattr(dropzone, "LEEWAY", 0)
+    made = token(exp=int(time.time()) + 5)
+    assert await service.token(made) == (200, "")
+    async with asyncio.timeout(PATIENCE):
+        while await service.token(made) != (401, "token_invalid"):
+            await asyncio.sleep(0.05)
+
+
+async def test_many_tokens(service: Service, monkeypatch: pytest.MonkeyPatch):
+    """However many tokens come, each is judged right, and known ones do not pile up."""
+    monkeypatch.setattr(dropzone, "TOKENS_KEPT", 3)
+    made = {name: token(sub=name, scope="read" if name < "e" else "ingest") for name in "abcdefgh"}
+    for _ in range(2):
+        for name, each in made.items():
+            assert (await service.token(each))[0] == (200 if name < "e" else 403)
+    assert service.callers == list(made) * 2
+    assert len(service.client.app[dropzone.GUARD].tokens._judged) <= 3  # noqa: SLF001
+
+
 @pytest.mark.usefixtures("no_pause")
 async def test_new_key_of_the_issuer(service: Service, issuer: Issuer):
     """A key that the issuer has made since is fetched for the first token that names it."""

@@ -74,7 +74,6 @@ from http import HTTPStatus
 from pathlib import Path
 from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import aiofiles.os
@@ -2476,6 +2475,7 @@ DOCS_PAGE = """<!DOCTYPE html>
 # ── HTTP: who may do what ─────────────────────────────────────────────────────────────────────────
 
 SCOPES: tuple[Scope, ...] = ("ingest", "process", "read")
+JWKS_ADDRESS = re.compile(r"https://|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?/")
 KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
 ALGORITHMS = (  # asymmetric ones alone: with HS256, whoever knows the public key could sign
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -2504,7 +2504,7 @@ class Guard:
     def __init__(self, config: Config) -> None:
         self._config = config
         self.callers = callers_of(config.auth)
-        self.tokens = Tokens(config.auth.jwt) if any_of(config.auth.jwt) else None
+        self.tokens = Tokens(config.auth.jwt) if config.auth.jwt != JwtConfig() else None
 
     @property
     def is_open(self) -> bool:
@@ -2527,10 +2527,6 @@ class Guard:
 
 
 GUARD = web.AppKey("GUARD", Guard)
-
-
-def any_of(config: JwtConfig) -> bool:
-    return bool(config.issuer or config.audience or config.jwks)
 
 
 def callers_of(auth: AuthConfig) -> dict[bytes, Caller]:
@@ -2560,9 +2556,7 @@ class Tokens:
         missing = [name for name in ("issuer", "audience", "jwks") if not getattr(config, name)]
         if missing:
             raise ConfigError(f"auth.jwt: set {' and '.join(missing)}, too")
-        address = urlsplit(config.jwks) if "://" in config.jwks else None
-        local = address and address.hostname in ("localhost", "127.0.0.1", "::1")
-        if address and address.scheme != "https" and not (address.scheme == "http" and local):
+        if "://" in config.jwks and not JWKS_ADDRESS.match(config.jwks):
             raise ConfigError("auth.jwt.jwks: give an https address, or the path of a file")
         self._config = config
         self._jwt = importlib.import_module("jwt")
@@ -2616,7 +2610,7 @@ class Tokens:
         if (key := self._find(kid)) is not None:
             return key
         if self._trouble:
-            wrong = f"the keys of the issuer cannot be had, try again: {self._trouble}"
+            wrong = "the keys to judge the token with cannot be fetched now: try again"
             raise DropzoneError(wrong, "issuer_unavailable", 503)
         raise ValueError("the issuer has no key of this kid")
 
@@ -2632,7 +2626,7 @@ class Tokens:
         """Fetch the keys of the issuer; where that fails, those known before stay."""
         place = self._config.jwks
         try:
-            self._keys = self._parsed(await (_download if "://" in place else _file_text)(place))
+            self._keys = self._parsed(await _content(place))
             self._judged.clear()
             self._trouble = ""
         except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
@@ -2660,18 +2654,16 @@ class JwkSet(Struct):
     keys: list[Table]
 
 
-async def _download(url: str) -> bytes:
+async def _content(place: Place) -> bytes:
+    if "://" not in place:
+        return await asyncio.to_thread(Path(place).read_bytes)
     async with (
         ClientSession(timeout=ClientTimeout(total=FETCH_PATIENCE)) as session,
-        session.get(url, allow_redirects=False) as response,
+        session.get(place, allow_redirects=False) as response,
     ):
         if response.status != 200:
             raise ValueError(f"the answer has status {response.status}")
         return await response.read()
-
-
-async def _file_text(path: str) -> bytes:
-    return await asyncio.to_thread(Path(path).read_bytes)
 
 
 def _shown_name(text: str) -> str:
@@ -3063,7 +3055,7 @@ class Reloader:
         self._taken = self._states()
 
     def watch(self, files: Iterable[Path | str | None], reload: Callable[[], None]) -> None:
-        """Call `reload` in a thread when a file has changed; it may raise `ConfigError`."""
+        """Call `reload` in a thread when a file has changed; it may raise."""
         self._files += [Path(file) for file in files if file]
         self._actions.append(reload)
         self._taken = self._states()
@@ -3087,7 +3079,7 @@ class Reloader:
         for reload in self._actions:
             try:
                 reload()
-            except ConfigError as error:
+            except Exception as error:  # noqa: BLE001 (whatever it is, the service goes on)
                 log.error("%s; what held before still holds", error)  # noqa: TRY400
 
 

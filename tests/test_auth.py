@@ -787,6 +787,7 @@ async def test_key_file_that_changes(serve: Serve, file: Path, tmp_path: Path):
         (JwtConfig(jwks=Place("keys.json")), "issuer and audience"),
         (trusting("http://issuer.example/jwks"), "https"),
         (trusting("http://127.0.0.1.example/jwks"), "https"),
+        (trusting("http://localhost:80@issuer.example/jwks"), "https"),
         (trusting("ftp://127.0.0.1/jwks"), "https"),
     ],
 )

@@ -3121,7 +3121,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
             context.num_tickets = 0  # whoever resumes a session is not asked for a certificate
             context.options |= ssl.OP_NO_TICKET
     except ssl.SSLError as error:
-        wrong = (error.reason or "unknown").lower().replace("_", " ")
+        wrong = (error.reason or "no PEM of that kind").lower().replace("_", " ")
         need = "give PEM files, the key unencrypted and that of the certificate"
         raise ConfigError(f"server.{setting} cannot be used ({wrong}): {need}") from None
     except OSError as error:

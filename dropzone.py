@@ -31,6 +31,7 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -61,6 +62,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -73,15 +75,18 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from random import getrandbits, uniform
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import aiofiles.os
 import msgspec
+import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
+from aiohttp.hdrs import METH_ALL
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
+from prometheus_client.exposition import choose_encoder
 from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
@@ -424,6 +429,158 @@ def _parse_leniently(body: bytes) -> object:
 
 def _parse_int(digits: str) -> int | float:
     return int(digits) if len(digits) < 400 else float(digits)  # int() refuses 4,301 digits
+
+
+# ── Metrics: what is counted, in all processes of a data folder ───────────────────────────────────
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SIZES = tuple(2.0**power for power in range(0, 15, 2))
+SHARE_EVERY = 1.0  # seconds
+GONE = 10.0  # seconds after which a process that shares nothing has ended
+OPEN_METRICS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # what a power cut takes are counts
+    "CREATE TABLE IF NOT EXISTS samples (sample TEXT PRIMARY KEY, value REAL)",
+    "CREATE TABLE IF NOT EXISTS in_flight (process TEXT PRIMARY KEY, bytes INT, at REAL)",
+)
+ADD_SAMPLE = """INSERT INTO samples (sample, value) VALUES (?, ?)
+ON CONFLICT (sample) DO UPDATE SET value = value + excluded.value"""
+ALL_SAMPLES = "SELECT sample, value FROM samples ORDER BY rowid"
+NOTE_IN_FLIGHT = "INSERT OR REPLACE INTO in_flight (process, bytes, at) VALUES (?, ?, ?)"
+DROP_GONE = "DELETE FROM in_flight WHERE at < ? OR bytes = 0"
+ALL_IN_FLIGHT = "SELECT coalesce(sum(bytes), 0) FROM in_flight"
+
+
+class Metrics:
+    """Counters, histograms and gauges for Prometheus, of all processes of a data folder together.
+
+    A process counts in memory and adds what is new to a file beside the journal, each second and
+    before it shows the totals. So any worker answers for all, `process --watch` and the command
+    line are seen, and counts outlive a restart; a `kill -9` takes those of a second.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "metrics.sqlite"
+        self._connection: sqlite3.Connection | None = None
+        self._turn = threading.Lock()
+        self._shared: dict[str, float] = {}  # what of our own samples is in the file
+        self._totals: dict[str, float] = {}  # what was in the file
+        self._noted = 0  # bytes in flight, in the file
+        self._answered: dict[
+            tuple[str, str, int], tuple[prometheus.Counter, prometheus.Histogram]
+        ] = {}
+        self.own_in_flight: Callable[[], int] = int
+        self._counts = (
+            prometheus.CollectorRegistry()
+        )  # of our own: two applications may share a process
+        self._gauges = prometheus.CollectorRegistry()
+        count = functools.partial(prometheus.Counter, registry=self._counts)
+        histogram = functools.partial(prometheus.Histogram, registry=self._counts)
+        seconds = functools.partial(histogram, buckets=SECONDS)
+        gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
+        route = ["method", "route"]
+        self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
+        self._request = seconds("dropzone_request_duration_seconds", "Until the answer", route)
+        self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
+        self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
+        self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
+        self.land = seconds("dropzone_land_duration_seconds", "Until a request's payloads landed")
+        self._sync = seconds("dropzone_journal_sync_duration_seconds", "Append and sync of a group")
+        self._group = histogram(
+            "dropzone_group_payloads", "Payloads that share a sync", buckets=SIZES
+        )
+        self.processed = count("dropzone_payloads_processed", "Payloads that became rows")
+        self.rejected = count("dropzone_payloads_rejected", "Payloads rejected", ["code"])
+        of = ["operation"]
+        self.backend = seconds("dropzone_backend_duration_seconds", "Of calls of the backend", of)
+        self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
+        self._in_flight = gauge("dropzone_in_flight_bytes", "Of bodies that are not answered yet")
+        self.pending = gauge("dropzone_payloads_pending", "Payloads that wait to be processed")
+        self.oldest = gauge(
+            "dropzone_oldest_pending_age_seconds", "Since the arrival of the oldest pending payload"
+        )
+        self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        found = self._answered.get((method, route, status))
+        if found is None:  # looking up labels takes longer than counting
+            requests = self._requests.labels(method, route, str(status))
+            found = requests, self._request.labels(method, route)
+            self._answered[method, route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
+
+    def landed(self, written: Written) -> None:
+        """Count a group."""
+        if written.payloads:
+            self._payloads.inc(written.payloads)
+            self._bytes.inc(written.bytes)
+            self._group.observe(written.payloads)
+            self._sync.observe(written.sync_seconds)
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """Yield what all processes have counted, as a Prometheus registry does. Blocks on disk."""
+        totals = self.share()
+        families = {each.name: each for each in self._counts.collect()}
+        for each in families.values():
+            each.samples = []
+        for sample, value in totals.items():
+            family, name, labels = msgspec.json.decode(sample)
+            if family in families:  # or else it is another version's
+                families[family].add_sample(name, labels, value)
+        yield from families.values()
+        yield from self._gauges.collect()
+
+    def share(self, *, quietly: bool = False) -> dict[str, float]:
+        """Add what is new to the file, and return the totals; `quietly`, touch it only for that."""
+        with self._turn:
+            own = self._own_samples()
+            fresh = {sample: value - self._shared.get(sample, 0) for sample, value in own.items()}
+            in_flight = self.own_in_flight()
+            if quietly and not (in_flight or self._noted or any(fresh.values())):
+                return self._totals
+            try:
+                self._exchange(fresh, in_flight)
+                self._shared, self._noted = own, in_flight
+            except sqlite3.Error as error:  # a full disk, say: go on with what is known
+                log.warning("%s: counts are not shared: %s", self._file, error)
+                return self._totals | {s: self._totals.get(s, 0) + fresh[s] for s in fresh}
+            return self._totals
+
+    def _own_samples(self) -> dict[str, float]:
+        return {
+            msgspec.json.encode((family.name, sample.name, sample.labels)).decode(): sample.value
+            for family in self._counts.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    def _exchange(self, fresh: Mapping[str, float], in_flight: int) -> None:
+        if self._connection is None:
+            self._process = str(uuid7())
+            self._connection = sqlite3.connect(self._file, check_same_thread=False)
+            for statement in OPEN_METRICS:
+                self._connection.execute(statement)
+        with self._connection as file:  # one transaction
+            new = (each for each in fresh.items() if each[1] or each[0] not in self._shared)
+            file.executemany(ADD_SAMPLE, new)
+            file.execute(NOTE_IN_FLIGHT, (self._process, in_flight, time.time()))
+            file.execute(DROP_GONE, (time.time() - GONE,))
+            self._totals = dict(file.execute(ALL_SAMPLES))
+            self._in_flight.set(file.execute(ALL_IN_FLIGHT).fetchone()[0])
+
+    async def share_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SHARE_EVERY)
+            await asyncio.to_thread(self.share, quietly=True)
+
+    def close(self) -> None:
+        self.own_in_flight = int
+        self.share(quietly=True)
+        if self._connection:
+            self._connection.close()
+            self._connection = None
 
 
 # ── Raw store: where payloads lie ─────────────────────────────────────────────────────────────────
@@ -1087,6 +1244,15 @@ class Answer(Struct, frozen=True, array_like=True):
 REFUSALS = (KeyReused, StorageFull, StorageUnavailable)
 
 
+class Written(Struct, frozen=True, array_like=True):
+    """The answers to a group, and what was made durable for them."""
+
+    answers: list[Answer]
+    payloads: int = 0
+    bytes: int = 0
+    sync_seconds: float = 0.0
+
+
 class Writer:
     """A second store on the same folder, in a process of its own, that lands large groups.
 
@@ -1105,7 +1271,7 @@ class Writer:
         self._starting: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    async def write(self, group: Sequence[Batch]) -> list[Answer] | None:
+    async def write(self, group: Sequence[Batch]) -> Written | None:
         """Return the answers to a group, None where the process is not there (yet)."""
         if self._process is None:
             self._starting = self._starting or asyncio.create_task(self._start())
@@ -1115,7 +1281,7 @@ class Writer:
         except (OSError, asyncio.IncompleteReadError):
             self._process = None
             wrong = "the writer process has ended; try again later"
-            return [Answer([], StorageUnavailable.code, wrong)] * len(group)
+            return Written([Answer([], StorageUnavailable.code, wrong)] * len(group))
 
     async def _start(self) -> None:
         pipe = asyncio.subprocess.PIPE
@@ -1130,13 +1296,13 @@ class Writer:
         finally:
             self._starting = None
 
-    async def _exchange(self, process: asyncio.subprocess.Process, message: bytes) -> list[Answer]:
+    async def _exchange(self, process: asyncio.subprocess.Process, message: bytes) -> Written:
         if not (process.stdin and process.stdout):
             raise BrokenPipeError
         process.stdin.writelines((len(message).to_bytes(4), message))
         async with self._turn:  # answers come in the order of the groups
             size = int.from_bytes(await process.stdout.readexactly(4))
-            return ANSWERS.decode(await process.stdout.readexactly(size))
+            return WRITTEN.decode(await process.stdout.readexactly(size))
 
     async def close(self) -> None:
         if self._starting:
@@ -1146,7 +1312,7 @@ class Writer:
             await self._process.wait()
 
 
-ANSWERS = msgspec.msgpack.Decoder(list[Answer])
+WRITTEN = msgspec.msgpack.Decoder(Written)
 
 
 def write_forever(settings: Table) -> None:
@@ -1160,8 +1326,8 @@ def write_forever(settings: Table) -> None:
         group = msgspec.msgpack.decode(
             sys.stdin.buffer.read(int.from_bytes(size)), type=list[Batch]
         )
-        answers = msgspec.msgpack.encode(store.write(group))
-        sys.stdout.buffer.write(len(answers).to_bytes(4) + answers)
+        written = msgspec.msgpack.encode(store.write(group))
+        sys.stdout.buffer.write(len(written).to_bytes(4) + written)
         sys.stdout.buffer.flush()
     store.close_here()
 
@@ -1182,6 +1348,7 @@ class RawStore(Folders):
         self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
         self._writer = Writer(config)
+        self.metrics = Metrics(self.journal)
 
     async def open(self) -> None:
         """Create the folders that are missing, and recover what a crash has left in the journal.
@@ -1195,6 +1362,7 @@ class RawStore(Folders):
             raise StorageUnavailable(
                 f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
             ) from error
+        self._sharing = asyncio.create_task(self.metrics.share_forever())
 
     def open_here(self) -> None:
         self._checkpointer = ThreadPoolExecutor(1, "checkpoint")
@@ -1214,6 +1382,8 @@ class RawStore(Folders):
         while self._landing:
             await asyncio.wait(self._landing)
         await self._writer.close()
+        self._sharing.cancel()
+        await self._in_thread(self.metrics.close)
         await self._in_thread(self.close_here)
         self._thread.shutdown()
 
@@ -1259,11 +1429,14 @@ class RawStore(Folders):
         and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
         where the disk refuses: then none of them is acknowledged.
         """
+        begun = time.monotonic()
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._gathered.append((Batch(list(bodies), key), landed))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(asyncio.create_task(self._land_gathered()))
-        return (await landed).result()
+        raw_ids = (await landed).result()
+        self.metrics.land.observe(time.monotonic() - begun)
+        return raw_ids
 
     async def _land_gathered(self) -> None:
         """Land whatever has gathered while the groups before were landed, until nothing has.
@@ -1281,16 +1454,17 @@ class RawStore(Folders):
                     group.append(batch)
                     waiting.append(landed)
                     size += sum(map(len, batch.bodies))
-                answers = await self._writer.write(group) if size >= WRITER_BYTES else None
-                if answers is None:
-                    answers = await self._in_thread(self.write, group)
-                for landed, answer in zip(waiting, answers, strict=True):
+                written = await self._writer.write(group) if size >= WRITER_BYTES else None
+                if written is None:
+                    written = await self._in_thread(self.write, group)
+                for landed, answer in zip(waiting, written.answers, strict=True):
                     if not landed.done():  # or else whoever waited has gone
                         landed.set_result(answer)
+                self.metrics.landed(written)
         finally:  # at once: whoever has just been answered and lands again begins another one
             self._landing.difference_update({asyncio.current_task()})
 
-    def write(self, group: Sequence[Batch]) -> list[Answer]:
+    def write(self, group: Sequence[Batch]) -> Written:
         """Land a group; see above."""
         try:
             self._check_room(sum(len(body) for batch in group for body in batch.bodies))
@@ -1298,19 +1472,18 @@ class RawStore(Folders):
             # one store at a time lands keys, so that what one takes back is no other's
             with _locked(self._journal_fd) if keyed else contextlib.nullcontext():
                 answers, record = self._assign(group)
-                if record.payloads:
-                    self._commit(record)
+                written = self._commit(record, answers) if record.payloads else Written(answers)
         except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
             refusal = _storage_error(error)
             if isinstance(refusal, StorageFull):
                 self._end_log()  # its checkpoint makes room
-            answers = [Answer([], refusal.code, refusal.detail)] * len(group)
+            written = Written([Answer([], refusal.code, refusal.detail)] * len(group))
         if self._full and self._checkpointing.done():
             logs = list(self._full)
             self._checkpointing = self._checkpointer.submit(self._checkpoint, logs, reuse=True)
         if len(self._full) > FULL_LOGS:
             wait([self._checkpointing])
-        return answers
+        return written
 
     def _check_room(self, size: int) -> None:
         """Refuse before anything is written, so that what is acknowledged can be processed too."""
@@ -1375,12 +1548,13 @@ class RawStore(Folders):
         raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
         self._keys.execute(NOTE_KEY, (use.key, use.digest, raw_ids, landed))
 
-    def _commit(self, record: Record) -> None:
+    def _commit(self, record: Record, answers: list[Answer]) -> Written:
         if self._log is None:
             self._log = self._spare.pop() if self._spare else Log.create(self.journal)
-        size = self._log.size
+        size, begun = self._log.size, time.monotonic()
         try:
             self._log.append(record)
+            sync_seconds = time.monotonic() - begun
         except OSError:  # the next sync would not tell: an error is reported once, the data dropped
             self._end_log(broken=True)
             raise
@@ -1393,6 +1567,8 @@ class RawStore(Folders):
             raise
         if self._log.size >= LOG_BYTES:
             self._end_log()
+        payloads = record.payloads
+        return Written(answers, len(payloads), sum(len(body) for _, body in payloads), sync_seconds)
 
     def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
         if len(payloads) < MANY_FILES:
@@ -1481,6 +1657,14 @@ class RawStore(Folders):
         days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
         names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
         return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
+
+    def free_bytes(self) -> int:
+        """Return how much an unprivileged user may still write; raises `StorageUnavailable`."""
+        try:
+            disk = os.statvfs(self.raw)
+        except OSError as error:
+            raise _storage_error(error) from error
+        return disk.f_bavail * disk.f_frsize
 
     def trouble(self) -> str | None:
         """Try to write and sync; return what stands in the way of landing, or None."""
@@ -1721,6 +1905,7 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
+LOOK_PATIENCE = 0.2  # seconds after which the last count of what is pending does
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
@@ -1838,11 +2023,12 @@ class Processor:
     greatest raw_id stands.
     """
 
-    def __init__(self, config: Config, backend: Backend) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics | None = None) -> None:
         self._folders = Folders(config.raw)
         self._backend = backend
         self._batch = config.process.batch
         self._workers = Workers()
+        self._metrics = metrics or Metrics(self._folders.journal)
 
     async def process(
         self, limit: int | None = None, progress: Callable[[int, int], object] = max
@@ -1881,7 +2067,7 @@ class Processor:
             log.info("processed %d, rejected %d, %d pending", *counts)
         return result
 
-    async def process_forever(self, every: float) -> None:
+    async def process_forever(self, every: float) -> NoReturn:
         """Process again and again, `every` seconds; while something is away, ever more rarely."""
         pause = every
         while True:
@@ -1933,6 +2119,9 @@ class Processor:
             refused = {rejection.raw_id for rejection in rejected}
             stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
             rejected = await run(self._folders.settle, stored, rejected)
+            self._metrics.processed.inc(len(stored))
+            for rejection in rejected:
+                self._metrics.rejected.labels(rejection.code).inc()
             result.processed += len(stored)
             result.failed += len(rejected)
             result.checked = result.processed + result.failed
@@ -1952,6 +2141,74 @@ class Processor:
             [row] = rows
             return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
         return []
+
+
+class Measured:
+    """A backend whose calls are timed and whose errors are counted."""
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
+        self._metrics = metrics
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._backend, name)
+        if not inspect.iscoroutinefunction(call):
+            return call
+
+        @functools.wraps(call)
+        async def measured(*arguments: Any, **named: Any) -> Any:
+            with self._metrics.backend.labels(name).time():
+                try:
+                    return await call(*arguments, **named)
+                except MeasurementNotFound:
+                    raise
+                except Exception:
+                    self._metrics.backend_errors.labels(name).inc()
+                    raise
+
+        return measured
+
+
+def measured(backend: Backend, metrics: Metrics) -> Backend:
+    return cast("Backend", Measured(backend, metrics))
+
+
+class Backlog:
+    """How many payloads are pending, and for how long: looking takes a twentieth of the time."""
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self._seen: tuple[int, datetime | None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._next = 0.0
+
+    async def look(self) -> tuple[int, float | None]:
+        """Return the count, and the seconds since the oldest arrived (None where there is none).
+
+        It is of this moment while it is quick to count; of a million files it is of the last
+        minute. Raises `StorageUnavailable`.
+        """
+        if self._looking is None and time.monotonic() >= self._next:
+            self._looking = asyncio.create_task(self._look())
+        if self._looking:
+            patience = LOOK_PATIENCE if self._seen else None
+            done, _ = await asyncio.wait([self._looking], timeout=patience)
+            for look in done:
+                look.result()
+        count, oldest = self._seen or (0, None)
+        age = max(0.0, (datetime.now(UTC) - oldest).total_seconds()) if oldest else None
+        return count, age
+
+    async def _look(self) -> None:
+        begun = time.monotonic()
+        try:
+            names, count = await asyncio.to_thread(earliest_names, self._folders.raw, 1)
+            self._seen = count, arrival_of(UUID(names[0])) if names else None
+        except OSError as error:
+            raise _storage_error(error) from error
+        finally:
+            took = time.monotonic() - begun
+            self._next, self._looking = begun + 20 * took, None
 
 
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
@@ -2219,6 +2476,8 @@ CONFIG = web.AppKey("CONFIG", Config)
 RAW = web.AppKey("RAW", RawStore)
 BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
+BACKLOG = web.AppKey("BACKLOG", Backlog)
+METRICS = web.AppKey("METRICS", Metrics)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
@@ -2440,6 +2699,19 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
 def put_back(folders: Folders, query: RetryQuery) -> int:
     found = filter(query.fits, folders.rejections(query.raw_id))
     return sum(folders.retry(rejection.raw_id) for rejection in found)
+
+
+@Route("GET", "/metrics", "read", {200: ("text/plain", "application/openmetrics-text")}, (503,))
+async def metrics(request: web.Request) -> web.Response:
+    """Show what is counted and measured, in the form of Prometheus."""
+    app, shown = request.app, request.app[METRICS]
+    count, age = await app[BACKLOG].look()
+    shown.pending.set(count)
+    shown.oldest.set(age or 0)
+    shown.free.set(await asyncio.to_thread(app[RAW].free_bytes))
+    encode, media = choose_encoder(request.headers.get("Accept", ""))
+    text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
+    return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
 
 
 @Route("GET", "/openapi.json", None, {200: ("application/json",)})
@@ -2741,20 +3013,31 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     given = request.headers.get("X-Request-ID", "")
     request_id = given if REQUEST_ID_FORM.fullmatch(given) else f"{getrandbits(96):024x}"
     request[REQUEST_ID] = request_id
+    begun = time.monotonic()
     try:
         response: web.StreamResponse = await handler(request)
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
+    request.app[METRICS].answered(*template_of(request), response.status, time.monotonic() - begun)
     level = logging.DEBUG if response.status < 400 else logging.INFO
     if log.isEnabledFor(level):
         log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
     return response
 
 
+def template_of(request: web.Request) -> tuple[str, str]:
+    """Return method and route as metrics name them: few, whatever a client makes up."""
+    resource = request.match_info.route.resource
+    if resource is None:
+        return request.method if request.method in METH_ALL else "other", "none"
+    return request.method, resource.canonical.removeprefix(request.app[PREFIX])
+
+
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
     known, request_id = as_dropzone_error(error), request[REQUEST_ID]
+    request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
         log.error("request %s failed", request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
@@ -2992,13 +3275,16 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app = web.Application(middlewares=[edge])
     app[CONFIG] = config
     app[RAW] = RawStore(config.raw)
-    app[BACKEND] = backend_of(config) if backend is None else backend
+    app[METRICS] = app[RAW].metrics
+    app[BACKEND] = measured(backend_of(config) if backend is None else backend, app[METRICS])
     app[ADMISSION] = Admission()
     app[GUARD] = guard = Guard(config)
     app[RELOADER] = Reloader()
     if config.files:
         app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
-    app[PROCESSOR] = Processor(config, app[BACKEND])
+    app[METRICS].own_in_flight = lambda: app[ADMISSION].bytes
+    app[PROCESSOR] = Processor(config, app[BACKEND], app[METRICS])
+    app[BACKLOG] = Backlog(app[RAW])
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, route.handle, name=route.handler.__name__)
@@ -3167,8 +3453,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
         site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
         await site.start()
         stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        on_stop(stop.set)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app[RELOADER].told.set)
         log.info("listening on %s", site.name)
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
@@ -3234,11 +3519,11 @@ def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
     """turn the pending payloads into measurements, with or without a server beside it"""
     os.nice(NICE)
-    async with opened(config) as (_, backend):
-        processor = Processor(config, backend)
+    async with opened(config) as (raw, backend):
+        processor = Processor(config, backend, raw.metrics)
         try:
             if args.watch:
-                return await watch(processor, config.process.every or 1.0)
+                await processor.process_forever(config.process.every or 1.0)
             with tqdm(unit=" payloads", disable=None) as bar:
 
                 def show(done: int, total: int) -> None:
@@ -3258,7 +3543,8 @@ async def opened(config: Config, alone: str = "") -> AsyncIterator[tuple[RawStor
 
     Of commands with the same `alone`, a second one raises Timeout.
     """
-    raw, backend = RawStore(config.raw), backend_of(config)
+    raw = RawStore(config.raw)
+    backend = measured(backend_of(config), raw.metrics)
     await raw.open()
     lock = FileLock(raw.journal / f"{alone}.lock", timeout=0)
     try:
@@ -3269,13 +3555,18 @@ async def opened(config: Config, alone: str = "") -> AsyncIterator[tuple[RawStor
         await raw.close()
 
 
-async def watch(processor: Processor, every: float) -> int:
-    """Process again and again, until the program is told to stop."""
-    task = asyncio.create_task(processor.process_forever(every))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+async def until_stopped(command: Coroutine[Any, Any, int]) -> int:
+    """Run what goes on until the program is told to stop, which may be before it has begun."""
+    task = asyncio.ensure_future(command)
+    on_stop(lambda: task.cancelling() or task.cancel())  # once: what it then does is to be done
     await asyncio.wait([task])
-    return os.EX_OK
+    return os.EX_OK if task.cancelled() else task.result()
+
+
+def on_stop(call: Callable[[], object]) -> None:
+    """Have SIGINT and SIGTERM call this alone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, call)
 
 
 async def verify(config: Config, args: argparse.Namespace) -> int:
@@ -3496,7 +3787,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = config.log.level if runs_on else "warning"  # a command reports by itself
         logging.basicConfig(level=level.upper(), format=form)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            code: int = runner.run(args.run(config, args))
+            command = args.run(config, args)
+            code: int = runner.run(until_stopped(command) if runs_on else command)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:  # what was done is done, and the next run goes on from there

@@ -1906,6 +1906,7 @@ LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
 LOOK_PATIENCE = 0.2  # seconds after which the last count of what is pending does
+LOOK_PAUSE = 20  # times as long as the last count took, before the next
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
@@ -2203,12 +2204,12 @@ class Backlog:
         begun = time.monotonic()
         try:
             names, count = await asyncio.to_thread(earliest_names, self._folders.raw, 1)
-            self._seen = count, arrival_of(UUID(names[0])) if names else None
         except OSError as error:
             raise _storage_error(error) from error
         finally:
-            took = time.monotonic() - begun
-            self._next, self._looking = begun + 20 * took, None
+            self._looking = None
+        self._seen = count, arrival_of(UUID(names[0])) if names else None
+        self._next = time.monotonic() + LOOK_PAUSE * (time.monotonic() - begun)
 
 
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────

@@ -263,7 +263,7 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
             for tail in ("", "?limit=1", "?limit=0", "?after=x", "?unknown=1"):
                 await ask("GET", path, tail)
         await ask("GET", "/measurements", "?format=csv&order=desc")
-        for path in ("/health", "/ready", "/openapi.json", "/docs"):
+        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/docs"):
             await ask("GET", path)
 
     bodies = [READING, READING, READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}, [], {"a": 1}]
@@ -290,6 +290,7 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await read_all(ids)
     (folder / "raw").rename(folder / "away")
     await ask("GET", "/ready")
+    await ask("GET", "/metrics")
     await ask("POST", "/ingest", json=READING)
     await ask("POST", "/rejected/retry")
     callers = ({}, {"x-api-key": "read"}, {"x-api-key": "ingest"}, TOKEN)

@@ -1312,6 +1312,7 @@ class Writer:
             await self._process.wait()
 
 
+GROUP = msgspec.msgpack.Decoder(list[Batch])
 WRITTEN = msgspec.msgpack.Decoder(Written)
 
 
@@ -1320,15 +1321,12 @@ def write_forever(settings: Table) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service is sent to all of it
     store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=lambda kind, text: kind(text)))
     store.open_here()
-    sys.stdout.buffer.write(b"!")
-    sys.stdout.buffer.flush()
-    while size := sys.stdin.buffer.read(4):
-        group = msgspec.msgpack.decode(
-            sys.stdin.buffer.read(int.from_bytes(size)), type=list[Batch]
-        )
-        written = msgspec.msgpack.encode(store.write(group))
-        sys.stdout.buffer.write(len(written).to_bytes(4) + written)
-        sys.stdout.buffer.flush()
+    _write_all(1, b"!")
+    with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
+        while size := sys.stdin.buffer.read(4):
+            group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
+            written = msgspec.msgpack.encode(store.write(group))
+            _write_all(1, len(written).to_bytes(4) + written)
     store.close_here()
 
 
@@ -1567,8 +1565,8 @@ class RawStore(Folders):
             raise
         if self._log.size >= LOG_BYTES:
             self._end_log()
-        payloads = record.payloads
-        return Written(answers, len(payloads), sum(len(body) for _, body in payloads), sync_seconds)
+        bodies = dict(record.payloads).values()  # one key may have come several times
+        return Written(answers, len(bodies), sum(map(len, bodies)), sync_seconds)
 
     def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
         if len(payloads) < MANY_FILES:

@@ -466,38 +466,37 @@ class Metrics:
         self._shared: dict[str, float] = {}  # what of our own samples is in the file
         self._totals: dict[str, float] = {}  # what was in the file
         self._noted = 0  # bytes in flight, in the file
+        self._failed = False
         self._answered: dict[
             tuple[str, str, int], tuple[prometheus.Counter, prometheus.Histogram]
         ] = {}
         self.own_in_flight: Callable[[], int] = int
-        self._counts = (
-            prometheus.CollectorRegistry()
-        )  # of our own: two applications may share a process
-        self._gauges = prometheus.CollectorRegistry()
+        # registries of our own, as two applications may share a process
+        self._counts, self._gauges = prometheus.CollectorRegistry(), prometheus.CollectorRegistry()
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
         gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
         route = ["method", "route"]
         self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
-        self._request = seconds("dropzone_request_duration_seconds", "Until the answer", route)
+        self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
         self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
         self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
         self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
-        self.land = seconds("dropzone_land_duration_seconds", "Until a request's payloads landed")
-        self._sync = seconds("dropzone_journal_sync_duration_seconds", "Append and sync of a group")
+        self.land = seconds("dropzone_land_duration_seconds", "Time until payloads landed")
+        self._sync = seconds("dropzone_journal_sync_duration_seconds", "Time to append and sync")
         self._group = histogram(
             "dropzone_group_payloads", "Payloads that share a sync", buckets=SIZES
         )
         self.processed = count("dropzone_payloads_processed", "Payloads that became rows")
         self.rejected = count("dropzone_payloads_rejected", "Payloads rejected", ["code"])
         of = ["operation"]
-        self.backend = seconds("dropzone_backend_duration_seconds", "Of calls of the backend", of)
+        self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
-        self._in_flight = gauge("dropzone_in_flight_bytes", "Of bodies that are not answered yet")
+        self._in_flight = gauge("dropzone_in_flight_bytes", "Bodies that are not answered yet")
         self.pending = gauge("dropzone_payloads_pending", "Payloads that wait to be processed")
         self.oldest = gauge(
-            "dropzone_oldest_pending_age_seconds", "Since the arrival of the oldest pending payload"
+            "dropzone_oldest_pending_age_seconds", "Time since the oldest of them arrived"
         )
         self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
 
@@ -542,9 +541,12 @@ class Metrics:
                 return self._totals
             try:
                 self._exchange(fresh, in_flight)
-                self._shared, self._noted = own, in_flight
+                self._shared, self._noted, self._failed = own, in_flight, False
             except sqlite3.Error as error:  # a full disk, say: go on with what is known
-                log.warning("%s: counts are not shared: %s", self._file, error)
+                if not self._failed:  # or else it would be said each second
+                    wrong = "%s: counts are not shared: %s; if it is damaged, stop and delete it"
+                    log.warning(wrong, self._file, error)
+                self._failed = True
                 return self._totals | {s: self._totals.get(s, 0) + fresh[s] for s in fresh}
             return self._totals
 
@@ -560,6 +562,7 @@ class Metrics:
         if self._connection is None:
             self._process = str(uuid7())
             self._connection = sqlite3.connect(self._file, check_same_thread=False)
+        if not self._totals:
             for statement in OPEN_METRICS:
                 self._connection.execute(statement)
         with self._connection as file:  # one transaction
@@ -580,7 +583,7 @@ class Metrics:
         self.share(quietly=True)
         if self._connection:
             self._connection.close()
-            self._connection = None
+            self._connection, self._totals = None, {}
 
 
 # ── Raw store: where payloads lie ─────────────────────────────────────────────────────────────────

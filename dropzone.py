@@ -1324,8 +1324,8 @@ def write_forever(settings: Table) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service is sent to all of it
     store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=lambda kind, text: kind(text)))
     store.open_here()
-    _write_all(1, b"!")
     with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
+        _write_all(1, b"!")
         while size := sys.stdin.buffer.read(4):
             group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
             written = msgspec.msgpack.encode(store.write(group))

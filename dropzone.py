@@ -41,6 +41,7 @@ import multiprocessing
 import multiprocessing.process
 import operator
 import os
+import pwd
 import re
 import resource
 import secrets
@@ -73,9 +74,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from ipaddress import IPv6Address
 from pathlib import Path
 from random import getrandbits, uniform
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TextIO, TypeVar, cast
 from uuid import UUID
 
 import aiofiles.os
@@ -87,6 +89,8 @@ from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
 from prometheus_client.exposition import choose_encoder
+from throttled import BaseRateLimiter, MemoryStore, Throttled
+from throttled.exceptions import DataError
 from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
@@ -109,6 +113,8 @@ except ImportError:  # there is no wheel for this platform: asyncio's own loop d
 
 __version__ = "0.1.0"
 log = logging.getLogger("dropzone")
+request_log = logging.getLogger("dropzone.access")
+audit_log = logging.getLogger("dropzone.audit")
 T = TypeVar("T")
 
 
@@ -195,6 +201,26 @@ class Place(str):
     __slots__ = ()
 
 
+class Rate(str):
+    """So many requests in a time, `100/second` or `5000/minute`; empty for any number."""
+
+    __slots__ = ()
+
+    def __init__(self, text: str = "") -> None:
+        try:
+            self.limiter() if text else None
+        except DataError:
+            wrong = f"Expected such as `100/second` or `5000/minute`, got `{text}`"
+            raise ValueError(wrong) from None
+
+    def limiter(self) -> BaseRateLimiter:
+        """Return what counts by it: a bucket that fills evenly (GCRA), for each key or address."""
+        return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
+
+
+COUNTED = {"MAX_SIZE": 100_000}  # keys or addresses; who was not seen for longest is forgotten
+
+
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
     """A section of `config.toml`, where each setting is explained."""
 
@@ -260,7 +286,13 @@ class AuthConfig(Section, frozen=True):
     jwt: JwtConfig = JwtConfig()
 
 
+class LimitsConfig(Section, frozen=True):
+    per_key: Rate = Rate()
+    per_address: Rate = Rate()
+
+
 class LogConfig(Section, frozen=True):
+    format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -279,6 +311,7 @@ class Config(Section, frozen=True, dict=True):
     process: ProcessConfig = ProcessConfig()
     storage: StorageConfig = StorageConfig()
     auth: AuthConfig = AuthConfig()
+    limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 
 
@@ -392,6 +425,117 @@ def _merged(old: object, new: object) -> object:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+# ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
+
+LINES = 12  # of requests that are written at once: not more than a pipe takes whole
+
+
+class Facts(dict[str, Any]):
+    """The message of a log record: fields of a JSON line, `name=value` in text."""
+
+    def __str__(self) -> str:
+        text = " ".join([f"{name}={value}" for name, value in self.items()])
+        if text.isprintable() and text.count(" ") == len(self) - 1:
+            return text
+        return " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in self.items())
+
+
+class TextLines(logging.Formatter):
+    """Lines for people; what follows on a line break is indented, so that no text forges a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")  # noqa: DTZ006
+        text = f"{at} {record.levelname} {record.name}: {record.getMessage()}"
+        if record.exc_info:
+            text += f"\n{self.formatException(record.exc_info)}"
+        if text.isprintable():
+            return text
+        lines = (
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+            for line in text.split("\n")
+        )
+        return "\n    ".join(lines)
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object on each line, an exception in one field of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC)
+        line = {"time": at, "level": record.levelname, "logger": record.name}
+        line |= record.msg if isinstance(record.msg, Facts) else {"message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        try:
+            return msgspec.json.encode(line, enc_hook=str).decode()
+        except UnicodeEncodeError:  # a file name or a header that was no UTF-8
+            return json.dumps(line, default=str)
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes to standard error: lines of requests a few at a time, as each write has its price."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + "\n")
+            if record.name != request_log.name or len(self._lines) >= LINES:
+                self.flush()
+        except Exception:  # noqa: BLE001 (the log stops nobody)
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits; at exit `logging` calls it."""
+        self.acquire()
+        try:
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("".join(lines))
+                self.stream.flush()
+        finally:
+            self.release()
+
+
+def log_to_stderr(config: LogConfig, level: str = "") -> None:
+    """Set up logging, unless somebody has; what is audited comes whatever the level."""
+    if logging.getLogger().handlers:
+        return
+    handler = LineHandler()
+    handler.setFormatter(JsonLines() if config.format == "json" else TextLines())
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[handler])
+    audit_log.setLevel(logging.INFO)
+    # nobody shows them, and they cost more than a line
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def audit(action: str, caller: str, **facts: object) -> None:
+    """Log a change of state that a person or a key has caused."""
+    audit_log.info(Facts(action=action, caller=caller, **facts))
+
+
+@contextlib.contextmanager
+def audited(action: str, caller: str, **facts: object) -> Iterator[dict[str, object]]:
+    """Log an action at its end, with the facts that were added; if it fails a part may be done."""
+    try:
+        yield facts
+    except BaseException as error:
+        facts["error"] = type(error).__name__
+        raise
+    finally:
+        audit(action, caller, **facts)
+
+
+def operator_name() -> str:
+    """Return whoever runs a command, in the words of an audit line."""
+    try:
+        return f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
+    except KeyError:  # a container may run as a user without a name
+        return f"cli:{os.getuid()}"
 
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
@@ -2483,6 +2627,9 @@ METRICS = web.AppKey("METRICS", Metrics)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
+LANDED = web.RequestKey("LANDED", list[UUID])
+LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
+RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
 PING_PATIENCE = 3.0  # seconds
 
 
@@ -2514,7 +2661,9 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         if self.scope:
+            admit(request, "address", network_of(request.remote or ""))  # also who guesses keys
             await authorize(request, self.scope)
+            admit(request, "key", request.get(CALLER, ""))
         if self.query:
             return await self.handler(request, query_in(request, self.query))
         return await self.handler(request)
@@ -2558,9 +2707,10 @@ async def ingest(request: web.Request) -> web.Response:
         key = idempotency_key(request)
         if request.content_type in NDJSON:
             lines = await asyncio.to_thread(lines_of, body)
-            return answer(AcceptedBatch(await app[RAW].land(lines, key)), 202)
+            request[LANDED] = await app[RAW].land(lines, key)
+            return answer(AcceptedBatch(request[LANDED]), 202)
         parse_json(body)
-        [raw_id] = await app[RAW].land([body], key)
+        request[LANDED] = [raw_id] = await app[RAW].land([body], key)
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 
@@ -2600,7 +2750,10 @@ def idempotency_key(request: web.Request) -> str | None:
 @Route("POST", "/process", "process", {200: (ProcessResult,)}, (503,), ProcessQuery)
 async def process(request: web.Request, query: ProcessQuery) -> web.Response:
     """Turn the pending payloads into measurements."""
-    return answer(await request.app[PROCESSOR].process(query.limit))
+    with audited("process", **cause_of(request)) as facts:
+        result = await request.app[PROCESSOR].process(query.limit)
+        facts.update(processed=result.processed, failed=result.failed)
+    return answer(result)
 
 
 @Route(
@@ -2695,7 +2848,9 @@ def quarantine(folders: Folders, query: RejectedQuery) -> RejectionPage:
 @Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery)
 async def retry(request: web.Request, query: RetryQuery) -> web.Response:
     """Put rejected payloads back to pending: all, or those that the query names."""
-    return answer(Retried(await asyncio.to_thread(put_back, request.app[RAW], query)))
+    with audited("retry", **cause_of(request)) as facts:
+        facts["retried"] = retried = await asyncio.to_thread(put_back, request.app[RAW], query)
+    return answer(Retried(retried))
 
 
 def put_back(folders: Folders, query: RetryQuery) -> int:
@@ -3015,16 +3170,17 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     given = request.headers.get("X-Request-ID", "")
     request_id = given if REQUEST_ID_FORM.fullmatch(given) else f"{getrandbits(96):024x}"
     request[REQUEST_ID] = request_id
-    begun = time.monotonic()
+    begun = time.perf_counter()
     try:
         response: web.StreamResponse = await handler(request)
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
-    request.app[METRICS].answered(*template_of(request), response.status, time.monotonic() - begun)
-    level = logging.DEBUG if response.status < 400 else logging.INFO
-    if log.isEnabledFor(level):
-        log.log(level, "%s %s %d %s", request.method, request.path, response.status, request_id)
+    response.headers.update(request.get(RATE_HEADERS, ()))
+    seconds = time.perf_counter() - begun
+    request.app[METRICS].answered(*template_of(request), response.status, seconds)
+    if request_log.isEnabledFor(logging.INFO):
+        request.app[REQUEST_LOG].note(request, response.status, seconds)
     return response
 
 
@@ -3034,6 +3190,54 @@ def template_of(request: web.Request) -> tuple[str, str]:
     if resource is None:
         return request.method if request.method in METH_ALL else "other", "none"
     return request.method, resource.canonical.removeprefix(request.app[PREFIX])
+
+
+class RequestLog:
+    """Writes the lines of requests, many at a time: one after the other costs more than twice that.
+
+    Of a route the template is told, as paths may hold secrets.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, tuple[object, ...], list[UUID] | None]] = []
+
+    def note(self, request: web.Request, status: int, duration: float) -> None:
+        """Take the facts of a request that has been answered."""
+        resource = request.match_info.route.resource
+        caller, route = request.get(CALLER, ""), resource.canonical if resource else ""
+        what = (request[REQUEST_ID], caller, request.method, route, status)
+        facts = (*what, request.content.total_bytes, round(duration, 6))
+        self._waiting.append((time.time(), facts, request.get(LANDED)))
+        if len(self._waiting) >= BURST:
+            self.write()
+        elif len(self._waiting) == 1:
+            asyncio.get_running_loop().call_later(LINE_PATIENCE, self.write)
+
+    def write(self) -> None:
+        """Log what was noted; records made by hand need no look for their place in the code."""
+        waiting, self._waiting = self._waiting, []
+        for at, values, raw_ids in waiting:
+            facts = Facts(zip(REQUEST_FACTS, values, strict=True))
+            if raw_ids:
+                facts["raw_id"] = msgspec.to_builtins(raw_ids[0])  # several times as fast as str
+            if raw_ids and len(raw_ids) > 1:
+                facts["payloads"] = len(raw_ids)
+            record = logging.LogRecord(request_log.name, logging.INFO, "", 0, facts, (), None)
+            record.created, record.msecs = at, at % 1 * 1000
+            request_log.handle(record)
+        for handler in logging.getLogger().handlers if waiting else ():
+            handler.flush()
+
+
+BURST = 64  # lines of requests
+LINE_PATIENCE = 0.1  # seconds that they may wait
+REQUEST_FACTS = ("request_id", "caller", "method", "route", "status", "bytes", "duration")
+REQUEST_LOG = web.AppKey("REQUEST_LOG", RequestLog)
+
+
+def cause_of(request: web.Request) -> dict[str, str]:
+    """Return who has caused what an audit line tells."""
+    return {"caller": request.get(CALLER, ""), "request_id": request[REQUEST_ID]}
 
 
 def problem(request: web.Request, error: Exception) -> web.Response:
@@ -3088,6 +3292,39 @@ async def authorize(request: web.Request, scope: Scope) -> None:
     if scope not in scopes:
         wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
+
+
+def admit(request: web.Request, by: str, who: str) -> None:
+    """Count a request of a key or an address, and raise where it is beyond the limit.
+
+    The headers that tell are of draft-ietf-httpapi-ratelimit-headers-10.
+    """
+    limiter = request.app[LIMITERS].get(by)
+    if limiter is None or not who:
+        return
+    result, quota = limiter.limit(who), limiter.quota
+    state = result.state
+    more = state.reset_after - (state.limit - state.remaining - 1) * quota.emission_interval
+    wait = math.ceil(round(state.retry_after or more, 3)) or 1
+    headers = {
+        "RateLimit-Policy": f'"{by}";q={quota.get_limit()};w={quota.get_period_sec()}',
+        "RateLimit": f'"{by}";r={state.remaining};t={wait}',
+    }
+    before = request.get(RATE_HEADERS, {})
+    request[RATE_HEADERS] = {k: f"{before[k]}, {v}" if before else v for k, v in headers.items()}
+    if result.limited:
+        request[RATE_HEADERS]["Retry-After"] = str(wait)
+        wrong = f"too many requests of this {by}: try again in {wait} s"
+        raise DropzoneError(wrong, "rate_limited", 429)
+
+
+@functools.lru_cache
+def network_of(address: str) -> str:
+    """Return an IPv4 address as it is, of an IPv6 address the /64 that one subscriber has."""
+    if "." not in address:  # also of an IPv4 address that is mapped to IPv6
+        with contextlib.suppress(ValueError):
+            return IPv6Address(address.partition("%")[0]).exploded[:19]
+    return address
 
 
 def query_in(request: web.Request, kind: type[Struct]) -> Struct:
@@ -3226,7 +3463,7 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    guarded = (401, 403, 503) if route.scope else ()
+    guarded = (401, 403, 429, 503) if route.scope else ()
     statuses = {*route.problems, *guarded, *([400] if route.query else ())}
     answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
     operation: dict[str, Any] = {
@@ -3271,9 +3508,12 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     """Return the application, ready to be served or to be mounted in another with `add_subapp`.
 
     `config` is `load_config()` unless given. A `backend` that is handed in takes the place of the
-    configured one; either is opened and closed with the application. Nothing is touched before.
+    configured one; either is opened and closed with the application. Nothing is touched before,
+    but without a `config` also logging is set up as configured, unless it is already.
     """
-    config = config or load_config()
+    if config is None:
+        config = load_config()
+        log_to_stderr(config.log)
     app = web.Application(middlewares=[edge])
     app[CONFIG] = config
     app[RAW] = RawStore(config.raw)
@@ -3287,6 +3527,9 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[METRICS].own_in_flight = lambda: app[ADMISSION].bytes
     app[PROCESSOR] = Processor(config, app[BACKEND], app[METRICS])
     app[BACKLOG] = Backlog(app[RAW])
+    app[REQUEST_LOG] = RequestLog()
+    rates = {"key": config.limits.per_key, "address": config.limits.per_address}
+    app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, route.handle, name=route.handler.__name__)
@@ -3325,6 +3568,7 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        app[REQUEST_LOG].write()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -3532,7 +3776,9 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
                     bar.total = total
                     bar.update(done - bar.n)
 
-                result = await processor.process(args.limit, show)
+                with audited("process", operator_name()) as facts:
+                    result = await processor.process(args.limit, show)
+                    facts.update(processed=result.processed, failed=result.failed)
         finally:
             await processor.close()
     print(msgspec.json.format(msgspec.json.encode(result)).decode())
@@ -3573,21 +3819,27 @@ def on_stop(call: Callable[[], object]) -> None:
 
 async def verify(config: Config, args: argparse.Namespace) -> int:
     """recompute the rows from their payloads; the exit code is 1 where a row is not right"""
-    return await prove(config, args, Proof.findings)
+    return await prove(config, args, Proof.findings, {})
 
 
 async def rebuild(config: Config, args: argparse.Namespace) -> int:
     """set the rows right that verify finds wrong; with --dry-run only show them"""
-    return await prove(config, args, Proof.findings if args.dry_run else Proof.rebuild)
+    if args.dry_run:
+        return await prove(config, args, Proof.findings, {})
+    with audited("rebuild", operator_name()) as facts:
+        return await prove(config, args, Proof.rebuild, facts)
 
 
-async def prove(config: Config, args: argparse.Namespace, way: ProofWay) -> int:
+async def prove(
+    config: Config, args: argparse.Namespace, way: ProofWay, facts: dict[str, object]
+) -> int:
     counts = Counter[str]()
     async with opened(config, "upkeep") as (raw, backend):
         total = await asyncio.to_thread(raw.count_processed)
         with tqdm(total=total, unit=" payloads", disable=None) as bar:
             async for finding in way(Proof(config, backend), args.since, args.until, bar.update):
                 counts[finding.kind] += 1
+                facts.update(counts)
                 if counts.total() == 1 and not args.json:
                     bar.write(FINDING.format(*FINDING_HEAD))
                 bar.write(as_line(finding, as_json=args.json))
@@ -3627,12 +3879,14 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
         days = await asyncio.to_thread(raw.finished_days)
         for day in tqdm(days, unit=" days", disable=None):
             try:
-                count = await asyncio.to_thread(raw.compact, day)
+                with audited("compact", operator_name(), day=day) as facts:
+                    facts["packed"] = count = await asyncio.to_thread(raw.compact, day)
                 tqdm.write(f"{day}: {count} payloads packed")
             except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                 code = os.EX_TEMPFAIL
                 tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
         for name in await asyncio.to_thread(raw.expire):
+            audit("expire", operator_name(), pack=name)
             print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
     return code
 
@@ -3641,7 +3895,9 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: all, or those with a code or a raw_id"""
     async with opened(config) as (raw, _):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
-        print(msgspec.json.encode(Retried(sum(put_back(raw, query) for query in queries))).decode())
+        with audited("retry", operator_name()) as facts:
+            facts["retried"] = retried = sum(put_back(raw, query) for query in queries)
+        print(msgspec.json.encode(Retried(retried)).decode())
     return os.EX_OK
 
 
@@ -3660,6 +3916,7 @@ async def new_key(config: Config, args: argparse.Namespace) -> int:
         print(key)
         print(f"dropzone: {wrong}\n{table}", file=sys.stderr)
         return os.EX_CANTCREAT
+    audit("key new", operator_name(), name=args.name)
     print(key)
     print(f"{args.name} was added to {file}, which servers read within seconds", file=sys.stderr)
     return os.EX_OK
@@ -3784,10 +4041,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         config = load_config(getattr(args, "config", None), overrides=given)
-        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         runs_on = args.run is serve or getattr(args, "watch", False)
-        level = config.log.level if runs_on else "warning"  # a command reports by itself
-        logging.basicConfig(level=level.upper(), format=form)
+        log_to_stderr(config.log, "" if runs_on else "warning")  # a command reports by itself
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             command = args.run(config, args)
             code: int = runner.run(until_stopped(command) if runs_on else command)

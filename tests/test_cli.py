@@ -24,6 +24,7 @@ PATIENCE = 60  # seconds until a program that hangs is taken for one
 SECRET = "hunter2-is-secret"
 ENTRY = {"time_stamp": "2019-05-01T06:00:00-04:00", "data": [0, 2]}
 LINE = json.dumps(ENTRY).encode()
+AUDIT = " INFO dropzone.audit: "
 
 OK, USAGE, DATA_ERROR, NO_INPUT, UNAVAILABLE, TRY_AGAIN, CONFIGURATION = 0, 2, 65, 66, 69, 75, 78
 
@@ -54,12 +55,11 @@ class Program:
     def run(
         self, *arguments: object, stdin: bytes = b"", **variables: object
     ) -> "subprocess.CompletedProcess[str]":
-        """Run the program to its end and return its exit code and what it wrote."""
+        """Run the program to its end; return its exit code and what it wrote but audit lines."""
         process = self.start(*arguments, **variables)
         out, err = process.communicate(stdin, timeout=PATIENCE)
-        return subprocess.CompletedProcess(
-            arguments, process.returncode, out.decode(), err.decode()
-        )
+        said = "".join(line for line in err.decode().splitlines(True) if AUDIT not in line)
+        return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), said)
 
     def close(self) -> None:
         """End whatever still runs."""
@@ -86,7 +86,7 @@ class Server:
         assert self.process.stderr is not None
         for line in iter(self.process.stderr.readline, b""):
             self.log += line.decode()
-            if found := re.search(r"listening on (http://\S+)", line.decode()):
+            if found := re.search(r"listening on (http://[^\s\"]+)", line.decode()):
                 return found[1]
         raise AssertionError(f"the server does not listen: {self.log}")
 

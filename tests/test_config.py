@@ -103,19 +103,28 @@ def test_other_variables_and_files_do_not_count(here: Path):
     assert load_config(environ={"PORT": "4", "API_KEY": "x"}).server.port == 8080
 
 
+SPECIAL = {
+    "auth.keys": "[]",
+    "limits.per_key": "77/second",
+    "limits.per_address": "77/second",
+    "log.format": "json",
+    "log.level": "debug",
+    "storage.backend": "memory",
+}
+
+
 @pytest.mark.parametrize("setting", settings_of(Config()))
 def test_every_setting_has_a_variable(setting: str, here: Path):
     """Any setting can be set by DROPZONE_<SECTION>_<KEY>, with the same effect as in the file."""
     variable = "DROPZONE_" + setting.replace(".", "_").upper()
-    texts = {"log.level": "debug", "storage.backend": "memory", "auth.keys": "[]"}
-    text = texts.get(setting, "77")
+    text = SPECIAL.get(setting, "77")
     number = isinstance(settings_of(Config())[setting], int | tuple)
 
     by_variable = settings_of(load_config(environ={variable: text}))
     write(here / "config.toml", f"{setting} = {text}" if number else f"{setting} = '{text}'")
 
     assert settings_of(load_config(environ={})) == by_variable
-    assert by_variable[setting] in {77, "77", here / "77", str(here / "77"), "debug", "memory", ()}
+    assert by_variable[setting] in {77, "77", here / "77", str(here / "77"), (), *SPECIAL.values()}
 
 
 @pytest.mark.parametrize("short", ["DROPZONE_API_KEY", "DROPZONE_AUTH_API_KEY"])
@@ -376,6 +385,9 @@ def test_unknown_variables(name: str, here: Path):
         ("storage.postgres.pool", "0"),
         ("auth.api_key", "1"),
         ("auth.api_key", "['x']"),
+        ("limits.per_key", "'many'"),
+        ("limits.per_address", "100"),
+        ("log.format", "'xml'"),
         ("log.level", "'loud'"),
         ("server", "5"),
         ("raw", "'data/raw'"),
@@ -422,6 +434,7 @@ def test_sections_that_are_none(section: str, variable: str, value: str, here: P
         ("DROPZONE_SERVER_PORT", "70000", "server.port"),
         ("DROPZONE_SERVER_PORT", "80.5", "server.port"),
         ("DROPZONE_PROCESS_BATCH", "0", "process.batch"),
+        ("DROPZONE_LIMITS_PER_KEY", "100/fortnight", "limits.per_key"),
         ("DROPZONE_LOG_LEVEL", "loud", "log.level"),
     ],
 )

@@ -18,7 +18,17 @@ import asyncpg
 import msgspec
 import pytest
 from msgspec.structs import replace
-from test_cli import OK, PATIENCE, SECRET, TRY_AGAIN, USAGE, Program, assert_explained, closed_port
+from test_cli import (
+    AUDIT,
+    OK,
+    PATIENCE,
+    SECRET,
+    TRY_AGAIN,
+    USAGE,
+    Program,
+    assert_explained,
+    closed_port,
+)
 from test_processing import NOON, Failing, Folder, arrival, body, processor_of
 
 from backends import RESOLUTION, Backend, BackendUnavailable, Measurement, timestamp_text
@@ -524,7 +534,8 @@ async def test_one_at_a_time(book: Book, program: Program, own: Callable[[str], 
         assert_explained(done.stderr)
     assert len(book.folder.names("processed")) == 2 * SECONDS
     (program.home / "go").touch()
-    assert (await asyncio.to_thread(at_work.communicate))[1] == b""
+    _, err = await asyncio.to_thread(at_work.communicate)
+    assert [AUDIT in line for line in err.decode().splitlines()] == [True]
     assert at_work.returncode == OK
     done = await asyncio.to_thread(program.run, "compact")
     assert (done.returncode, done.stderr) == (OK, "")

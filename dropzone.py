@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import bisect
 import codecs
 import contextlib
@@ -540,6 +541,9 @@ def operator_name() -> str:
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
+REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+LARGE_JSON = 64 * 1024  # bytes that are checked at once, however odd they are
+
 
 def parse_json(body: bytes) -> object:
     """Return the value of a JSON document (RFC 8259), or raise `PayloadNotJson` with the position.
@@ -549,8 +553,23 @@ def parse_json(body: bytes) -> object:
     """
     try:
         return msgspec.json.decode(body)  # several times as fast as `json`, but stricter
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except REFUSED:
         return _parse_leniently(body)
+
+
+def check_json(body: bytes, *, patient: bool = True) -> None:
+    """Raise `PayloadNotJson` where `parse_json` would, in a tenth of the time, without the values.
+
+    Those of a large document can take a gigabyte, and hold up all else for seconds: unless
+    `patient`, raise one of `REFUSED` where it has to be parsed to tell.
+    """
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+        body.isascii() or body.decode()  # what is raw is not decoded
+    except REFUSED:
+        if not patient and len(body) > LARGE_JSON:
+            raise
+        _parse_leniently(body)
 
 
 def _parse_leniently(body: bytes) -> object:
@@ -2088,13 +2107,14 @@ def judge(read: Callable[[UUID], bytes | None], raw_ids: Sequence[UUID | str]) -
 class Workers:
     """Processes for work that would hold up this one. The first call starts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = WORKERS) -> None:
+        self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
     async def run(self, call: Callable[..., T], *arguments: object) -> T:
         """Call a function of this module in one of them; raises what it raises."""
         spawn = multiprocessing.get_context("spawn")
-        self._pool = self._pool or ProcessPoolExecutor(WORKERS, spawn, _begin_worker)
+        self._pool = self._pool or ProcessPoolExecutor(self._count, spawn, _begin_worker)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
         except BrokenProcessPool:
@@ -2624,6 +2644,7 @@ BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
 BACKLOG = web.AppKey("BACKLOG", Backlog)
 METRICS = web.AppKey("METRICS", Metrics)
+CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
@@ -2706,17 +2727,36 @@ async def ingest(request: web.Request) -> web.Response:
         body = await read_body(request, take)
         key = idempotency_key(request)
         if request.content_type in NDJSON:
-            lines = await asyncio.to_thread(lines_of, body)
+            lines = await payloads_of(app, lines_of, body)
             request[LANDED] = await app[RAW].land(lines, key)
             return answer(AcceptedBatch(request[LANDED]), 202)
-        parse_json(body)
-        request[LANDED] = [raw_id] = await app[RAW].land([body], key)
+        document = await payloads_of(app, document_of, body)
+        request[LANDED] = [raw_id] = await app[RAW].land(document, key)
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 
-def lines_of(body: bytes) -> list[bytes]:
+async def payloads_of(
+    app: web.Application, split: Callable[..., list[bytes]], body: bytes
+) -> list[bytes]:
+    """Split a body; one that has to be parsed to be judged, and is large, in another process."""
+    try:
+        if len(body) <= LARGE_JSON:
+            return split(body)
+        return await asyncio.to_thread(split, body, patient=False)
+    except REFUSED:
+        return await app[CHECKER].run(split, body)
+
+
+def document_of(body: bytes, *, patient: bool = True) -> list[bytes]:
+    """Return the one document that a body is."""
+    check_json(body, patient=patient)
+    return [body]
+
+
+def lines_of(body: bytes, *, patient: bool = True) -> list[bytes]:
     """Return the documents of NDJSON, one of each line that has one."""
-    lines = list(itertools.islice(documents(io.BytesIO(body), len(body)), BATCH + 1))
+    found = documents(io.BytesIO(body), len(body), patient=patient)
+    lines = list(itertools.islice(found, BATCH + 1))
     if not lines:
         raise PayloadNotJson("no line has a document")
     if len(lines) > BATCH:
@@ -2724,7 +2764,7 @@ def lines_of(body: bytes) -> list[bytes]:
     return lines
 
 
-def documents(lines: Iterable[bytes], limit: int) -> Iterator[bytes]:
+def documents(lines: Iterable[bytes], limit: int, *, patient: bool = True) -> Iterator[bytes]:
     """Yield the JSON document of each line that has one; an error names the line."""
     for number, line in enumerate(lines, 1):
         document = line.rstrip(b"\r\n")
@@ -2732,7 +2772,7 @@ def documents(lines: Iterable[bytes], limit: int) -> Iterator[bytes]:
             raise too_large(limit)
         try:
             if document.strip():
-                parse_json(document)
+                check_json(document, patient=patient)
                 yield document
         except PayloadNotJson as error:
             raise PayloadNotJson(f"line {number}: {error}", line=number) from None
@@ -2877,10 +2917,15 @@ async def openapi(request: web.Request) -> web.Response:
     return answer(openapi_document(request.app[PREFIX]))
 
 
+def script_hash(script: str) -> str:
+    """Return what a Content-Security-Policy names an inline script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
 @Route("GET", "/docs", None, {200: ("text/html",)})
 async def docs(_: web.Request) -> web.Response:
     """Show the description of this API as a page."""
-    return web.Response(text=DOCS_PAGE, content_type="text/html")
+    return web.Response(text=DOCS_PAGE, content_type="text/html", headers=PAGE_HEADERS)
 
 
 @Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
@@ -2888,17 +2933,33 @@ async def docs_asset(request: web.Request) -> web.StreamResponse:
     """Return a file of the page, which comes with the package swagger-ui-py."""
     spec = importlib.util.find_spec("swagger_ui")
     folder = Path(spec.origin or "").parent if spec else Path()
-    return web.FileResponse(folder / "static" / request.match_info["asset"])
+    cached = {"Cache-Control": "no-cache"}  # kept, and asked for again by its ETag
+    return web.FileResponse(folder / "static" / request.match_info["asset"], headers=cached)
 
 
-DOCS_PAGE = """<!DOCTYPE html>
+DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#page", validatorUrl: null})'
+DOCS_PAGE = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Dropzone API</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="page"></div><script src="docs/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#page", validatorUrl: null})</script></body>
+<script>{DOCS_SCRIPT}</script></body>
 </html>
 """
+
+# Of every answer. Whatever somebody has landed is data, and never runs as a page of this service.
+SAFE_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Referrer-Policy": "no-referrer",
+    "Server": "dropzone",
+    "X-Content-Type-Options": "nosniff",
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
+    f"script-src 'self' '{script_hash(DOCS_SCRIPT)}'; style-src 'self' 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
 
 
 # ── HTTP: who may do what ─────────────────────────────────────────────────────────────────────────
@@ -3177,6 +3238,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
     response.headers.update(request.get(RATE_HEADERS, ()))
+    for name, value in SAFE_HEADERS.items():
+        response.headers.setdefault(name, value)
     seconds = time.perf_counter() - begun
     request.app[METRICS].answered(*template_of(request), response.status, seconds)
     if request_log.isEnabledFor(logging.INFO):
@@ -3526,6 +3589,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
         app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
     app[METRICS].own_in_flight = lambda: app[ADMISSION].bytes
     app[PROCESSOR] = Processor(config, app[BACKEND], app[METRICS])
+    app[CHECKER] = Workers(1)  # one large document at a time
     app[BACKLOG] = Backlog(app[RAW])
     app[REQUEST_LOG] = RequestLog()
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
@@ -3573,6 +3637,7 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await app[PROCESSOR].close()
+        await app[CHECKER].close()
         await app[RAW].close()
         await app[BACKEND].close()
 

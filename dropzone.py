@@ -86,6 +86,7 @@ import msgspec
 import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
 from aiohttp.hdrs import METH_ALL
+from aiohttp.http_exceptions import HttpProcessingError
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -2123,7 +2124,9 @@ class Workers:
 
     def begin(self) -> asyncio.Future[Any]:
         """Start the processes, and return what is done when they are ready."""
-        return asyncio.gather(*(self.run(os.getpid) for _ in range(WORKERS)))
+        begun = asyncio.gather(*(self.run(os.getpid) for _ in range(WORKERS)))
+        begun.add_done_callback(lambda done: done.cancelled() or done.exception())  # else logged
+        return begun
 
     async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Do some work for each item, one more at a time than there are processes.
@@ -3424,10 +3427,9 @@ def moment_in(name: str, text: str) -> datetime:
 
 def raw_id_in(request: web.Request) -> UUID:
     text = request.match_info["raw_id"]
-    try:
-        return UUID(text)
-    except ValueError:
-        raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID") from None
+    if raw_id := raw_id_of(f"{text.lower()}.json"):
+        return raw_id
+    raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID")
 
 
 async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
@@ -3759,6 +3761,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     )
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
+    logging.getLogger("aiohttp.server").addFilter(tell_less)
     await runner.setup()
     try:
         site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
@@ -3779,6 +3782,16 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     finally:
         await runner.cleanup()
     return os.EX_OK
+
+
+def tell_less(record: logging.LogRecord) -> bool:
+    """Log one line of HTTP that does not parse: it is no defect, and might quote a key."""
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.exc_info = None
+        record.msg += ": no valid HTTP"
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        return log.isEnabledFor(logging.INFO)
+    return True
 
 
 async def ingest_files(config: Config, args: argparse.Namespace) -> int:

@@ -347,7 +347,7 @@ def load_config(
     The file is `path`, or what `DROPZONE_CONFIG` names, or `config.toml` in the working directory,
     or the one beside this program; `.env` is looked for in the same two folders. A relative path
     counts from the folder of the file that it stands in, in a variable from the working directory.
-    An empty variable is as good as none. Raises `ConfigError`, which names the setting.
+    An empty variable is as good as none. Raises `ConfigError`, with a line for each wrong setting.
     """
     here = Path.cwd()
     dotenv = _read(_in_reach(".env"), lambda text: dotenv_values(stream=io.StringIO(text)))
@@ -361,14 +361,23 @@ def load_config(
     files += [here / path] if path else []
     file = files[-1] if files else _in_reach("config.toml")
     table, home = _read(file, tomllib.loads)
-    config = _with(Config(), file, home, (), table)
+    config = _with(Config(), file, home, (), {})
+    given: list[tuple[object, Path, Setting, object]]
+    given = [(file, home, *leaf) for leaf in _leaves(table)]
     if any(name == "DROPZONE_DATABASE_URL" for name, _, _ in variables):
         variables.insert(0, ("DROPZONE_BACKEND", "postgres", here))  # unless another follows
     for name, text, home in variables:
         if name != "DROPZONE_CONFIG":
-            config = _with(config, name, home, VARIABLES.get(name, (name,)), text)
-    for setting, value in (overrides or {}).items():
-        config = _with(config, "the command line", here, setting, value)
+            given.append((name, home, VARIABLES.get(name, (name,)), text))
+    given += [("the command line", here, *pair) for pair in (overrides or {}).items()]
+    wrong = list[str]()
+    for source in given:
+        try:
+            config = _with(config, *source)
+        except ConfigError as error:
+            wrong.append(error.detail)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     again = functools.partial(load_config, file, environ=environ, overrides=overrides)
     places = ((file,) if file else _places("config.toml")) + _places(".env")
     config.__dict__.update(files=places, reload=again)
@@ -379,6 +388,14 @@ def load_config(
 
 def _places(name: str) -> tuple[Path, ...]:
     return Path.cwd() / name, Path(__file__).resolve().parent / name
+
+
+def _leaves(table: Table, prefix: Setting = ()) -> Iterator[tuple[Setting, object]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
 
 
 def _in_reach(name: str) -> Path | None:
@@ -1655,9 +1672,12 @@ class RawStore(Folders):
         if len(self._full) > FULL_LOGS:
             raise OSError(errno.EIO, "the checkpoint of the journal fails")
         disk = os.statvfs(self.raw)
-        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
-        if disk.f_bavail * disk.f_frsize < reserve + 2 * size:
+        if disk.f_bavail * disk.f_frsize < self.reserve(disk) + 2 * size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def reserve(self, disk: os.statvfs_result) -> int:
+        """Return how many bytes of a disk are to stay free."""
+        return min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
 
     def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
         """Return the answers to a group, and the record of what is to be stored for them."""
@@ -4027,28 +4047,90 @@ async def list_keys(config: Config, _: argparse.Namespace) -> int:
 
 async def check(config: Config, _: argparse.Namespace) -> int:
     """name what is wrong with the configuration and its surroundings; then the exit code is 78"""
-    raw, backend = RawStore(config.raw), backend_of(config)
-    troubles = {
-        f"data folder {config.raw.dir}": await folder_trouble(raw),
-        f"backend {config.storage.backend}": await trouble_of(backend),
+    backend, raw = backend_of(config), RawStore(config.raw)
+    troubles: dict[str, list[str | None]] = {
+        f"data folder {config.raw.dir}": [*folder_troubles(raw)],
+        f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
+        "clock": [clock_trouble(raw)],
+        "file descriptors": [descriptor_trouble()],
+        "keys": [config_trouble(Guard, config)],
+        "TLS": [config_trouble(tls_context, config.server)],
     }
     await backend.close()
-    for name, trouble in troubles.items():
-        print(f"wrong  {name}: {trouble}" if trouble else f"ok     {name}")
-    tls_context(config.server)  # raises, as the next line does
-    if Guard(config).is_open:
+    for name, found in troubles.items():
+        lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
+        print("\n".join(lines) or f"ok     {name}")
+    if not troubles["keys"][0] and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
-    return os.EX_CONFIG if any(troubles.values()) else os.EX_OK
+    return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
 
 
-async def folder_trouble(raw: RawStore) -> str | None:
+def config_trouble(use: Callable[..., object], config: Section) -> str | None:
     try:
-        await raw.open()
-    except StorageUnavailable as error:
+        use(config)
+    except ConfigError as error:
         return str(error)
-    if strays := raw.strays():
-        return f"not named <uuid>.json, move them elsewhere: {', '.join(strays)}"
-    return raw.trouble()
+    return None
+
+
+def folder_troubles(raw: RawStore) -> list[str]:
+    """Say what is wrong with the folders, without making them: their owner would be another."""
+    device = existing(raw.raw).stat().st_dev
+    folders = (raw.raw, raw.processed, raw.rejected, raw.journal)
+    troubles = list(filter(None, map(writing_trouble, folders)))
+    troubles += [
+        f"{folder} is not on the file system of {raw.raw}: choose a folder that is"
+        for folder in folders
+        if existing(folder).stat().st_dev != device
+    ]
+    if raw.raw.is_dir() and os.access(raw.raw, os.R_OK):
+        strays = raw.strays()
+        troubles += [f"{raw.raw / name} is not named <uuid>.json: move it away" for name in strays]
+    disk = os.statvfs(existing(raw.raw))
+    if disk.f_bavail * disk.f_frsize < raw.reserve(disk):
+        troubles.append(f"the disk of {raw.raw} is nearly full: make room, payloads are refused")
+    return list(dict.fromkeys(troubles))
+
+
+def existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that is there."""
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
+
+
+def writing_trouble(folder: Path) -> str | None:
+    there = existing(folder)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return f"{there} is not a folder that this user can write to: let it, or choose another"
+
+
+async def storage_trouble(config: Config, backend: Backend) -> str | None:
+    path = config.storage.sqlite.path
+    if config.storage.backend == "sqlite" and not os.path.exists(path):
+        return writing_trouble(path.parent)
+    return await trouble_of(backend)
+
+
+def clock_trouble(raw: RawStore) -> str | None:
+    """Compare the clock with the last raw_id given out, and with the age of this program."""
+    past = [datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)]
+    with contextlib.suppress(OSError, ValueError):  # nothing has landed
+        past.append(arrival_of(UUID(bytes=(raw.journal / "last_raw_id").read_bytes())) or past[0])
+    behind = max(past) - datetime.now(UTC)
+    if behind < CLOCK_PATIENCE:
+        return None
+    return f"it is {behind} behind what has happened already: set it, and keep it by NTP"
+
+
+def descriptor_trouble() -> str | None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most == resource.RLIM_INFINITY or most >= DESCRIPTORS:
+        return None
+    return f"{most} at most, each connection takes one: set LimitNOFILE= or ulimit -Hn to 65536"
+
+
+CLOCK_PATIENCE = timedelta(minutes=5)
+DESCRIPTORS = 4096
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

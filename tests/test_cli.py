@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -251,11 +253,91 @@ def test_a_data_folder_that_cannot_be(program: Program, command: list[object]):
 
 
 def test_check_is_content(program: Program):
-    """`check` says ok to the defaults in a fresh folder, exits 0 and lands nothing."""
+    """`check` says ok to the defaults in a fresh folder, exits 0 and makes nothing there."""
     done = program.run("check")
-    assert done.returncode == OK, done.stderr
+    assert done.returncode == OK, done.stdout + done.stderr
     assert "wrong" not in done.stdout
-    assert not program.payloads()
+    assert not (program.home / "data").exists()
+
+
+def test_check_names_every_wrong_setting(program: Program):
+    """`check` names all settings that are wrong, of the file and of variables, and shows no key."""
+    toml = f"[server]\nport = 'high'\nhots = 1\n[rwa]\ndir = 'x'\n[auth]\napi_key = ['{SECRET}']\n"
+    (program.home / "config.toml").write_text(toml)
+    done = program.run("check", DROPZONE_RAW_DRI="x", DROPZONE_PROCESS_BATCH="0")
+    assert (done.returncode, done.stdout) == (CONFIGURATION, "")
+    lines = done.stderr.splitlines()
+    named = ("server.port", "hots", "rwa", "api_key", "DROPZONE_RAW_DRI", "DROPZONE_PROCESS_BATCH")
+    for name in named:
+        assert sum(name in line for line in lines) == 1, (name, lines)
+    assert len(lines) == len(named)
+    assert SECRET not in done.stderr
+
+
+def test_check_names_everything_at_once(program: Program):
+    """`check` goes on behind the first thing that is wrong: each has its line."""
+    (program.home / "file").touch()
+    (program.home / "data" / "raw").mkdir(parents=True)
+    (program.home / "data" / "raw" / "notes.txt").touch()
+    folders = {"DROPZONE_RAW_REJECTED_DIR": "file/below", "DROPZONE_STORAGE_SQLITE_PATH": "file/b"}
+    done = program.run("check", **folders)
+    assert done.returncode == CONFIGURATION
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    assert len(wrong) == 3, wrong
+    assert "notes.txt" in done.stdout
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_check_names_a_folder_that_is_read_only(program: Program):
+    """`check` names a folder that exists and cannot be written to."""
+    raw = program.home / "data" / "raw"
+    raw.mkdir(parents=True, mode=0o500)
+    done = program.run("check")
+    assert done.returncode == CONFIGURATION
+    assert f"{raw} is not a folder that this user can write to" in done.stdout
+
+
+def test_check_names_a_clock_that_is_behind(program: Program):
+    """`check` compares the clock with the last payload that landed."""
+    journal = program.home / "data" / "journal"
+    journal.mkdir(parents=True)
+    ahead = dropzone.uuid_at(datetime.now(UTC) + timedelta(days=400))
+    (journal / "last_raw_id").write_bytes(ahead.bytes)
+    done = program.run("check")
+    assert done.returncode == CONFIGURATION
+    assert re.search(r"(?m)^wrong  clock: it is (399|400) days.* behind", done.stdout)
+    (journal / "last_raw_id").write_bytes(dropzone.uuid7().bytes)
+    assert program.run("check").returncode == OK
+
+
+def test_check_names_too_few_descriptors(program: Program):
+    """`check` says how many files may be open where thousands of connections would not fit."""
+    limited = f"ulimit -n 512 && exec {sys.executable} {DROPZONE} check"
+    done = subprocess.run(
+        ["/bin/sh", "-c", limited], cwd=program.home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == CONFIGURATION
+    assert "wrong  file descriptors: 512" in done.stdout
+
+
+def test_check_names_a_table_of_another_shape(program: Program):
+    """`check` names a table measurements that is somebody else's, and leaves it alone."""
+    file = program.home / "other.sqlite"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE measurements (x TEXT)")
+    done = program.run("check", DROPZONE_STORAGE_SQLITE_PATH=file)
+    assert done.returncode == CONFIGURATION
+    assert "another shape: rename that table" in done.stdout
+
+
+def test_check_beside_a_server(program: Program):
+    """`check` says ok while a server is at work on the same folder, and takes nothing from it."""
+    server = Server(program)
+    server.json("POST", "/ingest", LINE)
+    done = program.run("check")
+    assert done.returncode == OK, done.stdout
+    server.json("POST", "/ingest", LINE)
+    assert server.stop() == OK
 
 
 def test_check_notes_the_missing_key(program: Program):
@@ -282,8 +364,8 @@ def test_check_names_what_cannot_be_written(program: Program, setting: str):
 @pytest.mark.parametrize("name", ["notes.txt", "1.json", "not-a-uuid.json", "A" * 36 + ".json"])
 def test_check_names_a_stray_file(program: Program, name: str):
     """`check` names a file in the raw folder that is no payload, and leaves it alone."""
-    program.run("check")
     stray = program.home / "data" / "raw" / name
+    stray.parent.mkdir(parents=True)
     stray.write_text("mine")
     done = program.run("check")
     assert done.returncode == CONFIGURATION
@@ -641,7 +723,7 @@ def test_serve_does_not_wait_for_idle_devices(program: Program):
 
 def test_serve_names_a_stray_file(program: Program):
     """The log names, at start, what lies in the raw folder and is no payload."""
-    program.run("check")
+    (program.home / "data" / "raw").mkdir(parents=True)
     (program.home / "data" / "raw" / "notes.txt").touch()
     assert "notes.txt" in Server(program).log
 

@@ -3560,7 +3560,11 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.scope:
         operation["security"] = [{name: [route.scope]} for name in SECURITY_SCHEMES] + [{}]
     if route.handler is ingest:
-        operation["requestBody"] = {"required": True, "content": {"*/*": {"schema": {}}}}
+        operation["requestBody"] = {
+            "description": "Any JSON document, whatever its Content-Type says.",
+            "required": True,
+            "content": {"application/json": {"schema": {}}},
+        }
     return operation
 
 

@@ -4,9 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,10 @@ from uuid import UUID
 
 import msgspec
 import pytest
-import requests
-import schemathesis
 from aiohttp import web
 from aiohttp.test_utils import TestClient
-from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator, FormatChecker
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from schemathesis.checks import CHECKS, load_all_checks
 
 from backends import BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
@@ -357,77 +351,3 @@ async def test_answers_lack_no_member(document: dict[str, Any]) -> None:
     """What an answer always holds is described as required, so that clients can count on it."""
     for name, schema in document["components"]["schemas"].items():
         assert sorted(schema.get("required", ())) == sorted(schema["properties"]), name
-
-
-# ── Made-up requests ──────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def served(folder: Path, key: str = "") -> Iterator[str]:
-    """Serve from a thread of its own, with rows in it, as `python dropzone.py` does."""
-    loop = asyncio.new_event_loop()
-    runner: list[web.AppRunner] = []
-
-    async def start() -> str:
-        app = create_app(config_in(folder, key), backend=MemoryBackend())
-        runner.append(web.AppRunner(app, access_log=None, auto_decompress=False))
-        await runner[0].setup()
-        await web.TCPSite(runner[0], "127.0.0.1", 0).start()
-        host, port = runner[0].addresses[0]
-        return f"http://{host}:{port}"
-
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        url = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
-        headers = {"x-api-key": key} if key else {}
-        for body in (READING, [], READING):
-            requests.post(f"{url}/ingest", json=body, headers=headers, timeout=20)
-        requests.post(f"{url}/process", headers=headers, timeout=20)
-        yield url
-    finally:
-        asyncio.run_coroutine_threadsafe(runner[0].cleanup(), loop).result(20)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-load_all_checks()
-PROMISES = [
-    CHECKS.get_one(name)
-    for name in (
-        "not_a_server_error",
-        "status_code_conformance",
-        "content_type_conformance",
-        "response_headers_conformance",
-        "response_schema_conformance",
-        "negative_data_rejection",
-    )
-]
-DESCRIBED = [(route.method, route.path) for route in ROUTES if route.answers]
-
-
-@pytest.mark.parametrize("key", ["", "sesam"], ids=["open", "with a key"])
-@pytest.mark.parametrize("place", DESCRIBED, ids=" ".join)
-def test_made_up_requests(tmp_path: Path, place: tuple[str, str], key: str) -> None:
-    """Whatever is made up from the description gets no 5xx, and only what is described."""
-    headers = {"x-api-key": key} if key else {}
-    with served(tmp_path, key) as url, requests.Session() as session:
-        raw = session.get(f"{url}/openapi.json", timeout=20).json()
-        method, path = place
-        operation = schemathesis.openapi.from_dict(raw)[path][method]
-
-        @given(case=operation.as_strategy())
-        @settings(
-            max_examples=15,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        def ask(case: schemathesis.Case) -> None:
-            response = case.call(base_url=url, session=session, headers=headers)
-            case.validate_response(response, checks=PROMISES)
-
-        ask()

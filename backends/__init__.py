@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from math import isclose, isfinite
+from sys import float_info
 from typing import Protocol, cast
 from uuid import UUID
 
@@ -17,10 +18,12 @@ __all__ = [
     "Backend",
     "BackendError",
     "BackendUnavailable",
+    "Bucket",
     "Measurement",
     "MeasurementNotFound",
     "create_backend",
     "differences",
+    "edges",
     "require_utc",
     "same",
     "timestamp_text",
@@ -71,6 +74,27 @@ class Measurement(msgspec.Struct, frozen=True):
             raise ValueError(f"mean is {self.mean}: give a finite number")
         if not (isfinite(self.std_dev) and self.std_dev >= 0):
             raise ValueError(f"std_dev is {self.std_dev}: give a finite number, 0 or greater")
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """What a span of time holds, at least one row: the timestamps of the first and the last.
+
+    `mean` lies between `min_mean` and `max_mean`; it and `std_dev` are the means over the rows, to
+    rounding. Means and deviations beyond 1e290 may count as less in them.
+    """
+
+    first: datetime
+    last: datetime
+    count: int
+    min_mean: float
+    max_mean: float
+    mean: float
+    std_dev: float
+
+    def __post_init__(self) -> None:
+        mean = min(max(self.mean, self.min_mean), self.max_mean)
+        msgspec.structs.force_setattr(self, "mean", mean)
+        msgspec.structs.force_setattr(self, "std_dev", min(self.std_dev, float_info.max))
 
 
 class Backend(Protocol):
@@ -133,6 +157,15 @@ class Backend(Protocol):
 
     async def count(self) -> int:
         """Return the number of rows."""
+
+    async def summarize(
+        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+    ) -> list[Bucket]:
+        """Return what `since <= timestamp_utc < until` holds, in `buckets` spans of equal length.
+
+        They are in order of time, and those without a row are left out. Without a bound the spans
+        begin at the first row, or end at the last. Raises ValueError for less than one bucket.
+        """
 
 
 def create_backend(name: str, **options: object) -> Backend:
@@ -257,6 +290,22 @@ def window(
         return LATEST, LATEST
     following = after + RESOLUTION
     return following if since is None else max(since, following), until
+
+
+async def edges(
+    backend: Backend, since: datetime | None, until: datetime | None, buckets: int
+) -> list[tuple[datetime, datetime | None]]:
+    """Return the half-open spans of `summarize`, none where there is no row; None: without end."""
+    if buckets < 1:
+        raise ValueError(f"buckets is {buckets}: give 1 or more")
+    first = await backend.find(since=since, until=until, limit=1)
+    last = await backend.find(since=since, until=until, limit=1, descending=True)
+    if not (first and last):
+        return []
+    low = since or first[0].timestamp_utc
+    steps = ((until or last[0].timestamp_utc) - low) // RESOLUTION
+    starts = [low + steps * n // buckets * RESOLUTION for n in range(buckets)]
+    return list(zip(starts, [*starts[1:], until], strict=True))
 
 
 _METHODS = [name for name in vars(Backend) if not name.startswith("_")]

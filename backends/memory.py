@@ -3,8 +3,11 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from datetime import datetime
+from statistics import fmean
 
-from backends import Measurement, MeasurementNotFound, require_utc, window, winners
+from backends import Bucket, Measurement, MeasurementNotFound, edges, require_utc, window, winners
+
+LARGEST = 1e290  # in a sum that must not overflow
 
 
 class MemoryBackend:
@@ -67,6 +70,14 @@ class MemoryBackend:
         """See Backend.count."""
         return len(self._rows)
 
+    async def summarize(
+        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+    ) -> list[Bucket]:
+        """See Backend.summarize."""
+        spans = await edges(self, since, until, buckets)
+        found = [await self.find(since=a, until=b, limit=len(self._rows)) for a, b in spans]
+        return [_bucket(rows) for rows in found if rows]
+
     def _rival_rows(self, measurements: Sequence[Measurement]) -> list[Measurement]:
         timestamps = {row.timestamp_utc for row in measurements}
         return [self._rows[timestamp] for timestamp in timestamps if timestamp in self._rows]
@@ -76,3 +87,16 @@ class MemoryBackend:
         if len(self._timestamps) != len(self._rows):
             self._timestamps = sorted(self._rows)
         return self._timestamps
+
+
+def _bucket(rows: Sequence[Measurement]) -> Bucket:
+    means = [row.mean for row in rows]
+    return Bucket(
+        rows[0].timestamp_utc,
+        rows[-1].timestamp_utc,
+        len(rows),
+        min(means),
+        max(means),
+        fmean(min(max(mean, -LARGEST), LARGEST) for mean in means),
+        fmean(min(row.std_dev, LARGEST) for row in rows),
+    )

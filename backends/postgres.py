@@ -13,8 +13,10 @@ import asyncpg
 from backends import (
     BackendError,
     BackendUnavailable,
+    Bucket,
     Measurement,
     MeasurementNotFound,
+    edges,
     timestamp_text,
     window,
     winners,
@@ -71,6 +73,23 @@ WHERE timestamp_utc >= coalesce($1, '-infinity')::timestamptz
 ORDER BY timestamp_utc DESC LIMIT $3
 """
 COUNT = "SELECT count(*) FROM measurements"
+# A range of the index for each span takes a fifth of the time of grouping all rows. A sum that
+# overflows would be an error, and avg squares its values on the way.
+SUMMARIZE = """
+SELECT of_span.first, of_span.last, of_span.count,
+    of_span.min_mean, of_span.max_mean, of_span.mean, of_span.std_dev
+FROM unnest($1::text[], $2::text[]) AS span (low, high)
+CROSS JOIN LATERAL (
+    SELECT min(timestamp_utc) AS first, max(timestamp_utc) AS last, count(*) AS count,
+        min(mean) AS min_mean, max(mean) AS max_mean,
+        sum(least(greatest(mean, -1e290), 1e290)) / count(*) AS mean,
+        sum(least(std_dev, 1e290)) / count(*) AS std_dev
+    FROM measurements
+    WHERE timestamp_utc >= span.low::timestamptz AND timestamp_utc < span.high::timestamptz
+) AS of_span
+WHERE of_span.count > 0
+ORDER BY of_span.first ASC
+"""
 PING = "SELECT 1"
 
 EXAMPLE = "postgresql://user:password@host:5432/database"
@@ -202,6 +221,15 @@ class PostgresBackend:
     async def count(self) -> int:
         """See Backend.count."""
         return int((await self._fetch(COUNT))[0][0])
+
+    async def summarize(
+        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+    ) -> list[Bucket]:
+        """See Backend.summarize."""
+        spans = await edges(self, since, until, buckets)
+        starts = [timestamp_text(a) for a, _ in spans]
+        ends = [timestamp_text(b) if b else "infinity" for _, b in spans]
+        return [Bucket(*row) for row in await self._fetch(SUMMARIZE, starts, ends)]
 
     async def _fetch(self, sql: str, *arguments: object) -> Records:
         with self._errors():

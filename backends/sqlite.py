@@ -10,14 +10,16 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from backends import (
     BackendError,
     BackendUnavailable,
+    Bucket,
     Measurement,
     MeasurementNotFound,
+    edges,
     timestamp_text,
     window,
     winners,
@@ -63,6 +65,16 @@ WHERE timestamp_utc >= coalesce(?, '') AND timestamp_utc < coalesce(?, '~')
 ORDER BY timestamp_utc DESC LIMIT ?
 """
 COUNT = "SELECT count(*) FROM measurements"
+# Of one span. Its ends are found by the index: to compare every text would take as long again.
+SUMMARIZE = """
+SELECT
+    (SELECT timestamp_utc FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
+        ORDER BY timestamp_utc ASC LIMIT 1),
+    (SELECT timestamp_utc FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
+        ORDER BY timestamp_utc DESC LIMIT 1),
+    count(*), min(mean), max(mean), avg(mean), avg(std_dev)
+FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
+"""
 PING = "SELECT 1"
 
 # What the data are the reason for; everything else is trouble with the file.
@@ -133,6 +145,20 @@ class SqliteBackend:
     async def count(self) -> int:
         """See Backend.count."""
         return int((await self._fetch(COUNT))[0][0])
+
+    async def summarize(
+        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+    ) -> list[Bucket]:
+        """See Backend.summarize."""
+        spans = [
+            (timestamp_text(a), timestamp_text(b) if b else "~")
+            for a, b in await edges(self, since, until, buckets)
+        ]
+        rows = await self._in_thread(lambda: list(map(self._summarize, spans)))
+        return [self._bucket(*row) for row in rows if row[0]]
+
+    def _summarize(self, span: tuple[str, str]) -> Any:
+        return self._opened().execute(SUMMARIZE, span).fetchone()
 
     async def _fetch(self, sql: str, *parameters: object) -> list[Row]:
         return await self._in_thread(lambda: self._opened().execute(sql, parameters).fetchall())
@@ -208,6 +234,18 @@ class SqliteBackend:
         except (TypeError, ValueError) as error:
             raise BackendError(
                 f"{self._path} has a row {row!r} that is no measurement: delete it ({error})"
+            ) from error
+
+    def _bucket(self, first: str, last: str, count: int, *values: float | None) -> Bucket:
+        # A sum that overflows is an infinity, or null where it went both ways.
+        low, high, mean, std_dev = (0.0 if value is None else value for value in values)
+        try:
+            start, end = datetime.fromisoformat(first), datetime.fromisoformat(last)
+            return Bucket(start, end, count, low, high, mean, std_dev)
+        except (TypeError, ValueError) as error:
+            raise BackendError(
+                f"{self._path} has a row that is no measurement from {first} to {last}: "
+                f"delete it ({error})"
             ) from error
 
 

@@ -9,12 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import traceback
+from bisect import bisect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
-from itertools import chain, count, pairwise, permutations
+from itertools import chain, count, groupby, pairwise, permutations
 from math import inf, nextafter
 from pathlib import Path
+from statistics import fmean
 from typing import TypeAlias, TypeVar
 from uuid import UUID
 
@@ -22,7 +24,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msgspec.structs import force_setattr
+from msgspec.structs import astuple, force_setattr
 from postgres_server import PostgresServer
 
 import backends
@@ -30,6 +32,7 @@ from backends import (
     Backend,
     BackendError,
     BackendUnavailable,
+    Bucket,
     Measurement,
     MeasurementNotFound,
     create_backend,
@@ -477,6 +480,101 @@ async def test_deletes_beside_upserts(connect: Connect) -> None:
             other.upsert(before),
         )
         assert await everything(one) == after
+
+
+# ── Summaries ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def bucket_of(rows: Sequence[Measurement]) -> Bucket:
+    means = [row.mean for row in rows]
+    std_dev = fmean(row.std_dev for row in rows)
+    ends = rows[0].timestamp_utc, rows[-1].timestamp_utc
+    return Bucket(*ends, len(rows), min(means), max(means), fmean(means), std_dev)
+
+
+def about(buckets: Sequence[Bucket]) -> list[tuple[object, ...]]:
+    """Make what equals these buckets but for the rounding of their means."""
+    return [
+        (
+            b.first,
+            b.last,
+            b.count,
+            b.min_mean,
+            b.max_mean,
+            pytest.approx(b.mean),
+            pytest.approx(b.std_dev),
+        )
+        for b in buckets
+    ]
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("since", [None, NOON - 5 * SECOND, NOON, NOON + 11 * SECOND])
+@pytest.mark.parametrize("until", [None, NOON + 12 * SECOND, NOON + 40 * SECOND, LAST])
+async def test_summarize_does_what_it_says(
+    backend: Backend, since: datetime | None, until: datetime | None, buckets: int
+) -> None:
+    """Spans of equal length cover the range; each that has rows tells of exactly these."""
+    rows = [row(at, at + 1, mean=at * 0.7 - 9, std=at / 3) for at in (0, 1, 2, 9, 11, 12, 20, 29)]
+    await backend.upsert(rows)
+    inside = [r for r in rows if (not since or r.timestamp_utc >= since)]
+    inside = [r for r in inside if (not until or r.timestamp_utc < until)]
+    low, high = since or inside[0].timestamp_utc, until or inside[-1].timestamp_utc
+    microseconds = (high - low) // timedelta(microseconds=1)
+    spans = [low + timedelta(microseconds=microseconds * n // buckets) for n in range(1, buckets)]
+    expected = [
+        list(found) for _, found in groupby(inside, lambda r: bisect(spans, r.timestamp_utc))
+    ]
+    summary = await backend.summarize(since=since, until=until, buckets=buckets)
+    assert [astuple(bucket) for bucket in summary] == about(list(map(bucket_of, expected)))
+
+
+async def test_summarize_nothing(backend: Backend) -> None:
+    """Where there is no row, before, between or behind the rows, there is no bucket."""
+    assert await backend.summarize(buckets=5) == []
+    await backend.upsert([row(0), row(10)])
+    for since, until in ((5, 5), (0, 0), (1, 10), (11, 99), (10, 0)):
+        bounds = {"since": NOON + since * SECOND, "until": NOON + until * SECOND}
+        assert await backend.summarize(**bounds, buckets=5) == []
+
+
+@pytest.mark.parametrize("value", [0.1, -1.7e308, 5e-324, 1e-310, nextafter(inf, 0)])
+@pytest.mark.parametrize("buckets", [1, 100])
+async def test_summarize_one_row(backend: Backend, value: float, buckets: int) -> None:
+    """A single row is a bucket with its exact mean and, but for huge ones, its exact deviation."""
+    std_dev = min(abs(value), 1e290)
+    await backend.upsert([row(3, mean=value, std=std_dev)])
+    at = NOON + 3 * SECOND
+    expected = Bucket(at, at, 1, value, value, value, std_dev)
+    assert await backend.summarize(buckets=buckets) == [expected]
+
+
+async def test_summarize_from_the_first_to_the_last_moment(backend: Backend) -> None:
+    """The years 1 and 9999 are inside a range without bounds."""
+    await backend.upsert([row(FIRST, 1), row(NOON, 2), row(LAST, 3)])
+    summary = await backend.summarize(buckets=2000)
+    assert [bucket.first for bucket in summary] == [FIRST, NOON, LAST]
+    assert [bucket.count for bucket in await backend.summarize(buckets=1)] == [3]
+    assert sum(b.count for b in await backend.summarize(until=LAST, buckets=10)) == 2
+
+
+async def test_summarize_sums_that_overflow(backend: Backend) -> None:
+    """Rows near the largest double are summarized by finite numbers within their bounds."""
+    huge = nextafter(inf, 0)
+    for means in ((huge, huge, huge), (huge, huge, -huge, -huge)):
+        await backend.upsert([row(at, 1, mean, huge) for at, mean in enumerate(means)])
+        [bucket] = await backend.summarize(since=NOON, until=NOON + DAY, buckets=1)
+        assert (bucket.min_mean, bucket.max_mean) == (min(means), max(means))
+        assert min(means) <= bucket.mean <= max(means)
+        assert 1e289 <= bucket.std_dev < inf
+
+
+async def test_summarize_refuses_what_makes_no_sense(backend: Backend) -> None:
+    """Less than one bucket, or a bound that is not at UTC, is an error of the caller."""
+    with pytest.raises(ValueError, match="buckets"):
+        await backend.summarize(buckets=0)
+    with pytest.raises(ValueError, match="UTC"):
+        await backend.summarize(since=NOON.replace(tzinfo=None), buckets=1)
 
 
 # ── Differences ───────────────────────────────────────────────────────────────────────────────────
@@ -1303,7 +1401,11 @@ async def test_create_backend_takes_ones_own_class() -> None:
         (".relative:Class", {}, "cannot be imported"),
         ("backends.memory:NoSuchClass", {}, "has no attribute 'NoSuchClass'"),
         ("backends.memory:MemoryBackend", {"size": 1}, "does not accept its options.*size"),
-        (f"{__name__}:Incomplete", {}, "lacks close, ping, upsert, delete, get, find, count"),
+        (
+            f"{__name__}:Incomplete",
+            {},
+            "lacks close, ping, upsert, delete, get, find, count, summarize",
+        ),
         (f"{__name__}:NOON", {}, "does not accept its options"),
         ("sqlite", {}, "path"),
         ("postgres", {}, "url such as postgresql://user:password@host"),

@@ -6,7 +6,7 @@ RUN useradd --system --uid 10001 --no-create-home dropzone \
 WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check --requirement requirements.txt
-COPY dropzone.py ./
+COPY dropzone.py dropzone.html ./
 COPY backends ./backends
 RUN python -m compileall -q dropzone.py backends
 

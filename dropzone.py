@@ -78,7 +78,18 @@ from http import HTTPStatus
 from ipaddress import IPv6Address
 from pathlib import Path
 from random import getrandbits, uniform
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TextIO, TypeVar, cast
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Generic,
+    Literal,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    cast,
+)
 from uuid import UUID
 
 import aiofiles.os
@@ -100,6 +111,7 @@ from backends import (
     Backend,
     BackendError,
     BackendUnavailable,
+    Bucket,
     Measurement,
     MeasurementNotFound,
     create_backend,
@@ -906,6 +918,52 @@ def _read_file(path: str) -> bytes:
         os.close(descriptor)
 
 
+MINUTES = 60  # that the tally goes back
+SLOT = struct.Struct("<QQ")
+TALLY_BYTES = SLOT.size * (1 + MINUTES)
+
+
+class Tally:
+    """Numbers that all processes of a data folder share, in a file of a kilobyte.
+
+    The first slot has how many payloads have become processed, and when the last landed (in ms
+    since 1970); the others a minute each and how many landed in it. It is not synced: after a
+    power cut it may lag. What is exact is in the folders.
+    """
+
+    def __init__(self, path: Path, processed_so_far: Callable[[], int] = int) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _locked(self._file):
+            if os.fstat(self._file).st_size < TALLY_BYTES:
+                first = SLOT.pack(processed_so_far(), 0)
+                os.pwrite(self._file, first.ljust(TALLY_BYTES, b"\0"), 0)
+
+    def add(self, *, landed: int = 0, processed: int = 0) -> None:
+        now = time.time_ns() // 1_000_000
+        with _locked(self._file):
+            total, last = self._slot(0)
+            self._set(0, total + processed, now if landed else last)
+            if landed:
+                minute = now // 60_000
+                known, count = self._slot(1 + minute % MINUTES)
+                self._set(1 + minute % MINUTES, minute, landed + (count if known == minute else 0))
+
+    def read(self) -> tuple[int, int, list[int]]:
+        """Return both of the first slot, and how many landed in each minute, this one last."""
+        (total, last), *slots = SLOT.iter_unpack(os.pread(self._file, TALLY_BYTES, 0))
+        this, counts = int(time.time()) // 60, dict(slots)
+        return total, last, [counts.get(this - n, 0) for n in reversed(range(MINUTES))]
+
+    def _slot(self, number: int) -> tuple[Any, ...]:
+        return SLOT.unpack(os.pread(self._file, SLOT.size, SLOT.size * number))
+
+    def _set(self, number: int, *values: int) -> None:
+        os.pwrite(self._file, SLOT.pack(*values), SLOT.size * number)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
 class Folders:
     """Where payloads lie: the folder of a file is the payload's state.
 
@@ -968,6 +1026,9 @@ class Folders:
         with os.scandir(self.raw) as entries:
             return sum(PAYLOAD_NAME.fullmatch(entry.name) is not None for entry in entries)
 
+    def open_tally(self) -> Tally:
+        return Tally(self.journal / "tally", self.count_processed)
+
     def strays(self) -> list[str]:
         """Return the names in the raw folder that are not those of payloads."""
         return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
@@ -991,7 +1052,7 @@ class Folders:
 
         Doing it again, or a part of it again, changes nothing.
         """
-        counted = list(map(self._with_retries, rejected))
+        counted, moved = list(map(self._with_retries, rejected)), 0
         for rejection in counted:
             self._record(rejection)  # before the payload, so that none is without its reason
             self._move(rejection.raw_id, self.rejected)
@@ -999,7 +1060,9 @@ class Folders:
             folder = self.processed / day
             folder.mkdir(parents=True, exist_ok=True)
             for raw_id in raw_ids:
-                self._move(raw_id, folder)
+                moved += self._move(raw_id, folder)
+        with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
+            tally.add(processed=moved)
         return counted
 
     def _with_retries(self, rejection: Rejection) -> Rejection:
@@ -1008,15 +1071,17 @@ class Folders:
             return msgspec.structs.replace(rejection, **so_far)
         return rejection
 
-    def _move(self, raw_id: UUID | str, folder: Path) -> None:
+    def _move(self, raw_id: UUID | str, folder: Path) -> bool:
         name = f"{raw_id}.json"
         source = f"{self.raw}/{name}"
         try:
             os.rename(source, f"{folder}/{name}")
+            return True
         except FileNotFoundError:
             pass  # somebody else has moved it
         except OSError as error:  # one bad file never stops the rest
             log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
+        return False
 
     # Long life: finished days are packed, and after `keep_days` deleted.
 
@@ -1556,6 +1621,7 @@ class RawStore(Folders):
                 raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
         self._journal_fd = os.open(self.journal, os.O_RDONLY)  # held, it hears of every error
         self._counter = os.open(self.journal / "last_raw_id", os.O_RDWR | os.O_CREAT, 0o644)
+        self.tally = self.open_tally()
         self._keys = sqlite3.connect(self.journal / "keys.sqlite", isolation_level=None)
         self._recover()
 
@@ -1579,6 +1645,7 @@ class RawStore(Folders):
             kept.close()
         for spare in self._spare:
             spare.remove()
+        self.tally.close()
         os.close(self._counter)
         os.close(self._journal_fd)
         self._keys.close()
@@ -1655,6 +1722,8 @@ class RawStore(Folders):
             with _locked(self._journal_fd) if keyed else contextlib.nullcontext():
                 answers, record = self._assign(group)
                 written = self._commit(record, answers) if record.payloads else Written(answers)
+                with contextlib.suppress(OSError):  # it is on disk, whether counted or not
+                    self.tally.add(landed=written.payloads)
         except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
             refusal = _storage_error(error)
             if isinstance(refusal, StorageFull):
@@ -1671,13 +1740,15 @@ class RawStore(Folders):
         """Refuse before anything is written, so that what is acknowledged can be processed too."""
         if len(self._full) > FULL_LOGS:
             raise OSError(errno.EIO, "the checkpoint of the journal fails")
-        disk = os.statvfs(self.raw)
-        if disk.f_bavail * disk.f_frsize < self.reserve(disk) + 2 * size:
+        free, reserve = self.room()
+        if free < reserve + 2 * size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def reserve(self, disk: os.statvfs_result) -> int:
-        """Return how many bytes of a disk are to stay free."""
-        return min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
+    def room(self, at: Path | None = None) -> tuple[int, int]:
+        """Return how many bytes are free, and how many have to stay so."""
+        disk = os.statvfs(at or self.raw)
+        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
+        return disk.f_bavail * disk.f_frsize, reserve
 
     def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
         """Return the answers to a group, and the record of what is to be stored for them."""
@@ -1843,14 +1914,6 @@ class RawStore(Folders):
         names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
         return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
 
-    def free_bytes(self) -> int:
-        """Return how much an unprivileged user may still write; raises `StorageUnavailable`."""
-        try:
-            disk = os.statvfs(self.raw)
-        except OSError as error:
-            raise _storage_error(error) from error
-        return disk.f_bavail * disk.f_frsize
-
     def trouble(self) -> str | None:
         """Try to write and sync; return what stands in the way of landing, or None."""
         for folder in (self.raw, self.journal):
@@ -1907,6 +1970,15 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_file(folder.parent)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise `StorageUnavailable` where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(error) from error
 
 
 def _storage_error(error: Exception) -> StorageUnavailable:
@@ -2090,8 +2162,8 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
-LOOK_PATIENCE = 0.2  # seconds after which the last count of what is pending does
-LOOK_PAUSE = 20  # times as long as the last count took, before the next
+LOOK_PATIENCE = 0.5  # seconds after which what was found before does
+LOOK_PAUSE = 200  # times as long as a look took, before the next
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
@@ -2362,42 +2434,63 @@ def measured(backend: Backend, metrics: Metrics) -> Backend:
     return cast("Backend", Measured(backend, metrics))
 
 
+class Lately(Generic[T]):
+    """What was found in a folder lately.
+
+    It is looked for again when something came into the folder or left it, but not for more than
+    a 200th of the time: of 100,000 files the answer may be half a minute old, of 1,000 it is new.
+    Whoever asks waits for half a second at most, and gets what was found before, if anything was.
+    """
+
+    def __init__(self, folder: Path, find: Callable[[], T], nothing: T) -> None:
+        self._folder, self._find, self._found = folder, find, nothing
+        self._changed, self._due = 0, 0.0
+        self._looking: asyncio.Future[None] | None = None
+
+    async def look(self) -> T:
+        """Return what was found; raises `StorageUnavailable`."""
+        with disk_errors():
+            changed = os.stat(self._folder).st_mtime_ns
+            if self._looking is None and changed != self._changed and time.monotonic() >= self._due:
+                self._looking = asyncio.ensure_future(asyncio.to_thread(self._look, changed))
+            if looking := self._looking:
+                patience = LOOK_PATIENCE if self._due else None
+                done, _ = await asyncio.wait([looking], timeout=patience)
+                if done and looking is self._looking:
+                    self._looking = None
+                if done:
+                    looking.result()
+        return self._found
+
+    def _look(self, changed: int) -> None:
+        begun = time.monotonic()
+        self._found = self._find()
+        ended = time.monotonic()
+        self._due = ended + LOOK_PAUSE * (ended - begun)
+        settled = time.time_ns() - changed > 1_000_000_000  # or else more may bear the same time
+        self._changed = changed if settled else 0
+
+
 class Backlog:
-    """How many payloads are pending, and for how long: looking takes a twentieth of the time."""
+    """How many payloads are pending, and for how many seconds the oldest has been; see `Lately`."""
 
     def __init__(self, folders: Folders) -> None:
-        self._folders = folders
-        self._seen: tuple[int, datetime | None] | None = None
-        self._looking: asyncio.Task[None] | None = None
-        self._next = 0.0
+        nothing: tuple[list[str], int] = ([], 0)
+        self._lately = Lately(folders.raw, lambda: earliest_names(folders.raw, 1), nothing)
 
     async def look(self) -> tuple[int, float | None]:
-        """Return the count, and the seconds since the oldest arrived (None where there is none).
+        """Return both, None where nothing is pending; raises `StorageUnavailable`."""
+        names, count = await self._lately.look()
+        arrival = arrival_of(UUID(names[0])) if names else None
+        return count, max(0.0, time.time() - arrival.timestamp()) if arrival else None
 
-        It is of this moment while it is quick to count; of a million files it is of the last
-        minute. Raises `StorageUnavailable`.
-        """
-        if self._looking is None and time.monotonic() >= self._next:
-            self._looking = asyncio.create_task(self._look())
-        if self._looking:
-            patience = LOOK_PATIENCE if self._seen else None
-            done, _ = await asyncio.wait([self._looking], timeout=patience)
-            for look in done:
-                look.result()
-        count, oldest = self._seen or (0, None)
-        age = max(0.0, (datetime.now(UTC) - oldest).total_seconds()) if oldest else None
-        return count, age
 
-    async def _look(self) -> None:
-        begun = time.monotonic()
-        try:
-            names, count = await asyncio.to_thread(earliest_names, self._folders.raw, 1)
-        except OSError as error:
-            raise _storage_error(error) from error
-        finally:
-            self._looking = None
-        self._seen = count, arrival_of(UUID(names[0])) if names else None
-        self._next = time.monotonic() + LOOK_PAUSE * (time.monotonic() - begun)
+class Codes(Lately[dict[str, int]]):
+    """How many payloads are rejected, by code."""
+
+    def __init__(self, folders: Folders) -> None:
+        count = lambda: Counter(rejection.code for rejection in folders.rejections())  # noqa: E731
+        super().__init__(folders.rejected, count, {})
 
 
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
@@ -2565,6 +2658,32 @@ class AcceptedBatch(Struct, frozen=True):
     status: Literal["accepted"] = "accepted"
 
 
+class Status(Struct, frozen=True):
+    """What there is to see at a glance; see `Lately` for how old a count may be.
+
+    `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
+    how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
+    `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong.
+    """
+
+    now: datetime
+    landed: list[int]
+    last_landed: datetime | None
+    pending: int
+    oldest_pending_seconds: float | None
+    processed: int
+    rejected: dict[str, int]
+    free_bytes: int
+    reserve_bytes: int
+    backend: str
+
+
+class Summary(Struct, frozen=True):
+    """What each span of a range of time holds, in order; those without a row are left out."""
+
+    buckets: list[Bucket]
+
+
 class MeasurementPage(Struct, frozen=True):
     """Measurements in order; `next` is the `after` of the page behind this one, if there is one."""
 
@@ -2637,6 +2756,12 @@ class MeasurementsQuery(Struct, frozen=True):
     format: Annotated[Literal["json", "csv"], Meta(description="Goes before Accept.")] | None = None
 
 
+class SummaryQuery(Struct, frozen=True):
+    since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
+    until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
+    buckets: Annotated[int, Meta(ge=1, le=2000, description="Spans of equal length.")] = 500
+
+
 class RetryQuery(Struct, frozen=True):
     code: Annotated[str, Meta(description="Rejected with this code.")] | None = None
     since: Annotated[datetime, Meta(tz=True, description="Rejected from then on.")] | None = None
@@ -2666,6 +2791,7 @@ RAW = web.AppKey("RAW", RawStore)
 BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
 BACKLOG = web.AppKey("BACKLOG", Backlog)
+CODES = web.AppKey("CODES", Codes)
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
@@ -2725,6 +2851,21 @@ async def ready(request: web.Request) -> web.Response:
     raw = await asyncio.to_thread(request.app[RAW].trouble)
     checks = {"raw": raw or "ok", "backend": await trouble_of(request.app[BACKEND]) or "ok"}
     return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
+
+
+@Route("GET", "/status", "read", {200: (Status,)}, (503,))
+async def status(request: web.Request) -> web.Response:
+    """Say what landed lately, what waits, and what is wrong: cheap enough to ask every second."""
+    app = request.app
+    with disk_errors():
+        processed, last, landed = app[RAW].tally.read()
+        free, reserve = app[RAW].room()
+    pending, oldest = await app[BACKLOG].look()
+    codes = await app[CODES].look()
+    arrival, now = datetime.fromtimestamp(last / 1000, UTC) if last else None, datetime.now(UTC)
+    backend = await trouble_of(app[BACKEND]) or "ok"
+    figures = (landed, arrival, pending, oldest, processed, codes, free, reserve)
+    return answer(Status(now, *figures, backend))
 
 
 async def trouble_of(backend: Backend) -> str | None:
@@ -2852,6 +2993,17 @@ def as_csv(rows: Sequence[Measurement]) -> str:
     return text.getvalue()
 
 
+@Route("GET", "/measurements/summary", "read", {200: (Summary,)}, (503,), SummaryQuery)
+async def summary(request: web.Request, query: SummaryQuery) -> web.Response:
+    """Summarize the measurements of a range of time in spans of equal length, for a chart."""
+    begun = time.perf_counter()
+    found = await request.app[BACKEND].summarize(
+        since=query.since, until=query.until, buckets=query.buckets
+    )
+    took = 1000 * (time.perf_counter() - begun)  # by which the page spares the backend
+    return answer(Summary(found), headers={"Server-Timing": f"backend;dur={took:.1f}"})
+
+
 @Route("GET", "/measurements/{timestamp}", "read", {200: (Measurement,)}, (400, 404, 503))
 async def measurement(request: web.Request) -> web.Response:
     """Return the measurement at one timestamp."""
@@ -2928,7 +3080,8 @@ async def metrics(request: web.Request) -> web.Response:
     count, age = await app[BACKLOG].look()
     shown.pending.set(count)
     shown.oldest.set(age or 0)
-    shown.free.set(await asyncio.to_thread(app[RAW].free_bytes))
+    with disk_errors():
+        shown.free.set(app[RAW].room()[0])
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -2940,9 +3093,35 @@ async def openapi(request: web.Request) -> web.Response:
     return answer(openapi_document(request.app[PREFIX]))
 
 
-def script_hash(script: str) -> str:
-    """Return what a Content-Security-Policy names an inline script by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+@Route("GET", "/", None, {200: ("text/html",)})
+async def page(_: web.Request) -> web.Response:
+    """Show what is landing: a page for people."""
+    text, policy = await asyncio.to_thread(read_page)
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    return web.Response(text=text, content_type="text/html", headers=headers)
+
+
+@Route("GET", "", None, {})  # of a mounted application, without the slash
+async def page_of_prefix(request: web.Request) -> web.Response:
+    return web.Response(status=308, headers={"Location": f"{request.app[PREFIX]}/"})
+
+
+@functools.cache
+def read_page() -> tuple[str, str]:
+    """Return the page, and the Content-Security-Policy (level 3) that lets in nothing else."""
+    text = Path(__file__).with_name("dropzone.html").read_text("utf-8")
+    [style, script] = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", text, re.DOTALL)
+    policy = (
+        f"default-src 'none'; style-src '{source_hash(style)}'; "
+        f"script-src '{source_hash(script)}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def source_hash(source: str) -> str:
+    """Return what a Content-Security-Policy names an inline script or style by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
 @Route("GET", "/docs", None, {200: ("text/html",)})
@@ -2980,7 +3159,7 @@ SAFE_HEADERS = {
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
-    f"script-src 'self' '{script_hash(DOCS_SCRIPT)}'; style-src 'self' 'unsafe-inline'; "
+    f"script-src 'self' '{source_hash(DOCS_SCRIPT)}'; style-src 'self' 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }
 
@@ -3617,6 +3796,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[PROCESSOR] = Processor(config, app[BACKEND], app[METRICS])
     app[CHECKER] = Workers(1)  # one large document at a time
     app[BACKLOG] = Backlog(app[RAW])
+    app[CODES] = Codes(app[RAW])
     app[REQUEST_LOG] = RequestLog()
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
@@ -4090,8 +4270,8 @@ def folder_troubles(raw: RawStore) -> list[str]:
     if raw.raw.is_dir() and os.access(raw.raw, os.R_OK):
         strays = raw.strays()
         troubles += [f"{raw.raw / name} is not named <uuid>.json: move it away" for name in strays]
-    disk = os.statvfs(existing(raw.raw))
-    if disk.f_bavail * disk.f_frsize < raw.reserve(disk):
+    free, reserve = raw.room(existing(raw.raw))
+    if free < reserve:
         troubles.append(f"the disk of {raw.raw} is nearly full: make room, payloads are refused")
     return list(dict.fromkeys(troubles))
 

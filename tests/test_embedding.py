@@ -145,7 +145,7 @@ async def test_errors_under_the_prefix(aiohttp_client: Any, tmp_path: Path) -> N
     key = {"x-api-key": "sesam"}
     for method, path, status in [
         ("GET", "/dropzone/nope", 404),
-        ("GET", "/dropzone/", 404),
+        ("DELETE", "/dropzone/", 405),
         ("GET", "/dropzone/ingest", 405),
         ("DELETE", "/dropzone/measurements", 405),
         ("GET", "/dropzone/measurements?limit=0", 400),

@@ -268,11 +268,11 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
             await ask("GET", "/raw/{raw_id}/payload", raw_id=raw_id)
         for moment in ("2019-05-01T10:00:00Z", "2019-05-01T10:00:01Z", "noon"):
             await ask("GET", "/measurements/{timestamp}", timestamp=moment)
-        for path in ("/measurements", "/rejected"):
+        for path in ("/measurements", "/measurements/summary", "/rejected"):
             for tail in ("", "?limit=1", "?limit=0", "?after=x", "?unknown=1"):
                 await ask("GET", path, tail)
         await ask("GET", "/measurements", "?format=csv&order=desc")
-        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/docs"):
+        for path in ("/", "/health", "/ready", "/status", "/metrics", "/openapi.json", "/docs"):
             await ask("GET", path)
 
     bodies = [READING, READING, READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}, [], {"a": 1}]
@@ -300,6 +300,7 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     (folder / "raw").rename(folder / "away")
     await ask("GET", "/ready")
     await ask("GET", "/metrics")
+    await ask("GET", "/status")
     await ask("POST", "/ingest", json=READING)
     await ask("POST", "/rejected/retry")
     callers = ({}, {"x-api-key": "read"}, {"x-api-key": "ingest"}, TOKEN)

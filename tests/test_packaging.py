@@ -109,6 +109,7 @@ def test_what_the_image_holds_is_enough(image: Path):
     assert {path.name for path in image.iterdir()} <= {
         "requirements.txt",
         "dropzone.py",
+        "dropzone.html",
         "backends",
         "__pycache__",
     }

@@ -78,18 +78,7 @@ from http import HTTPStatus
 from ipaddress import IPv6Address
 from pathlib import Path
 from random import getrandbits, uniform
-from typing import (
-    Annotated,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Generic,
-    Literal,
-    NoReturn,
-    TextIO,
-    TypeVar,
-    cast,
-)
+from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import aiofiles.os
@@ -460,7 +449,9 @@ def _merged(old: object, new: object) -> object:
 
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
-LINES = 12  # of requests that are written at once: not more than a pipe takes whole
+LINES = 12  # that are written at once: not more than a pipe takes whole
+LINES_PATIENCE = 0.1  # seconds
+LINES_WAITING = 10_000
 
 
 class Facts(dict[str, Any]):
@@ -477,8 +468,8 @@ class TextLines(logging.Formatter):
     """Lines for people; what follows on a line break is indented, so that no text forges a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")  # noqa: DTZ006
-        text = f"{at} {record.levelname} {record.name}: {record.getMessage()}"
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6]
+        text = f"{at}Z {record.levelname} {record.name}: {record.getMessage()}"
         if record.exc_info:
             text += f"\n{self.formatException(record.exc_info)}"
         if text.isprintable():
@@ -505,31 +496,65 @@ class JsonLines(logging.Formatter):
             return json.dumps(line, default=str)
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes to standard error: lines of requests a few at a time, as each write has its price."""
+class LineHandler(logging.Handler):
+    """Writes to standard error in a thread of its own: a reader that stalls stops nobody.
+
+    Lines of requests wait a tenth of a second, as each write has its price. Where more wait than
+    `LINES_WAITING`, new ones are lost, and the log says how many.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[str] = []
+        self._waiting = deque[logging.LogRecord]()
+        self._lost = 0
+        self._urgent = threading.Event()
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._lines.append(self.format(record) + "\n")
-            if record.name != request_log.name or len(self._lines) >= LINES:
-                self.flush()
-        except Exception:  # noqa: BLE001 (the log stops nobody)
-            self.handleError(record)
+        if self._thread is None or not self._thread.is_alive():  # also behind a fork
+            self._thread = threading.Thread(target=self._write_forever, daemon=True)
+            self._thread.start()
+        if len(self._waiting) >= LINES_WAITING:
+            self._lost += 1
+            return
+        self._waiting.append(record)
+        if record.name != request_log.name:
+            self._urgent.set()
 
     def flush(self) -> None:
-        """Write what waits; at exit `logging` calls it."""
-        self.acquire()
+        """Write what waits, unless the reader stalls; at exit `logging` calls it."""
+        if self._turn.acquire(timeout=1.0):
+            try:
+                self._write()
+            finally:
+                self._turn.release()
+
+    def _write_forever(self) -> None:
+        while True:
+            self._urgent.wait(LINES_PATIENCE)
+            self._urgent.clear()
+            with self._turn:
+                self._write()
+
+    def _write(self) -> None:
+        while self._waiting:
+            if lost := self._lost:
+                self._lost = 0
+                self._waiting.appendleft(log.makeRecord(log.name, *LOST, (lost,), None))
+            some = [self._waiting.popleft() for _ in range(min(LINES, len(self._waiting)))]
+            with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
+                sys.stderr.write("".join(map(self._line, some)))
+                sys.stderr.flush()
+
+    def _line(self, record: logging.LogRecord) -> str:
         try:
-            lines, self._lines = self._lines, []
-            if lines:
-                self.stream.write("".join(lines))
-                self.stream.flush()
-        finally:
-            self.release()
+            return self.format(record) + "\n"
+        except Exception as error:  # noqa: BLE001 (a bad record stops no other)
+            return f"{record.name}: {record.msg!r} cannot be logged: {error!r}\n"
+
+
+LOST = (logging.WARNING, "", 0, "%d lines were lost, as nobody read standard error")
 
 
 def log_to_stderr(config: LogConfig, level: str = "") -> None:
@@ -2450,7 +2475,7 @@ class Lately(Generic[T]):
     async def look(self) -> T:
         """Return what was found; raises `StorageUnavailable`."""
         with disk_errors():
-            changed = os.stat(self._folder).st_mtime_ns
+            changed = (await aiofiles.os.stat(self._folder)).st_mtime_ns
             if self._looking is None and changed != self._changed and time.monotonic() >= self._due:
                 self._looking = asyncio.ensure_future(asyncio.to_thread(self._look, changed))
             if looking := self._looking:
@@ -2856,10 +2881,10 @@ async def ready(request: web.Request) -> web.Response:
 @Route("GET", "/status", "read", {200: (Status,)}, (503,))
 async def status(request: web.Request) -> web.Response:
     """Say what landed lately, what waits, and what is wrong: cheap enough to ask every second."""
-    app = request.app
+    app, raw = request.app, request.app[RAW]
     with disk_errors():
-        processed, last, landed = app[RAW].tally.read()
-        free, reserve = app[RAW].room()
+        processed, last, landed = await asyncio.to_thread(raw.tally.read)
+        free, reserve = await asyncio.to_thread(raw.room)
     pending, oldest = await app[BACKLOG].look()
     codes = await app[CODES].look()
     arrival, now = datetime.fromtimestamp(last / 1000, UTC) if last else None, datetime.now(UTC)
@@ -3081,7 +3106,7 @@ async def metrics(request: web.Request) -> web.Response:
     shown.pending.set(count)
     shown.oldest.set(age or 0)
     with disk_errors():
-        shown.free.set(app[RAW].room()[0])
+        shown.free.set((await asyncio.to_thread(app[RAW].room))[0])
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -3445,7 +3470,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     seconds = time.perf_counter() - begun
     request.app[METRICS].answered(*template_of(request), response.status, seconds)
     if request_log.isEnabledFor(logging.INFO):
-        request.app[REQUEST_LOG].note(request, response.status, seconds)
+        log_request(request, response.status, seconds)
     return response
 
 
@@ -3457,47 +3482,26 @@ def template_of(request: web.Request) -> tuple[str, str]:
     return request.method, resource.canonical.removeprefix(request.app[PREFIX])
 
 
-class RequestLog:
-    """Writes the lines of requests, many at a time: one after the other costs more than twice that.
+def log_request(request: web.Request, status: int, seconds: float) -> None:
+    """Log a request; of a route the template is told, as paths may hold secrets.
 
-    Of a route the template is told, as paths may hold secrets.
+    The record is made by hand: to look up its place in the code would take as long as the rest.
     """
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[float, tuple[object, ...], list[UUID] | None]] = []
-
-    def note(self, request: web.Request, status: int, duration: float) -> None:
-        """Take the facts of a request that has been answered."""
-        resource = request.match_info.route.resource
-        caller, route = request.get(CALLER, ""), resource.canonical if resource else ""
-        what = (request[REQUEST_ID], caller, request.method, route, status)
-        facts = (*what, request.content.total_bytes, round(duration, 6))
-        self._waiting.append((time.time(), facts, request.get(LANDED)))
-        if len(self._waiting) >= BURST:
-            self.write()
-        elif len(self._waiting) == 1:
-            asyncio.get_running_loop().call_later(LINE_PATIENCE, self.write)
-
-    def write(self) -> None:
-        """Log what was noted; records made by hand need no look for their place in the code."""
-        waiting, self._waiting = self._waiting, []
-        for at, values, raw_ids in waiting:
-            facts = Facts(zip(REQUEST_FACTS, values, strict=True))
-            if raw_ids:
-                facts["raw_id"] = msgspec.to_builtins(raw_ids[0])  # several times as fast as str
-            if raw_ids and len(raw_ids) > 1:
-                facts["payloads"] = len(raw_ids)
-            record = logging.LogRecord(request_log.name, logging.INFO, "", 0, facts, (), None)
-            record.created, record.msecs = at, at % 1 * 1000
-            request_log.handle(record)
-        for handler in logging.getLogger().handlers if waiting else ():
-            handler.flush()
-
-
-BURST = 64  # lines of requests
-LINE_PATIENCE = 0.1  # seconds that they may wait
-REQUEST_FACTS = ("request_id", "caller", "method", "route", "status", "bytes", "duration")
-REQUEST_LOG = web.AppKey("REQUEST_LOG", RequestLog)
+    resource = request.match_info.route.resource
+    facts = Facts(
+        request_id=request[REQUEST_ID],
+        caller=request.get(CALLER, ""),
+        method=request.method,
+        route=resource.canonical if resource else "",
+        status=status,
+        bytes=request.content.total_bytes,
+        duration=round(seconds, 6),
+    )
+    if raw_ids := request.get(LANDED):
+        facts["raw_id"] = raw_ids[0]
+        if len(raw_ids) > 1:
+            facts["payloads"] = len(raw_ids)
+    request_log.handle(logging.LogRecord(request_log.name, logging.INFO, "", 0, facts, (), None))
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
@@ -3797,7 +3801,6 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[CHECKER] = Workers(1)  # one large document at a time
     app[BACKLOG] = Backlog(app[RAW])
     app[CODES] = Codes(app[RAW])
-    app[REQUEST_LOG] = RequestLog()
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
@@ -3838,7 +3841,6 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        app[REQUEST_LOG].write()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

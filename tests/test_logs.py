@@ -87,7 +87,7 @@ def test_the_same_as_text(program: Program):
     [line] = [line for line in log_of(server).splitlines() if "dropzone.access" in line]
 
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO dropzone\.access: request_id=mine caller= "
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO dropzone\.access: request_id=mine caller= "
         rf"method=POST route=/ingest status=202 bytes={len(LINE)} duration=[\d.e-]+ "
         rf"raw_id={landed['raw_id']}",
         line,

@@ -272,7 +272,7 @@ async def test_live(service: Service, visit: Visit, shots: Path) -> None:
     await service.land(payload(-60, 30))
     await service("POST", "process")
     await expect(page.locator("#processed")).to_have_text("128,420")
-    await expect(page.locator("#readout")).not_to_have_text(before or "")
+    await expect(page.locator("#readout")).not_to_have_text(before or "", timeout=40_000)
 
 
 async def test_silence(service: Service, visit: Visit) -> None:

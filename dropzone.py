@@ -320,6 +320,7 @@ class Config(Section, frozen=True, dict=True):
 
 Setting = tuple[str, ...]  # ("storage", "sqlite", "path")
 Table = dict[str, Any]
+Given = tuple[object, Path, Setting, object]  # by whom, where paths begin, what, and its value
 
 
 def _settings_of(section: Section, prefix: Setting = ()) -> Iterator[Setting]:
@@ -350,28 +351,9 @@ def load_config(
     counts from the folder of the file that it stands in, in a variable from the working directory.
     An empty variable is as good as none. Raises `ConfigError`, with a line for each wrong setting.
     """
-    here = Path.cwd()
-    dotenv = _read(_in_reach(".env"), lambda text: dotenv_values(stream=io.StringIO(text)))
-    variables = [
-        (name, text, home)
-        for found, home in (dotenv, (environ, here))
-        for name, text in found.items()
-        if name.startswith("DROPZONE_") and text
-    ]
-    files = [home / text for name, text, home in variables if name == "DROPZONE_CONFIG"]
-    files += [here / path] if path else []
-    file = files[-1] if files else _in_reach("config.toml")
-    table, home = _read(file, tomllib.loads)
-    config = _with(Config(), file, home, (), {})
-    given: list[tuple[object, Path, Setting, object]]
-    given = [(file, home, *leaf) for leaf in _leaves(table)]
-    if any(name == "DROPZONE_DATABASE_URL" for name, _, _ in variables):
-        variables.insert(0, ("DROPZONE_BACKEND", "postgres", here))  # unless another follows
-    for name, text, home in variables:
-        if name != "DROPZONE_CONFIG":
-            given.append((name, home, VARIABLES.get(name, (name,)), text))
-    given += [("the command line", here, *pair) for pair in (overrides or {}).items()]
-    wrong = list[str]()
+    file, given = _sources(path, environ)
+    given += [("the command line", Path.cwd(), *pair) for pair in (overrides or {}).items()]
+    config, wrong = Config(), list[str]()
     for source in given:
         try:
             config = _with(config, *source)
@@ -385,6 +367,31 @@ def load_config(
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
     return config
+
+
+def _sources(
+    path: str | Path | None, environ: Mapping[str, str]
+) -> tuple[Path | None, list[Given]]:
+    """Return the file, and what it, `.env` and the environment set, the best of them last."""
+    here = Path.cwd()
+    dotenv = _read(_in_reach(".env"), lambda text: dotenv_values(stream=io.StringIO(text)))
+    variables = [
+        (name, text, home)
+        for found, home in (dotenv, (environ, here))
+        for name, text in found.items()
+        if name.startswith("DROPZONE_") and text
+    ]
+    files = [home / text for name, text, home in variables if name == "DROPZONE_CONFIG"]
+    files += [here / path] if path else []
+    file = files[-1] if files else _in_reach("config.toml")
+    table, home = _read(file, tomllib.loads)
+    given: list[Given] = [(file, home, (), {}), *((file, home, *leaf) for leaf in _leaves(table))]
+    if any(name == "DROPZONE_DATABASE_URL" for name, _, _ in variables):
+        variables.insert(0, ("DROPZONE_BACKEND", "postgres", here))  # unless another follows
+    for name, text, home in variables:
+        if name != "DROPZONE_CONFIG":
+            given.append((name, home, VARIABLES.get(name, (name,)), text))
+    return file, given
 
 
 def _places(name: str) -> tuple[Path, ...]:

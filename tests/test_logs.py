@@ -21,7 +21,16 @@ from test_cli import AUDIT, LINE, OK, PATIENCE, SECRET, Program, Server, closed_
 
 import dropzone
 from backends.memory import MemoryBackend
-from dropzone import Config, Facts, JsonLines, ProcessConfig, RawConfig, TextLines, create_app
+from dropzone import (
+    Config,
+    Facts,
+    JsonLines,
+    LineHandler,
+    ProcessConfig,
+    RawConfig,
+    TextLines,
+    create_app,
+)
 
 program = test_cli.program
 FIELDS = ("request_id", "caller", "method", "route", "status", "bytes", "duration")
@@ -319,3 +328,24 @@ async def test_records_for_others(
 
     assert record.msg["route"] == "/zone/ingest"
     assert " status=202 bytes=2 " in record.getMessage()
+
+
+def test_a_reader_that_stalls(monkeypatch: pytest.MonkeyPatch):
+    """Whoever logs goes on where nobody reads standard error; what is lost for it is counted."""
+    readable, writable = os.pipe()
+    with open(readable) as reader, open(writable, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        handler = LineHandler()
+        handler.setFormatter(TextLines())
+        for number in range(20_000):
+            handler.emit(logging.LogRecord("dropzone.access", 20, "", 0, f"{number}", (), None))
+        found = lost = 0
+        for line in reader:
+            if match := re.search(r"(\d+) lines were lost", line):
+                lost += int(match[1])
+            else:
+                found += 1
+            if found + lost == 20_000:
+                break
+        assert lost > 0
+        handler.close()

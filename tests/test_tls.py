@@ -335,5 +335,5 @@ def test_wrong_file_at_the_start(tmp_path: Path, command: str):
         check=False,
     )
     assert done.returncode == 78
-    assert "nowhere.pem" in done.stderr
+    assert "nowhere.pem" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -142,7 +142,8 @@ async def test_killed_workers_lose_nothing(gunicorn: Gunicorn):
     paths = [path for paths in files_in(gunicorn.data).values() for path in paths]
     assert len(paths) == len({path.read_bytes() for path in paths}) == len(ledger.acknowledged)
     wait_for(lambda: not list(gunicorn.data.glob("journal/*.log")))  # recovered, and emptied
-    assert "Traceback" not in gunicorn.log.read_text()
+    # gunicorn's own log may trip over the signals of its workers
+    assert 'dropzone.py", line' not in gunicorn.log.read_text()
 
 
 async def test_workers_share_keys_counts_and_processing(gunicorn: Gunicorn):

@@ -46,6 +46,7 @@ import pwd
 import re
 import resource
 import secrets
+import select
 import shutil
 import signal
 import sqlite3
@@ -456,7 +457,7 @@ def _merged(old: object, new: object) -> object:
 
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
-LINES = 12  # that are written at once: not more than a pipe takes whole
+LINES = 8  # of requests that are written at once: not more than a pipe takes whole
 LINES_PATIENCE = 0.1  # seconds
 LINES_WAITING = 10_000
 
@@ -503,77 +504,109 @@ class JsonLines(logging.Formatter):
             return json.dumps(line, default=str)
 
 
-class LineHandler(logging.Handler):
-    """Writes to standard error in a thread of its own: a reader that stalls stops nobody.
+class RequestLine(Struct, frozen=True):
+    """What the log says of a request; in JSON these are the members of its line."""
 
-    Lines of requests wait a tenth of a second, as each write has its price. Where more wait than
-    `LINES_WAITING`, new ones are lost, and the log says how many.
+    time: datetime
+    level: str
+    logger: str
+    request_id: str
+    caller: str
+    method: str
+    route: str
+    status: int
+    bytes: int
+    duration: float
+    raw_id: UUID | msgspec.UnsetType = msgspec.UNSET
+    payloads: int | msgspec.UnsetType = msgspec.UNSET
+
+    def facts(self) -> Facts:
+        found = zip(self.__struct_fields__[3:], msgspec.structs.astuple(self)[3:], strict=True)
+        return Facts((name, value) for name, value in found if value is not msgspec.UNSET)
+
+    def text(self) -> str:
+        at = self.time.isoformat(timespec="milliseconds")[:-6]
+        text = REQUEST_TEXT.format(at, *msgspec.structs.astuple(self)[1:10])
+        plain = self.caller.isprintable() and " " not in self.caller  # so that it forges no other
+        if not plain or self.payloads is not msgspec.UNSET:
+            return f"{text.partition(': ')[0]}: {self.facts()}\n"
+        if self.raw_id is msgspec.UNSET:
+            return f"{text}\n"
+        return f"{text} raw_id={msgspec.to_builtins(self.raw_id)}\n"  # sooner than str()
+
+
+REQUEST_TEXT = (
+    "{}Z {} {}: request_id={} caller={} method={} route={} status={} bytes={} duration={}"
+)
+
+
+class LineHandler(logging.Handler):
+    """Writes to standard error, and never waits for whoever reads it.
+
+    Lines of requests are written a few at a time and a tenth of a second late at most, as each
+    write has its price. While the reader stalls they wait, `LINES_WAITING` of them; what is beyond
+    is lost, and counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: Literal["text", "json"], descriptor: int = 2) -> None:
         super().__init__()
-        self._waiting = deque[logging.LogRecord]()
+        self.setFormatter(JsonLines() if form == "json" else TextLines())
+        self._as_json = form == "json"
+        self._descriptor = descriptor
+        self._requests: list[RequestLine] = []
+        self._waiting = deque[bytes]()  # each no longer than what a pipe takes whole
         self._lost = 0
-        self._urgent = threading.Event()
-        self._turn = threading.Lock()
-        self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._thread is None or not self._thread.is_alive():  # also behind a fork
-            self._thread = threading.Thread(target=self._write_forever, daemon=True)
-            self._thread.start()
-        if len(self._waiting) >= LINES_WAITING:
-            self._lost += 1
-            return
-        self._waiting.append(record)
-        if record.name != request_log.name:
-            self._urgent.set()
-
-    def flush(self) -> None:
-        """Write what waits, unless the reader stalls; at exit `logging` calls it."""
-        if self._turn.acquire(timeout=1.0):
-            try:
-                self._write()
-            finally:
-                self._turn.release()
-
-    def _write_forever(self) -> None:
-        while True:
-            self._urgent.wait(LINES_PATIENCE)
-            self._urgent.clear()
-            with self._turn:
-                self._write()
-
-    def _write(self) -> None:
-        while self._waiting:
-            if lost := self._lost:
-                self._lost = 0
-                self._waiting.appendleft(log.makeRecord(log.name, *LOST, (lost,), None))
-            some = [self._waiting.popleft() for _ in range(min(LINES, len(self._waiting)))]
-            with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
-                sys.stderr.write("".join(map(self._line, some)))
-                sys.stderr.flush()
-
-    def _line(self, record: logging.LogRecord) -> str:
         try:
-            return self.format(record) + "\n"
-        except Exception as error:  # noqa: BLE001 (a bad record stops no other)
-            return f"{record.name}: {record.msg!r} cannot be logged: {error!r}\n"
+            text = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:  # noqa: BLE001 (the log stops nobody)
+            return self.handleError(record)
+        self._take_requests()
+        parts = range(0, len(text), select.PIPE_BUF)
+        self._waiting.extend(text[n : n + select.PIPE_BUF] for n in parts)
+        return self._write()
 
+    def note(self, line: RequestLine) -> None:
+        """Log a request; called by the event loop."""
+        self._requests.append(line)
+        if len(self._requests) >= LINES:
+            self.flush(0)
+        elif len(self._requests) == 1:
+            asyncio.get_running_loop().call_later(LINES_PATIENCE, self.flush, 0)
 
-LOST = (logging.WARNING, "", 0, "%d lines were lost, as nobody read standard error")
+    def flush(self, patience: float = 1.0) -> None:
+        """Write what waits; at exit `logging` calls it."""
+        with self.lock or contextlib.nullcontext():
+            self._take_requests()
+            self._write(patience)
+
+    def _take_requests(self) -> None:
+        lines, self._requests = self._requests, []
+        if len(self._waiting) * LINES >= LINES_WAITING:
+            self._lost += len(lines)
+        elif self._as_json and lines:
+            self._waiting.append(msgspec.json.Encoder().encode_lines(lines))
+        elif lines:
+            text = "".join(map(RequestLine.text, lines))
+            self._waiting.append(text.encode(errors="backslashreplace"))
+
+    def _write(self, patience: float = 0) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while self._waiting and select.select((), (self._descriptor,), (), patience)[1]:
+                os.write(self._descriptor, self._waiting.popleft())
+                if lost := self._lost:
+                    self._lost = 0
+                    log.warning("%d lines were lost, as nobody read standard error", lost)
 
 
 def log_to_stderr(config: LogConfig, level: str = "") -> None:
     """Set up logging, unless somebody has; what is audited comes whatever the level."""
     if logging.getLogger().handlers:
         return
-    handler = LineHandler()
-    handler.setFormatter(JsonLines() if config.format == "json" else TextLines())
-    logging.basicConfig(level=(level or config.level).upper(), handlers=[handler])
+    handlers = [LineHandler(config.format)]
+    logging.basicConfig(level=(level or config.level).upper(), handlers=handlers)
     audit_log.setLevel(logging.INFO)
-    # nobody shows them, and they cost more than a line
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def audit(action: str, caller: str, **facts: object) -> None:
@@ -692,9 +725,7 @@ class Metrics:
         self._totals: dict[str, float] = {}  # what was in the file
         self._noted = 0  # bytes in flight, in the file
         self._failed = False
-        self._answered: dict[
-            tuple[str, str, int], tuple[prometheus.Counter, prometheus.Histogram]
-        ] = {}
+        self._answered: dict[object, tuple[prometheus.Counter, prometheus.Histogram]] = {}
         self.own_in_flight: Callable[[], int] = int
         # registries of our own, as two applications may share a process
         self._counts, self._gauges = prometheus.CollectorRegistry(), prometheus.CollectorRegistry()
@@ -708,7 +739,7 @@ class Metrics:
         self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
         self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
         self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
-        self.land = seconds("dropzone_land_duration_seconds", "Time until payloads landed")
+        self._land = seconds("dropzone_land_duration_seconds", "Time until a group landed")
         self._sync = seconds("dropzone_journal_sync_duration_seconds", "Time to append and sync")
         self._group = histogram(
             "dropzone_group_payloads", "Payloads that share a sync", buckets=SIZES
@@ -725,22 +756,26 @@ class Metrics:
         )
         self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+    def answered(self, request: web.Request, status: int, seconds: float) -> None:
         """Count a request."""
-        found = self._answered.get((method, route, status))
+        resource = request.match_info.route.resource
+        place = (request.method, resource, status)
+        found = self._answered.get(place)
         if found is None:  # looking up labels takes longer than counting
-            requests = self._requests.labels(method, route, str(status))
-            found = requests, self._request.labels(method, route)
-            self._answered[method, route, status] = found
+            labels = template_of(request)
+            found = self._requests.labels(*labels, str(status)), self._request.labels(*labels)
+            if resource:
+                self._answered[place] = found
         found[0].inc()
         found[1].observe(seconds)
 
-    def landed(self, written: Written) -> None:
+    def landed(self, written: Written, seconds: float) -> None:
         """Count a group."""
         if written.payloads:
             self._payloads.inc(written.payloads)
             self._bytes.inc(written.bytes)
             self._group.observe(written.payloads)
+            self._land.observe(seconds)
             self._sync.observe(written.sync_seconds)
 
     def collect(self) -> Iterator[prometheus.Metric]:
@@ -1710,14 +1745,11 @@ class RawStore(Folders):
         and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
         where the disk refuses: then none of them is acknowledged.
         """
-        begun = time.monotonic()
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._gathered.append((Batch(list(bodies), key), landed))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(asyncio.create_task(self._land_gathered()))
-        raw_ids = (await landed).result()
-        self.metrics.land.observe(time.monotonic() - begun)
-        return raw_ids
+        return (await landed).result()
 
     async def _land_gathered(self) -> None:
         """Land whatever has gathered while the groups before were landed, until nothing has.
@@ -1735,13 +1767,14 @@ class RawStore(Folders):
                     group.append(batch)
                     waiting.append(landed)
                     size += sum(map(len, batch.bodies))
+                begun = time.monotonic()
                 written = await self._writer.write(group) if size >= WRITER_BYTES else None
                 if written is None:
                     written = await self._in_thread(self.write, group)
                 for landed, answer in zip(waiting, written.answers, strict=True):
                     if not landed.done():  # or else whoever waited has gone
                         landed.set_result(answer)
-                self.metrics.landed(written)
+                self.metrics.landed(written, time.monotonic() - begun)
         finally:  # at once: whoever has just been answered and lands again begins another one
             self._landing.difference_update({asyncio.current_task()})
 
@@ -3471,11 +3504,12 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
     response.headers["X-Request-ID"] = request_id
-    response.headers.update(request.get(RATE_HEADERS, ()))
+    if RATE_HEADERS in request:
+        response.headers.update(request[RATE_HEADERS])
     for name, value in SAFE_HEADERS.items():
         response.headers.setdefault(name, value)
     seconds = time.perf_counter() - begun
-    request.app[METRICS].answered(*template_of(request), response.status, seconds)
+    request.app[METRICS].answered(request, response.status, seconds)
     if request_log.isEnabledFor(logging.INFO):
         log_request(request, response.status, seconds)
     return response
@@ -3490,25 +3524,26 @@ def template_of(request: web.Request) -> tuple[str, str]:
 
 
 def log_request(request: web.Request, status: int, seconds: float) -> None:
-    """Log a request; of a route the template is told, as paths may hold secrets.
-
-    The record is made by hand: to look up its place in the code would take as long as the rest.
-    """
-    resource = request.match_info.route.resource
-    facts = Facts(
-        request_id=request[REQUEST_ID],
-        caller=request.get(CALLER, ""),
-        method=request.method,
-        route=resource.canonical if resource else "",
-        status=status,
-        bytes=request.content.total_bytes,
-        duration=round(seconds, 6),
+    """Log a request; of a route the template is told, as paths may hold secrets."""
+    resource, raw_ids = request.match_info.route.resource, request.get(LANDED, ())
+    line = RequestLine(
+        datetime.now(UTC),
+        "INFO",
+        request_log.name,
+        request[REQUEST_ID],
+        request.get(CALLER, ""),
+        request.method,
+        resource.canonical if resource else "",
+        status,
+        request.content.total_bytes,
+        round(seconds, 6),
+        raw_ids[0] if raw_ids else msgspec.UNSET,
+        len(raw_ids) if len(raw_ids) > 1 else msgspec.UNSET,
     )
-    if raw_ids := request.get(LANDED):
-        facts["raw_id"] = raw_ids[0]
-        if len(raw_ids) > 1:
-            facts["payloads"] = len(raw_ids)
-    request_log.handle(logging.LogRecord(request_log.name, logging.INFO, "", 0, facts, (), None))
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LineHandler):  # a record would cost ten times as much
+            return handler.note(line)
+    return request_log.info(line.facts())
 
 
 def cause_of(request: web.Request) -> dict[str, str]:

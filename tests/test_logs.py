@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dropzone import (
     LineHandler,
     ProcessConfig,
     RawConfig,
+    RequestLine,
     TextLines,
     create_app,
 )
@@ -330,22 +332,25 @@ async def test_records_for_others(
     assert " status=202 bytes=2 " in record.getMessage()
 
 
-def test_a_reader_that_stalls(monkeypatch: pytest.MonkeyPatch):
+async def test_a_reader_that_stalls():
     """Whoever logs goes on where nobody reads standard error; what is lost for it is counted."""
     readable, writable = os.pipe()
-    with open(readable) as reader, open(writable, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        handler = LineHandler()
-        handler.setFormatter(TextLines())
-        for number in range(20_000):
-            handler.emit(logging.LogRecord("dropzone.access", 20, "", 0, f"{number}", (), None))
-        found = lost = 0
-        for line in reader:
-            if match := re.search(r"(\d+) lines were lost", line):
-                lost += int(match[1])
-            else:
-                found += 1
-            if found + lost == 20_000:
-                break
+    handler, root, found, lost = LineHandler("text", writable), logging.getLogger(), 0, 0
+    root.addHandler(handler)
+    try:
+        for number in range(30_000):
+            line = (f"{number}", "", "POST", "/ingest", 202, 2, 0.001)
+            handler.note(RequestLine(datetime.now(UTC), "INFO", "dropzone.access", *line))
+        with open(readable) as reader:
+            for text in reader:
+                if match := re.search(r"(\d+) lines were lost", text):
+                    lost += int(match[1])
+                else:
+                    found += 1
+                if found + lost == 30_000:
+                    break
+                handler.flush(0)
         assert lost > 0
-        handler.close()
+    finally:
+        root.removeHandler(handler)
+        os.close(writable)

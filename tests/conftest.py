@@ -1,10 +1,14 @@
 """Fixtures for every test file."""
 
+import signal
 from collections.abc import Iterator
 
 import asyncpg
 import pytest
 from postgres_server import PostgresServer
+
+# A shell starts what runs in the background deaf to Ctrl-C, which programs under test inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A new schema takes milliseconds, where a new database would take tenths of a second. Whatever
 # the test before left connected or altered would otherwise be in the way.

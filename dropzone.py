@@ -554,17 +554,17 @@ class LineHandler(logging.Handler):
         self._as_json = form == "json"
         self._descriptor = descriptor
         self._requests: list[RequestLine] = []
+        self._timed = False  # whether the event loop will write them
         self._waiting = deque[bytes]()  # each no longer than what a pipe takes whole
         self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            text = f"{self.format(record)}\n"
         except Exception:  # noqa: BLE001 (the log stops nobody)
             return self.handleError(record)
         self._take_requests()
-        parts = range(0, len(text), select.PIPE_BUF)
-        self._waiting.extend(text[n : n + select.PIPE_BUF] for n in parts)
+        self._take(text.encode(errors="backslashreplace"), 1)
         return self._write()
 
     def note(self, line: RequestLine) -> None:
@@ -572,8 +572,13 @@ class LineHandler(logging.Handler):
         self._requests.append(line)
         if len(self._requests) >= LINES:
             self.flush(0)
-        elif len(self._requests) == 1:
-            asyncio.get_running_loop().call_later(LINES_PATIENCE, self.flush, 0)
+        elif not self._timed:
+            self._timed = True
+            asyncio.get_running_loop().call_later(LINES_PATIENCE, self._in_time)
+
+    def _in_time(self) -> None:
+        self._timed = False
+        self.flush(0)
 
     def flush(self, patience: float = 1.0) -> None:
         """Write what waits; at exit `logging` calls it."""
@@ -583,19 +588,26 @@ class LineHandler(logging.Handler):
 
     def _take_requests(self) -> None:
         lines, self._requests = self._requests, []
-        if len(self._waiting) * LINES >= LINES_WAITING:
-            self._lost += len(lines)
-        elif self._as_json and lines:
-            self._waiting.append(msgspec.json.Encoder().encode_lines(lines))
+        if lines and self._as_json:
+            self._take(msgspec.json.Encoder().encode_lines(lines), len(lines))
         elif lines:
             text = "".join(map(RequestLine.text, lines))
-            self._waiting.append(text.encode(errors="backslashreplace"))
+            self._take(text.encode(errors="backslashreplace"), len(lines))
+
+    def _take(self, text: bytes, lines: int) -> None:
+        if len(self._waiting) * LINES >= LINES_WAITING:
+            self._lost += lines
+        else:
+            starts = range(0, len(text), select.PIPE_BUF)
+            self._waiting.extend(text[n : n + select.PIPE_BUF] for n in starts)
 
     def _write(self, patience: float = 0) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
             while self._waiting and select.select((), (self._descriptor,), (), patience)[1]:
-                os.write(self._descriptor, self._waiting.popleft())
-                if lost := self._lost:
+                written = os.write(self._descriptor, text := self._waiting.popleft())
+                if written < len(text):
+                    self._waiting.appendleft(text[written:])
+                elif lost := self._lost:
                     self._lost = 0
                     log.warning("%d lines were lost, as nobody read standard error", lost)
 
@@ -1002,7 +1014,10 @@ class Tally:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with _locked(self._file):
             if os.fstat(self._file).st_size < TALLY_BYTES:
-                first = SLOT.pack(processed_so_far(), 0)
+                total = 0
+                with contextlib.suppress(OSError, StorageUnavailable):  # a damaged pack, say
+                    total = processed_so_far()
+                first = SLOT.pack(total, 0)
                 os.pwrite(self._file, first.ljust(TALLY_BYTES, b"\0"), 0)
 
     def add(self, *, landed: int = 0, processed: int = 0) -> None:
@@ -2281,7 +2296,7 @@ class Workers:
 
     def begin(self) -> asyncio.Future[Any]:
         """Start the processes, and return what is done when they are ready."""
-        begun = asyncio.gather(*(self.run(os.getpid) for _ in range(WORKERS)))
+        begun = asyncio.gather(*(self.run(os.getpid) for _ in range(self._count)))
         begun.add_done_callback(lambda done: done.cancelled() or done.exception())  # else logged
         return begun
 
@@ -2305,7 +2320,7 @@ class Workers:
                 stopped = True
                 raise
 
-        lanes = (lane() for _ in range(WORKERS + 1))
+        lanes = (lane() for _ in range(self._count + 1))
         for error in await asyncio.gather(*lanes, return_exceptions=True):
             if error:
                 raise error

@@ -1,6 +1,7 @@
 """What the log says of requests and of changes of state, in both forms, and what it never says."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -330,6 +331,23 @@ async def test_records_for_others(
 
     assert record.msg["route"] == "/zone/ingest"
     assert " status=202 bytes=2 " in record.getMessage()
+
+
+def test_records_wait_for_no_reader_either():
+    """Other lines are bounded likewise while nobody reads, and a long one is written in parts."""
+    readable, writable = os.pipe()
+    handler = LineHandler("text", writable)
+    for _ in range(30_000):
+        handler.emit(logging.LogRecord("dropzone", 30, "", 0, "x" * 5000, (), None))
+    os.set_blocking(readable, False)
+    kept = b""
+    for _ in range(10_000):
+        handler.flush(0)
+        with contextlib.suppress(BlockingIOError):  # all of it was read
+            kept += os.read(readable, 1 << 20)
+    assert 0 < kept.count(b"\n") < 10_000
+    os.close(readable)
+    os.close(writable)
 
 
 async def test_a_reader_that_stalls():

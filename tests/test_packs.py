@@ -305,6 +305,18 @@ def test_damaged_members(folder: Folder, program: Program, monkeypatch: pytest.M
     assert server.stop() == OK
 
 
+def test_a_lost_index_keeps_nobody_from_landing(folder: Folder, program: Program):
+    """A server starts and lands where a pack has lost its index and nothing was counted yet."""
+    processed_in(folder.place, [body(2)], 2)
+    compact(folder.store)
+    [pack] = folder.store.packs()
+    Path(f"{pack.path}.index").unlink()
+    (folder.store.journal / "tally").unlink(missing_ok=True)
+    server = Server(program)
+    assert server.json("POST", "/ingest", body(3))["status"] == "accepted"
+    assert server.stop() == OK
+
+
 # ── Interrupted ───────────────────────────────────────────────────────────────────────────────────
 
 # For each number: a copy of a data folder, in which a child process compacts, and what it does to

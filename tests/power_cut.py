@@ -17,11 +17,12 @@ from secrets import SystemRandom
 from uuid import UUID
 
 import aiohttp
+import machine
 
 from dropzone import raw_id_of
 
 REPO = Path(__file__).resolve().parent.parent
-MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
+MAKE = {"ext4": ("mkfs.ext4", "e2fsprogs", "-q", "-F"), "xfs": ("mkfs.xfs", "xfsprogs", "-q", "-f")}
 MEGABYTES = {"ext4": 256, "xfs": 320}
 CLIENTS = 24
 CHANCE = SystemRandom()
@@ -59,7 +60,8 @@ def disk(kind: str, folder: Path) -> Iterator[tuple[Path, Path]]:
     image = folder / f"{kind}.img"
     with open(image, "wb") as file:
         file.truncate(MEGABYTES[kind] << 20)
-    run(*MAKE[kind], image)
+    maker, package, *options = MAKE[kind]
+    run(machine.program(maker, package=package), *options, image)
     with mounted(image, folder / "disk", "-o", "loop") as where:
         yield image, where
 

@@ -3,13 +3,13 @@
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import machine
 import pytest
 from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 
@@ -132,7 +132,7 @@ async def test_queue(program: Program) -> None:
 
 async def test_curl(program: Program) -> None:
     """The commands for curl land one payload plainly, one compressed, and each line of a file."""
-    assert shutil.which("curl"), "install curl"
+    machine.program("curl", package="curl")
     server = await asyncio.to_thread(start, program)
     await run(program, server.url, "sh", "-ec", CURL)
     assert list(program.payloads().values()) == [LINE] * 4

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import machine
 import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, web
@@ -43,7 +43,6 @@ from dropzone import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-BROWSERS = ("google-chrome", "chromium", "chromium-browser")
 NOW = datetime.now(UTC)
 KEY = "correct horse"
 expect.set_options(timeout=20_000)
@@ -124,12 +123,7 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Service]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(
-            f"the page is tried in a real browser, and none of {', '.join(BROWSERS)} is on the "
-            "PATH: install one (Debian: apt-get install chromium)"
-        )
+    path = machine.browser()
     root = ["--no-sandbox"] if os.getuid() == 0 else []  # Chromium has no sandbox for root
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path, args=root)

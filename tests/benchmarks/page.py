@@ -27,6 +27,7 @@ from uuid import UUID
 HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
+import machine  # noqa: E402
 from playwright.async_api import Page, async_playwright  # noqa: E402
 from postgres_server import PostgresServer  # noqa: E402
 
@@ -139,7 +140,7 @@ async def share(page: Page, pid: int) -> float:
 
 
 async def main(rows: int) -> None:
-    path = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
+    path = machine.browser()
     root = ["--no-sandbox"] if os.getuid() == 0 else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -4382,7 +4382,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--host", help="listen on this address")
     common.add_argument("--port", type=int, help="listen on this port")
     title = "The landing zone between devices and a database."
-    parser = argparse.ArgumentParser(prog="dropzone.py", parents=[common], description=title)
+    parser = argparse.ArgumentParser(parents=[common], description=title)
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")

@@ -34,6 +34,8 @@ OK, USAGE, DATA_ERROR, NO_INPUT, UNAVAILABLE, TRY_AGAIN, CONFIGURATION = 0, 2, 6
 class Program:
     """`dropzone.py` with a folder for its data; that folder and `variables` are all it sees."""
 
+    command: tuple[object, ...] = (sys.executable, DROPZONE)
+
     def __init__(self, home: Path) -> None:
         self.home = home
         self._started: list[subprocess.Popen[bytes]] = []
@@ -44,7 +46,7 @@ class Program:
         """Start the program, its standard streams in pipes; `close` ends it at the latest."""
         clean = {n: text for n, text in os.environ.items() if not n.startswith("DROPZONE_")}
         process = subprocess.Popen(
-            [sys.executable, DROPZONE, *map(str, arguments)],
+            [*map(str, self.command), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

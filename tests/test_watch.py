@@ -83,6 +83,11 @@ def stopped(process, how: signal.Signals = signal.SIGTERM) -> str:
     return err.decode()
 
 
+def wait_until_told(program: Program) -> None:
+    """Wait until whoever was at work on the folder has let go of it, and has said what it did."""
+    assert json.loads(program.run("process").stdout)["checked"] == 0
+
+
 def processed_as_told(log: str) -> int:
     return sum(map(int, re.findall(r"processed (\d+), rejected", log)))
 
@@ -148,6 +153,7 @@ def test_watch(program: Program, how: signal.Signals):
     for count in (1, 2):
         assert program.run("ingest", "-", stdin=LINE).returncode == OK
         wait_for(lambda count=count: len(program.payloads("processed")) == count)
+    wait_until_told(program)
     log = stopped(process, how)
     assert processed_as_told(log) == 2
     assert "Traceback" not in log
@@ -179,6 +185,7 @@ def test_watch_beside_a_server(folder: Folder, program: Program):
         for raw_id in server.json("POST", "/ingest", lines, Content_Type=kind)["raw_ids"]
     ]
     wait_for(lambda: not folder.names("raw"))
+    wait_until_told(program)
     logs = list(map(stopped, processes))
     assert server.stop() == OK
     assert sum(map(processed_as_told, [server.log, *logs])) == len(raw_ids)

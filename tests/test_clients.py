@@ -39,6 +39,11 @@ def program(tmp_path: Path) -> Iterator[Program]:
     made.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def curl() -> str:
+    return machine.program("curl", package="curl")
+
+
 def start(program: Program, port: int = 0) -> Server:
     return Server(program, "--port", port, DROPZONE_API_KEY=KEY, DROPZONE_BACKEND="memory")
 
@@ -132,7 +137,6 @@ async def test_queue(program: Program) -> None:
 
 async def test_curl(program: Program) -> None:
     """The commands for curl land one payload plainly, one compressed, and each line of a file."""
-    machine.program("curl", package="curl")
     server = await asyncio.to_thread(start, program)
     await run(program, server.url, "sh", "-ec", CURL)
     assert list(program.payloads().values()) == [LINE] * 4

@@ -17,6 +17,7 @@ CHROME_ON_MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 MORE_PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/opt/homebrew/bin", "/opt/homebrew/sbin")
 DOWNLOAD_SECONDS = 300
 PACKAGES_SECONDS = 600
+PLAYWRIGHT = [sys.executable, "-m", "playwright"]
 OWN_BROWSER = """
 from playwright.sync_api import sync_playwright
 with sync_playwright() as playwright:
@@ -46,6 +47,7 @@ def browser() -> str:
     Raises RuntimeError, which says what to do, where there is none of them.
     """
     with _one_at_a_time():
+        _start_playwright()
         path = next(filter(None, map(_find, (*BROWSERS, CHROME_ON_MACOS))), None)
         if path is None:
             path, no_download = _downloaded_browser()
@@ -102,9 +104,20 @@ def _no_services() -> Iterator[None]:
         POLICY.unlink(missing_ok=True)
 
 
+def _start_playwright() -> None:
+    """See that Playwright's own program starts: it takes a library that not every system has."""
+    if _run([*PLAYWRIGHT, "--version"], DOWNLOAD_SECONDS):
+        why = _install("libatomic1")
+        wrong = _run([*PLAYWRIGHT, "--version"], DOWNLOAD_SECONDS)
+        if wrong:
+            raise RuntimeError(
+                f"Playwright does not start: {wrong}; {why}: {_advice('libatomic1')}"
+            )
+
+
 def _downloaded_browser() -> tuple[str | None, str]:
     """Return the browser that Playwright downloads, or None, and why there is none."""
-    wrong = _run([sys.executable, "-m", "playwright", "install", "chromium"], DOWNLOAD_SECONDS)
+    wrong = _run([*PLAYWRIGHT, "install", "chromium"], DOWNLOAD_SECONDS)
     if wrong:
         return None, wrong
     asked = subprocess.run(

@@ -18,6 +18,7 @@ from uuid import UUID
 
 import aiohttp
 import machine
+import psutil
 
 from dropzone import raw_id_of
 
@@ -27,6 +28,7 @@ MEGABYTES = {"ext4": 256, "xfs": 320}
 CLIENTS = 24
 CHANCE = SystemRandom()
 PATIENCE = 30.0  # seconds
+GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 # ── Disks ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -112,16 +114,15 @@ def program(home: Path, **constants: float | None) -> Path:
 
 
 def children_of(pid: int) -> list[int]:
-    with suppress(OSError):
-        tasks = Path(f"/proc/{pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
+    with suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(pid).children()]
     return []
 
 
 def state_of(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-    return "X"
+    with suppress(psutil.NoSuchProcess):
+        return str(psutil.Process(pid).status())
+    return psutil.STATUS_DEAD
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
@@ -162,7 +163,7 @@ class Service:
         return words in self.log.read_text() and self.log.read_text().endswith("\n")
 
     def writers(self) -> list[int]:
-        found = [pid for pid in children_of(self.process.pid) if state_of(pid) not in "XZ"]
+        found = [pid for pid in children_of(self.process.pid) if state_of(pid) not in GONE]
         self.children.update(found)
         return found
 
@@ -170,7 +171,7 @@ class Service:
         pids = [self.process.pid, *self.writers()]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        wait_for(lambda: all(state_of(pid) == "T" for pid in pids))
+        wait_for(lambda: all(state_of(pid) == psutil.STATUS_STOPPED for pid in pids))
 
     def kill(self, *, writers_first: bool = False) -> None:
         """Kill everything at once, so that nothing has the time to tidy up."""
@@ -180,13 +181,13 @@ class Service:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
-        wait_for(lambda: all(state_of(pid) in "XZ" for pid in self.children))
+        wait_for(lambda: all(state_of(pid) in GONE for pid in self.children))
 
     def stop(self) -> int:
         self.writers()
         self.process.terminate()
         code = self.process.wait(PATIENCE)
-        wait_for(lambda: all(state_of(pid) in "XZ" for pid in self.children))
+        wait_for(lambda: all(state_of(pid) in GONE for pid in self.children))
         return code
 
 

@@ -383,6 +383,7 @@ def test_check_names_a_stray_file(program: Program, name: str):
     assert stray.read_text() == "mine"
 
 
+@pytest.mark.linux
 def test_check_names_a_second_file_system(program: Program):
     """`check` refuses folders on two file systems: nothing can be renamed from one to the other."""
     memory = Path("/dev/shm")
@@ -668,6 +669,7 @@ def test_serve_options_before_and_behind_the_command(program: Program, arguments
     assert server.json("GET", "/health") == {"status": "ok"}
 
 
+@pytest.mark.linux
 def test_serve_on_another_address(program: Program):
     """`--host` chooses the address, and goes before the variable."""
     arguments = ("--host", "127.0.0.2", "--port", 0)

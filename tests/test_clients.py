@@ -101,6 +101,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("client", COMMANDS)
 async def test_once(program: Program, client: str) -> None:
     """What was refused, then landed without an answer, and was sent again has landed once."""
@@ -111,6 +112,7 @@ async def test_once(program: Program, client: str) -> None:
     assert str(raw_id) in printed
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("client", COMMANDS)
 async def test_server_that_comes_later(program: Program, client: str) -> None:
     """A client outlasts the restart of a server: it connects once somebody listens again."""
@@ -135,6 +137,7 @@ async def test_queue(program: Program) -> None:
     assert not (program.home / "queue.ndjson").exists()
 
 
+@pytest.mark.linux
 async def test_curl(program: Program) -> None:
     """The commands for curl land one payload plainly, one compressed, and each line of a file."""
     server = await asyncio.to_thread(start, program)

@@ -402,6 +402,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE]
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["fdatasync", "fsync", "rename", "write"])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
@@ -431,6 +432,7 @@ async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path
         assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("name", ["fsync", "rename"])
 async def test_trouble(name: str, tmp_path: Path, calls: Calls):
     """A disk that refuses is in the way of landing for as long as it does."""
@@ -440,6 +442,7 @@ async def test_trouble(name: str, tmp_path: Path, calls: Calls):
         assert store.trouble() is None
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("key", [None, "a key"])
 async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
     """Of a batch of which one file cannot be written nothing is left behind, nor brought back."""
@@ -457,6 +460,7 @@ async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
         assert store.pending() == [before, *again]
 
 
+@pytest.mark.linux
 async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
     """Whoever has a raw_id has it after a finished sync of a log that holds the payload."""
     landed, refused = {}, 0
@@ -476,6 +480,7 @@ async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
         assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("name", ["fdatasync", "lseek"])
 async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, calls: Calls):
     """A log that could not be cut after a failure is not appended to again."""
@@ -503,6 +508,7 @@ async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, call
         ]
 
 
+@pytest.mark.linux
 async def test_failing_again_and_again(tmp_path: Path, calls: Calls):
     """A disk that fails for hours takes no descriptors and leaves no files behind."""
     async with opened(tmp_path) as store:

@@ -15,6 +15,7 @@ from pathlib import Path
 from uuid import UUID
 
 import aiohttp
+import psutil
 import pytest
 from test_cli import LINE, OK, PATIENCE, Program, Server
 
@@ -85,8 +86,7 @@ class Hostile:
 
     def memory(self) -> int:
         """Return the bytes of memory that the process holds."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return 1024 * int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+        return int(psutil.Process(self.pid).memory_info().rss)
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ async def test_let_in_again(start: Start):
     assert (await ask(url))[0][0] == 202
 
 
+@pytest.mark.linux
 async def test_addresses_count_for_themselves(start: Start):
     """What one address has used up is there for another."""
     url = await start(per_address="2/hour")
@@ -122,6 +123,7 @@ async def test_addresses_count_for_themselves(start: Start):
     assert [status for status, _, _ in await ask(url, 3, source="127.0.0.2")] == [202, 202, 429]
 
 
+@pytest.mark.linux
 async def test_guessing_keys(start: Start):
     """Requests with a wrong key count for their address: nobody tries out many."""
     url = await start(per_address="3/hour")

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import msgspec
+import psutil
 import pytest
 from msgspec.structs import replace
 from test_cli import (
@@ -668,20 +669,20 @@ async def test_a_killed_worker(book: Book, program: Program):
         book.folder.put(arrival(2 * DAY + number), payload(number, number))
     await book.process()
     process = program.start("verify")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    verifier = psutil.Process(process.pid)
     async with asyncio.timeout(PATIENCE):
-        while not (workers := [pid for pid in children.read_text().split() if is_worker(pid)]):
+        while not (workers := list(filter(is_worker, verifier.children()))):
             await asyncio.sleep(0.001)
-    os.kill(int(workers[0]), signal.SIGKILL)
+    workers[0].kill()
     _, err = await asyncio.to_thread(process.communicate)
     assert process.returncode == TRY_AGAIN
     assert_explained(err.decode())
     assert await book.findings() == []
 
 
-def is_worker(pid: str) -> bool:
-    with suppress(FileNotFoundError):
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+def is_worker(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return "spawn_main" in " ".join(process.cmdline())
     return False
 
 

@@ -24,7 +24,7 @@ import test_processing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
-from power_cut import Service, children_of, state_of, wait_for
+from power_cut import GONE, Service, children_of, state_of, wait_for
 from test_cli import LINE, OK, PATIENCE, Program, Server
 from test_http import Outage
 from test_processing import Failing, Folder, Recording, Slow, arrival, body, processor_of, rows_of
@@ -146,6 +146,7 @@ async def test_background_survives_a_failing_disk(
 # ── process --watch ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_watch(program: Program, how: signal.Signals):
     """`process --watch` needs no server, takes what lands later, and ends in order on a signal."""
@@ -160,6 +161,7 @@ def test_watch(program: Program, how: signal.Signals):
     assert program.payloads() == {}
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_watch_stopped_at_work(
     folder: Folder, program: Program, own: dict[str, str], how: signal.Signals
@@ -174,6 +176,7 @@ def test_watch_stopped_at_work(
     assert json.loads(program.run("process").stdout)["processed"] == 3
 
 
+@pytest.mark.linux
 def test_watch_beside_a_server(folder: Folder, program: Program):
     """A server that processes and two watching programs on one folder do everything once."""
     server = Server(program, **OFTEN)
@@ -219,6 +222,7 @@ async def test_growing_pauses(
     assert caplog.text.count(AGAIN) == 3
 
 
+@pytest.mark.linux
 @pytest.mark.usefixtures("postgres_url")
 async def test_postgres_restarted_again_and_again(
     folder: Folder, program: Program, postgres_server: PostgresServer
@@ -441,7 +445,7 @@ async def test_workers_end_with_their_parent(tmp_path: Path, *, at_work: bool):
             service.process.kill()
             with suppress(aiohttp.ClientError):
                 await call
-        await until(lambda: all(state_of(pid) in "XZ" for pid in children))
+        await until(lambda: all(state_of(pid) in GONE for pid in children))
     finally:
         service.kill()
     assert folder.states().total() == 1500

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from power_cut import (
     CHANCE,
+    GONE,
     PATIENCE,
     REPO,
     Ledger,
@@ -75,7 +76,7 @@ class Gunicorn:
         return bool(self._port()) and begun >= WORKERS + self.killed
 
     def workers(self) -> list[int]:
-        return [pid for pid in children_of(self.process.pid) if state_of(pid) not in "XZ"]
+        return [pid for pid in children_of(self.process.pid) if state_of(pid) not in GONE]
 
     async def kill_a_worker(self) -> None:
         """Kill a worker as the kernel would, and wait until another has taken its place.

@@ -41,6 +41,8 @@ from power_cut import (
 import dropzone
 from dropzone import Log, RawConfig, RawStore, Record, StorageFull, StorageUnavailable
 
+Note = Callable[[str, object], None]
+
 SLOW_CONNECTIONS = 6000
 BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
 
@@ -99,15 +101,14 @@ async def cut_power(kind: str, folder: Path, source: Path, ledger: Ledger, *, pr
     return lost
 
 
-async def test_power_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+async def test_power_cut(tmp_path: Path, record_property: Note):
     """Whatever was acknowledged is there, whole and once, after the power failed under load.
 
     The cuts are real ones, of disks that lose what was not synced: much of what had been
     acknowledged is missing from the raw folder before the service starts again.
     """
     if not may_mount(tmp_path):
-        with capsys.disabled():
-            print("\nNO REAL POWER CUT: mounting is not allowed here. Run this test as root.")
+        record_property("note", "NO REAL POWER CUT: mounting is not allowed here. Run it as root.")
         await power_cut_by_hand(tmp_path)
         return
     lost = 0
@@ -133,8 +134,9 @@ async def power_cut_by_hand(tmp_path: Path) -> None:
         service.kill()
     journaled = b"".join(log.read_bytes() for log in (data / "journal").glob("*.log"))
     held = [raw_id for raw_id, body in ledger.acknowledged.items() if body in journaled]
+    files = files_in(data)
     for raw_id in CHANCE.sample(held, len(held) // 2):
-        [path] = files_in(data)[raw_id]
+        [path] = files[raw_id]
         if CHANCE.random() < 0.5:
             path.unlink()
         else:
@@ -269,12 +271,11 @@ async def _poll(condition: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("size", [1_000, 20_000])
 async def test_disk_full(
-    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    size: int, tmp_path: Path, record_property: Note, monkeypatch: pytest.MonkeyPatch
 ):
     """A full disk is refused with 503 and shown, reads go on, and landing when there is space."""
     if not may_mount(tmp_path):
-        with capsys.disabled():
-            print("\nNO REAL FULL DISK: mounting is not allowed here. Run this test as root.")
+        record_property("note", "NO REAL FULL DISK: mounting is not allowed here. Run it as root.")
         await refused_where_no_room_is_told(tmp_path, monkeypatch)
         return
     with mounted("none", tmp_path / "disk", "-t", "tmpfs", "-o", "size=24m") as where:

@@ -2,9 +2,10 @@
 
 The way of a payload, which is also the order of this file:
 
-1. A device POSTs JSON to `/ingest`. `RawStore.land` takes it together with what else has arrived,
-   appends the group to the journal and syncs that: from this point on the payloads are durable.
-   Then it writes the exact bytes to `raw/<raw_id>.json`; only then does the device get its 202.
+1. A device POSTs JSON to `/ingest`. The payload store (`backends/raw`) lands it together with what
+   else has arrived: it appends the group to the journal and syncs that: from this point on the
+   payloads are durable. Then it writes the exact bytes to `raw/<raw_id>.json`; only then does the
+   device get its 202.
 2. `Processor.process` reads pending payloads in order of arrival, `transform`s each into a
    `Measurement` (UTC timestamp, mean, population standard deviation) or finds out why that is
    impossible, upserts the measurements into the backend, and only then moves the payloads out of
@@ -20,13 +21,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import bisect
 import codecs
 import contextlib
 import csv
-import ctypes
-import errno
-import fcntl
 import functools
 import gzip
 import hashlib
@@ -52,7 +49,6 @@ import signal
 import sqlite3
 import ssl
 import statistics
-import struct
 import sys
 import tempfile
 import threading
@@ -71,7 +67,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -82,7 +78,6 @@ from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
 from uuid import UUID
 
-import aiofiles.os
 import msgspec
 import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
@@ -109,6 +104,25 @@ from backends import (
     same,
     timestamp_text,
 )
+from backends.raw import (
+    KeyReused,
+    Observer,
+    Payloads,
+    PayloadStore,
+    PayloadStoreError,
+    PayloadUnreadable,
+    Portion,
+    RawIdUnknown,
+    Rejection,
+    State,
+    StorageFull,
+    StorageUnavailable,
+    arrival_of,
+    day_of,
+    raw_id_of,
+)
+from backends.raw.disk import disk_errors, storage_error, writing_trouble
+from backends.raw.landing import RawStore
 
 try:
     from uvloop import new_event_loop
@@ -146,22 +160,6 @@ class ConfigError(DropzoneError):
 
 class PayloadNotJson(DropzoneError):
     code, status = "payload_not_json", 400
-
-
-class RawIdUnknown(DropzoneError):
-    code, status = "raw_id_unknown", 404
-
-
-class KeyReused(DropzoneError):
-    code, status = "idempotency_key_reused", 422
-
-
-class StorageUnavailable(DropzoneError):
-    code, status = "storage_unavailable", 503
-
-
-class StorageFull(StorageUnavailable):
-    code = "storage_full"
 
 
 class ProcessorBusy(DropzoneError):
@@ -729,8 +727,8 @@ class Metrics:
     line are seen, and counts outlive a restart; a `kill -9` takes those of a second.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "metrics.sqlite"
+    def __init__(self) -> None:
+        self._file = Path()
         self._connection: sqlite3.Connection | None = None
         self._turn = threading.Lock()
         self._shared: dict[str, float] = {}  # what of our own samples is in the file
@@ -781,14 +779,13 @@ class Metrics:
         found[0].inc()
         found[1].observe(seconds)
 
-    def landed(self, written: Written, seconds: float) -> None:
-        """Count a group."""
-        if written.payloads:
-            self._payloads.inc(written.payloads)
-            self._bytes.inc(written.bytes)
-            self._group.observe(written.payloads)
-            self._land.observe(seconds)
-            self._sync.observe(written.sync_seconds)
+    def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
+        """Count a group: see `backends.raw.Observer`."""
+        self._payloads.inc(payloads)
+        self._bytes.inc(size)
+        self._group.observe(payloads)
+        self._land.observe(seconds)
+        self._sync.observe(sync_seconds)
 
     def collect(self) -> Iterator[prometheus.Metric]:
         """Yield what all processes have counted, as a Prometheus registry does. Blocks on disk."""
@@ -845,1229 +842,28 @@ class Metrics:
             self._totals = dict(file.execute(ALL_SAMPLES))
             self._in_flight.set(file.execute(ALL_IN_FLIGHT).fetchone()[0])
 
-    async def share_forever(self) -> None:
+    @contextlib.asynccontextmanager
+    async def shared(self, folder: Path) -> AsyncIterator[None]:
+        """Share what is counted with the other processes of a folder, until the very end."""
+        self._file = folder / "metrics.sqlite"
+        sharing = asyncio.create_task(self._share_forever())
+        try:
+            yield
+        finally:
+            sharing.cancel()
+            await asyncio.to_thread(self._close)
+
+    async def _share_forever(self) -> None:
         while True:
             await asyncio.sleep(SHARE_EVERY)
             await asyncio.to_thread(self.share, quietly=True)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self.own_in_flight = int
         self.share(quietly=True)
         if self._connection:
             self._connection.close()
             self._connection, self._totals = None, {}
-
-
-# ── Raw store: where payloads lie ─────────────────────────────────────────────────────────────────
-
-
-class Rejection(Struct, frozen=True):
-    """Why a payload was rejected: the content of `rejected/<raw_id>.reason.json`.
-
-    It stays there when the payload is put back to pending, which `retries` counts.
-    """
-
-    raw_id: UUID
-    code: str
-    detail: str
-    rejected_at: datetime
-    retries: int = 0
-    retried_at: datetime | None = None
-
-
-State = Literal["pending", "processed", "rejected"]
-STATES: tuple[State, ...] = ("pending", "processed", "rejected")
-
-PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
-DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
-PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
-BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
-WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
-PORTION = 1000
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
-
-BATCHES = 2  # groups under way at once where many payloads come together; else it is one
-LARGE_GROUP = 16  # requests
-GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
-WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
-MANY_FILES = 64  # in a group that two threads write
-LOG_BYTES = 128 * 1024 * 1024  # at which a log is ended and checkpointed
-AHEAD = 256 * 1024  # bytes that a log is filled ahead of its records
-FULL_LOGS = 2  # that may await their checkpoint before landing does, too: the journal is bounded
-HEAD = struct.Struct("<QII")  # of a record: its epoch, the length and CRC-32 of what follows
-KEY_LIFE = timedelta(hours=24)
-OPEN_KEYS = (
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # the journal has what is not synced yet
-    "CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, digest BLOB, raw_ids BLOB, landed INT)",
-)
-FIND_KEY = "SELECT digest, raw_ids, landed FROM keys WHERE key = ? AND raw_ids >= ?"
-NOTE_KEY = "INSERT OR REPLACE INTO keys (key, digest, raw_ids, landed) VALUES (?, ?, ?, ?)"
-DROP_KEYS = "DELETE FROM keys WHERE raw_ids < ?"
-
-
-def raw_id_of(name: str) -> UUID | None:
-    """Return the raw_id that a file name stands for, or None for the name of another file."""
-    match = PAYLOAD_NAME.fullmatch(name)
-    return UUID(match[1]) if match else None
-
-
-def arrival_of(raw_id: UUID) -> datetime | None:
-    """Return when a payload arrived (UTC, milliseconds), None if its raw_id is no UUIDv7."""
-    try:
-        return (
-            datetime.fromtimestamp((raw_id.int >> 80) / 1000, UTC) if raw_id.version == 7 else None
-        )
-    except ValueError:  # beyond the year 9999
-        return None
-
-
-def uuid_at(moment: datetime) -> UUID:
-    """Return the least UUIDv7 of a moment."""
-    return UUID(int=int(moment.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62)
-
-
-def day_of(raw_id: UUID | str) -> str:
-    """Return the UTC day of a payload's arrival, "unknown" if its raw_id does not tell."""
-    text = str(raw_id)
-    return _day(int(text[:8] + text[9:13], 16) // 86_400_000) if text[14] == "7" else "unknown"
-
-
-@functools.lru_cache
-def _day(number: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(number * 86_400, UTC):%Y-%m-%d}"
-    except ValueError:  # beyond the year 9999
-        return "unknown"
-
-
-def earliest(folder: Path, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
-    """Return the `limit` least raw_ids of the payloads in a folder behind `after`, in order."""
-    return list(map(UUID, earliest_names(folder, limit, str(after or ""))[0]))
-
-
-def earliest_names(folder: Path, limit: int, after: str = "") -> tuple[list[str], int]:
-    """Return the same as text, which is quicker to hand about, and how many there are in all.
-
-    It holds no more than twice as many names at a time, however many files there are.
-    """
-    names, count = list[str](), 0
-    low, high = f"{after}~" if after else "", "~"
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if low < (name := entry.name) and PAYLOAD_NAME.fullmatch(name):
-                count += 1
-                if name < high:
-                    names.append(name)
-                if len(names) > 2 * limit:
-                    names.sort()
-                    high = names[limit]
-                    del names[limit:]
-    names.sort()
-    return [name[:36] for name in names[:limit]], count
-
-
-def next_raw_id(last: UUID) -> UUID:
-    """Return a new UUIDv7 that is greater than `last`, whatever the clock says."""
-    fresh = uuid7()
-    if fresh > last:
-        return fresh
-    step = 1 + (fresh.int & (1 << 48) - 1)
-    if (last.int & RAND_B) + step <= RAND_B:
-        return UUID(int=last.int + step)
-    return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _read_file(path: str) -> bytes:
-    """Read a file in as few system calls as a small one needs."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        data = os.read(descriptor, 65_536)
-        if len(data) == 65_536:
-            with open(descriptor, "rb", 0, closefd=False) as file:
-                data += file.readall()
-        return data
-    finally:
-        os.close(descriptor)
-
-
-MINUTES = 60  # that the tally goes back
-SLOT = struct.Struct("<QQ")
-TALLY_BYTES = SLOT.size * (1 + MINUTES)
-
-
-class Tally:
-    """Numbers that all processes of a data folder share, in a file of a kilobyte.
-
-    The first slot has how many payloads have become processed, and when the last landed (in ms
-    since 1970); the others a minute each and how many landed in it. It is not synced: after a
-    power cut it may lag. What is exact is in the folders.
-    """
-
-    def __init__(self, path: Path, processed_so_far: Callable[[], int] = int) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with _locked(self._file):
-            if os.fstat(self._file).st_size < TALLY_BYTES:
-                total = 0
-                with contextlib.suppress(OSError, StorageUnavailable):  # a damaged pack, say
-                    total = processed_so_far()
-                first = SLOT.pack(total, 0)
-                os.pwrite(self._file, first.ljust(TALLY_BYTES, b"\0"), 0)
-
-    def add(self, *, landed: int = 0, processed: int = 0) -> None:
-        now = time.time_ns() // 1_000_000
-        with _locked(self._file):
-            total, last = self._slot(0)
-            self._set(0, total + processed, now if landed else last)
-            if landed:
-                minute = now // 60_000
-                known, count = self._slot(1 + minute % MINUTES)
-                self._set(1 + minute % MINUTES, minute, landed + (count if known == minute else 0))
-
-    def read(self) -> tuple[int, int, list[int]]:
-        """Return both of the first slot, and how many landed in each minute, this one last."""
-        (total, last), *slots = SLOT.iter_unpack(os.pread(self._file, TALLY_BYTES, 0))
-        this, counts = int(time.time()) // 60, dict(slots)
-        return total, last, [counts.get(this - n, 0) for n in reversed(range(MINUTES))]
-
-    def _slot(self, number: int) -> tuple[Any, ...]:
-        return SLOT.unpack(os.pread(self._file, SLOT.size, SLOT.size * number))
-
-    def _set(self, number: int, *values: int) -> None:
-        os.pwrite(self._file, SLOT.pack(*values), SLOT.size * number)
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-class Folders:
-    """Where payloads lie: the folder of a file is the payload's state.
-
-    It holds nothing but paths, so that it can travel to other processes. Every method blocks on the
-    disk and belongs in a thread (`asyncio.to_thread`) or a process.
-    """
-
-    def __init__(self, config: RawConfig) -> None:
-        siblings = config.dir.parent
-        self.raw = config.dir
-        self.processed = config.processed_dir or siblings / "processed"
-        self.rejected = config.rejected_dir or siblings / "rejected"
-        self.journal = siblings / "journal"
-        self.lock_file = siblings / "process.lock"
-        self.keep_days = config.keep_days
-        self._expired = self.journal / "expired"
-
-    def path(self, raw_id: UUID, state: State) -> Path:
-        folder = {"pending": self.raw, "rejected": self.rejected}.get(state)
-        return (folder or self.processed / day_of(raw_id)) / f"{raw_id}.json"
-
-    def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
-        for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError):
-                return state, self.path(raw_id, state).read_bytes()
-        if (body := self._packed(raw_id)) is not None:
-            return "processed", body
-        raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
-
-    def find(self, raw_id: UUID) -> bytes | None:
-        """Return the bytes of a payload, None if it is not there."""
-        try:
-            return self.read(raw_id)[1]
-        except RawIdUnknown:
-            return None
-
-    def read_pending(self, raw_id: UUID | str) -> bytes | None:
-        """Return a pending payload, None if it is no longer pending.
-
-        Raises `DataQualityError` for a file that cannot be read, so that it does not stop the rest.
-        """
-        path = f"{self.raw}/{raw_id}.json"
-        try:
-            return _read_file(path)
-        except OSError as error:
-            if not os.path.lexists(path):
-                return None
-            if error.errno not in BROKEN_FILE:
-                raise _storage_error(error) from error
-            raise DataQualityError(
-                "payload_unreadable", f"the file cannot be read: {error.strerror}"
-            ) from error
-
-    def pending(self, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
-        """Return the `limit` earliest pending payloads behind `after`, in order of arrival."""
-        return earliest(self.raw, limit, after)
-
-    def count_pending(self) -> int:
-        with os.scandir(self.raw) as entries:
-            return sum(PAYLOAD_NAME.fullmatch(entry.name) is not None for entry in entries)
-
-    def open_tally(self) -> Tally:
-        return Tally(self.journal / "tally", self.count_processed)
-
-    def strays(self) -> list[str]:
-        """Return the names in the raw folder that are not those of payloads."""
-        return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
-
-    def publish(self, path: Path | str, body: bytes) -> None:
-        """Make a file appear whole: written under another name, then renamed to `path`."""
-        part = f"{self.journal}/{os.getpid()}-{threading.get_ident()}.part"
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            _write_all(descriptor, body)
-        finally:
-            os.close(descriptor)
-        os.rename(part, path)
-
-    # Moves are renames, so that a payload is in exactly one folder at any moment.
-
-    def settle(
-        self, processed: Iterable[UUID | str], rejected: Iterable[Rejection]
-    ) -> list[Rejection]:
-        """Move payloads out of pending; return the rejections, their retries counted.
-
-        Doing it again, or a part of it again, changes nothing.
-        """
-        counted, moved = list(map(self._with_retries, rejected)), 0
-        for rejection in counted:
-            self._record(rejection)  # before the payload, so that none is without its reason
-            self._move(rejection.raw_id, self.rejected)
-        for day, raw_ids in itertools.groupby(processed, day_of):
-            folder = self.processed / day
-            folder.mkdir(parents=True, exist_ok=True)
-            for raw_id in raw_ids:
-                moved += self._move(raw_id, folder)
-        with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
-            tally.add(processed=moved)
-        return counted
-
-    def _with_retries(self, rejection: Rejection) -> Rejection:
-        if before := self.record(rejection.raw_id):
-            so_far = {"retries": before.retries, "retried_at": before.retried_at}
-            return msgspec.structs.replace(rejection, **so_far)
-        return rejection
-
-    def _move(self, raw_id: UUID | str, folder: Path) -> bool:
-        name = f"{raw_id}.json"
-        source = f"{self.raw}/{name}"
-        try:
-            os.rename(source, f"{folder}/{name}")
-            return True
-        except FileNotFoundError:
-            pass  # somebody else has moved it
-        except OSError as error:  # one bad file never stops the rest
-            log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
-        return False
-
-    # Long life: finished days are packed, and after `keep_days` deleted.
-
-    def packs(self, day: str = "") -> list[Pack]:
-        """Return the packs of a day, or all; a day has a second one if payloads came late."""
-        with os.scandir(self.processed) as entries:
-            found = [e for e in entries if PACK_NAME.fullmatch(e.name) and e.name.startswith(day)]
-        packs = []
-        for entry in found:
-            with contextlib.suppress(FileNotFoundError):  # it has just expired
-                packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
-        return sorted(packs, key=lambda pack: pack.path)
-
-    def sources(self) -> Iterator[tuple[str, Iterator[Portion]]]:
-        """Yield the packs and folders of all that is processed: a name, and portions to read.
-
-        The name is another one when payloads were added.
-        """
-        for pack in self.packs():
-            members = ((pack, n) for n in range(len(pack.index().members)))
-            yield f"{pack.path.name} {pack.written}", members
-        for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield f"{entry.name} {entry.stat().st_mtime_ns}", _portions(Path(entry.path))
-
-    def count_processed(self) -> int:
-        packed = sum(pack.index().payloads for pack in self.packs())
-        folders = (entry.path for entry in os.scandir(self.processed) if entry.is_dir())
-        return packed + sum(len(os.listdir(folder)) for folder in folders)
-
-    def finished_days(self) -> list[str]:
-        """Return the days before today (UTC) that are not packed yet, or not wholly."""
-        days = filter(DAY_NAME.fullmatch, os.listdir(self.processed))
-        return sorted(day for day in days if day < f"{datetime.now(UTC):%Y-%m-%d}")
-
-    def compact(self, day: str) -> int:
-        """Pack a day's payloads, then delete their files; return how many there were."""
-        folder = self.processed / day
-        raw_ids = [raw_id for raw_id in earliest(folder) if day_of(raw_id) == day]
-        packs = self.packs(day)
-        fresh = [
-            raw_id
-            for raw_id in raw_ids  # the others are left of a run that was stopped
-            if not packs or self._packed(raw_id) != (folder / f"{raw_id}.json").read_bytes()
-        ]
-        if fresh:
-            names = (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
-            paths = (self.processed / name for name in names)
-            Pack.write(next(path for path in paths if not path.exists()), folder, fresh)
-        for raw_id in raw_ids:
-            (folder / f"{raw_id}.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else lies there
-            folder.rmdir()
-        return len(fresh)
-
-    def expire(self) -> list[str]:
-        """Delete the packs whose day is more than `keep_days` days ago; return their names."""
-        first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
-        packs = self.packs() if self.keep_days else []
-        expired = [pack for pack in packs if pack.path.name[:10] < first]
-        if expired:
-            self.publish(self._expired, max(self._first_kept(), first).encode())
-            _sync_file(self._expired)
-        for pack in expired:
-            pack.remove()
-        return [pack.path.name for pack in expired]
-
-    def is_expired(self, day: str) -> bool:
-        """Say whether the packs of a day were deleted; not whether it is old enough for that.
-
-        What has landed before a long power cut is old, too, and still to be processed.
-        """
-        return day < self._first_kept()
-
-    def _first_kept(self) -> str:
-        with contextlib.suppress(FileNotFoundError):
-            return self._expired.read_text()
-        return ""
-
-    def is_packed_or_expired(self, raw_id: UUID) -> bool:
-        with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
-            return self.is_expired(day_of(raw_id)) or self._packed(raw_id) is not None
-        return False
-
-    def _packed(self, raw_id: UUID) -> bytes | None:
-        damage = None
-        for pack in self.packs(day_of(raw_id)):
-            try:
-                if (body := pack.read(raw_id)) is not None:
-                    return body
-            except FileNotFoundError:
-                pass  # it has just expired
-            except StorageUnavailable as error:
-                damage = error
-        if damage:
-            raise damage
-        return None
-
-    # The quarantine
-
-    def rejection(self, raw_id: UUID) -> Rejection:
-        """Return why a payload was rejected; raises `RawIdUnknown` if it was not."""
-        try:
-            moved = datetime.fromtimestamp(self.path(raw_id, "rejected").lstat().st_ctime, UTC)
-        except FileNotFoundError:
-            raise RawIdUnknown(f"{raw_id} is not rejected") from None
-        wrong = "the reason is not there or cannot be read"
-        return self.record(raw_id) or Rejection(raw_id, "reason_missing", wrong, moved)
-
-    def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
-        """Yield why each rejected payload (or just one) is, in order of arrival."""
-        for raw_id in [one] if one else earliest(self.rejected):
-            with contextlib.suppress(RawIdUnknown):  # it was put back meanwhile
-                yield self.rejection(raw_id)
-
-    def retry(self, raw_id: UUID) -> bool:
-        """Put a rejected payload back to pending; return False if it is not rejected.
-
-        It keeps its raw_id, so that it still loses against later arrivals. Raises
-        `StorageUnavailable`.
-        """
-        source = self.path(raw_id, "rejected")
-        try:
-            reason, now = self.rejection(raw_id), datetime.now(UTC)
-            again = {"retries": reason.retries + 1, "retried_at": now}
-            self._record(msgspec.structs.replace(reason, **again))
-            os.rename(source, self.path(raw_id, "pending"))
-            return True
-        except RawIdUnknown:
-            return False
-        except OSError as error:
-            if source.exists():
-                raise _storage_error(error) from error
-            return False  # somebody else has put it back
-
-    def record(self, raw_id: UUID) -> Rejection | None:
-        """Return the last rejection of a payload, whatever has become of it since."""
-        with contextlib.suppress(OSError, ValueError):  # also what is no UTF-8
-            return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
-        return None
-
-    def _record(self, rejection: Rejection) -> None:
-        self.publish(self._reason(rejection.raw_id), msgspec.json.encode(rejection))
-
-    def _reason(self, raw_id: UUID) -> Path:
-        return self.rejected / f"{raw_id}.reason.json"
-
-
-# ── Raw store: packs of finished days ─────────────────────────────────────────────────────────────
-
-PACK = ".ndjson.gz"
-MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
-
-
-class PackLine(Struct, frozen=True, omit_defaults=True):
-    """A line of a pack: a payload as text, or in base64 where it is no UTF-8."""
-
-    raw_id: UUID
-    sha256: str
-    payload: str | None = None
-    base64: bytes | None = None
-
-    @classmethod
-    def of(cls, raw_id: UUID, body: bytes) -> PackLine:
-        digest = hashlib.sha256(body).hexdigest()
-        try:
-            return cls(raw_id, digest, body.decode())
-        except UnicodeDecodeError:
-            return cls(raw_id, digest, base64=body)
-
-    def body(self) -> bytes:
-        """Return the exact bytes that arrived; raises ValueError if they are not these."""
-        body = self.base64 or b"" if self.payload is None else self.payload.encode()
-        if hashlib.sha256(body).hexdigest() != self.sha256:
-            raise ValueError(f"{self.raw_id} in a pack is not what its sha256 says")
-        return body
-
-
-class PackIndex(Struct, frozen=True):
-    """What lies beside a pack: its SHA-256, and for each gzip member its first raw_id and place."""
-
-    payloads: int
-    bytes: int
-    sha256: str
-    members: list[tuple[UUID, int]]
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A finished day of processed payloads in one file that never changes.
-
-    It is NDJSON in gzip members (RFC 1952), ordered by raw_id: zcat and jq read it. Its index
-    leads to the one member that a payload is in.
-    """
-
-    path: Path
-    written: int  # when, in ns: a name may be used again
-
-    @functools.lru_cache(maxsize=32)  # noqa: B019 (a pack is but its name)
-    def index(self) -> PackIndex:
-        try:
-            return msgspec.json.decode(Path(f"{self.path}.index").read_bytes(), type=PackIndex)
-        except (FileNotFoundError, ValueError) as error:
-            if not self.path.exists():
-                raise  # it has just expired
-            wrong = f"{self.path} has lost its index, restore it from a copy: {error}"
-            raise StorageUnavailable(wrong) from error
-
-    @functools.lru_cache(maxsize=8)  # noqa: B019
-    def member(self, number: int) -> dict[UUID, bytes]:
-        return _read_member(self.path, self.index(), number)
-
-    def read(self, raw_id: UUID) -> bytes | None:
-        number = bisect.bisect(self.index().members, raw_id, key=lambda member: member[0]) - 1
-        return self.member(number).get(raw_id) if number >= 0 else None
-
-    @classmethod
-    def write(cls, path: Path, folder: Path, raw_ids: Sequence[UUID]) -> Pack:
-        """Write payloads to a new pack; it is there when it is synced and has been read again."""
-        part, members, lines, size = path.with_suffix(".part"), list[tuple[UUID, int]](), [], 0
-        with open(part, "wb") as file:
-            for number, raw_id in enumerate(raw_ids, 1):
-                body = (folder / f"{raw_id}.json").read_bytes()
-                lines.append(PackLine.of(raw_id, body))
-                size += len(body)
-                if size >= MEMBER_BYTES or number == len(raw_ids):
-                    members.append((lines[0].raw_id, file.tell()))
-                    text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
-                    file.write(gzip.compress(text, 6, mtime=0))
-                    lines, size = [], 0
-            file.flush()
-            os.fsync(file.fileno())
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        index = PackIndex(len(raw_ids), part.stat().st_size, digest, members)
-        _check_pack(part, index, folder, raw_ids)
-        index_file = Path(f"{path}.index")
-        index_file.write_bytes(msgspec.json.encode(index))
-        _sync_file(index_file)
-        os.rename(part, path)
-        _sync_file(path.parent)
-        return cls(path, path.stat().st_mtime_ns)
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        Path(f"{self.path}.index").unlink(missing_ok=True)
-
-
-def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
-    starts = [start for _, start in index.members] + [index.bytes]
-    with open(path, "rb") as file:
-        file.seek(starts[number])
-        packed = file.read(starts[number + 1] - starts[number])
-    try:
-        text = gzip.decompress(packed)
-        lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
-        return {line.raw_id: line.body() for line in lines}
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
-        wrong = f"{path} is damaged at byte {starts[number]}, restore it from a copy: {error}"
-        raise StorageUnavailable(wrong) from error
-
-
-def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:
-    """Raise `StorageUnavailable` unless a pack gives back each payload, byte for byte."""
-    wanted = iter(raw_ids)
-    for number in range(len(index.members)):
-        for raw_id, body in _read_member(path, index, number).items():
-            if next(wanted, None) != raw_id or (folder / f"{raw_id}.json").read_bytes() != body:
-                raise StorageUnavailable(f"{path} is not what was written; {folder} was kept")
-    if next(wanted, None) is not None:
-        raise StorageUnavailable(f"{path} is not whole; {folder} was kept")
-
-
-# ── Raw store: landing ────────────────────────────────────────────────────────────────────────────
-
-
-Portion = list[UUID] | tuple[Pack, int]  # of a folder; or a member of a pack
-
-
-def _portions(folder: Path) -> Iterator[Portion]:
-    last = None
-    while raw_ids := earliest(folder, WINDOW, last):
-        last = raw_ids[-1]
-        yield from (raw_ids[n : n + PORTION] for n in range(0, len(raw_ids), PORTION))
-
-
-class KeyUse(Struct, frozen=True, array_like=True):
-    """An Idempotency-Key, the SHA-256 of what came with it, and the raw_ids that it was given."""
-
-    key: str
-    digest: bytes
-    raw_ids: list[UUID]
-    landed: bool = False
-
-
-class Record(Struct, frozen=True, array_like=True):
-    """A group in the journal: payloads under their raw_ids, and the keys that came with them."""
-
-    payloads: list[tuple[UUID, bytes]]
-    keys: list[KeyUse]
-
-
-class Log:
-    """One file of the journal: records, each with its length and checksum, written and synced.
-
-    Blocks that a file has already are synced without waiting for the file system's own journal. So
-    it is filled ahead of the records, and a log that is no longer needed is begun anew and
-    overwritten: the epoch, a secret number, tells the new records from what is left of the old.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.broken = False  # it is not to be used again
-        self.size = self._filled = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._begin()
-
-    @classmethod
-    def create(cls, folder: Path) -> Log:
-        """Return a new log that this store holds, so that no other recovers it meanwhile."""
-        log = cls(folder / f"{uuid7()}.new")
-        try:
-            log.hold()
-            log.path = log.path.rename(log.path.with_suffix(".log"))
-            _sync_file(folder)
-        except OSError:
-            log.remove()
-            raise
-        return log
-
-    def hold(self) -> bool:
-        """Lock the log until it is closed; close it and return False if another store holds it."""
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.path.exists():  # or else it was deleted before the lock was free
-                return True
-        self.close()
-        return False
-
-    def append(self, record: Record) -> None:
-        """Return when the record is on disk; after an OSError it may be there or not."""
-        body = msgspec.msgpack.encode(record)
-        head = HEAD.pack(self._epoch, len(body), zlib.crc32(body))
-        end = self.size + len(head) + len(body)
-        if end > self._filled:
-            os.pwrite(self._file, bytes(AHEAD), end)
-            self._filled = end + AHEAD
-        _write_all(self._file, head + body)
-        os.fdatasync(self._file)
-        self.size = end
-
-    def cut(self, size: int) -> None:
-        """Take back what was appended since the log had this size."""
-        os.lseek(self._file, size, os.SEEK_SET)
-        os.pwrite(self._file, bytes(HEAD.size), size)
-        os.fdatasync(self._file)
-        self.size = size
-
-    def begin_anew(self) -> None:
-        """Forget all records."""
-        self.cut(0)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._epoch = getrandbits(64)
-        self.size = 0
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records up to the first that is torn: no group behind it was acknowledged."""
-        epoch = None
-        with open(self.path, "rb") as file:
-            while len(head := file.read(HEAD.size)) == HEAD.size:
-                own, length, checksum = HEAD.unpack(head)
-                epoch = own if epoch is None else epoch
-                body = file.read(length)
-                if own != epoch or not 0 < length == len(body) or zlib.crc32(body) != checksum:
-                    return
-                yield msgspec.msgpack.decode(body, type=Record)
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.close()
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-class Batch(Struct, frozen=True, array_like=True):
-    """What one request brought."""
-
-    bodies: list[bytes]
-    key: str | None
-
-
-class Answer(Struct, frozen=True, array_like=True):
-    """The raw_ids for a batch; or the error that refuses it, by its code, and its detail."""
-
-    raw_ids: list[UUID]
-    code: str = ""
-    detail: str = ""
-
-    def result(self) -> list[UUID]:
-        """Return the raw_ids, or raise the error."""
-        if self.code:
-            raise {kind.code: kind for kind in REFUSALS}[self.code](self.detail)
-        return self.raw_ids
-
-
-REFUSALS = (KeyReused, StorageFull, StorageUnavailable)
-
-
-class Written(Struct, frozen=True, array_like=True):
-    """The answers to a group, and what was made durable for them."""
-
-    answers: list[Answer]
-    payloads: int = 0
-    bytes: int = 0
-    sync_seconds: float = 0.0
-
-
-class Writer:
-    """A second store on the same folder, in a process of its own, that lands large groups.
-
-    A file takes four system calls, and a thread must win the interpreter lock back from the event
-    loop after each; a process need not. It is started by the first group that is worth it.
-    """
-
-    def __init__(self, config: RawConfig) -> None:
-        home = str(Path(__file__).resolve().parent)
-        settings = msgspec.to_builtins(config, enc_hook=str)
-        self._code = (
-            f"import sys; sys.path.insert(0, {home!r}); import dropzone; "
-            f"dropzone.write_forever({settings!r})"
-        )
-        self._process: asyncio.subprocess.Process | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-
-    async def write(self, group: Sequence[Batch]) -> Written | None:
-        """Return the answers to a group, None where the process is not there (yet)."""
-        if self._process is None:
-            self._starting = self._starting or asyncio.create_task(self._start())
-            return None
-        try:
-            return await self._exchange(self._process, msgspec.msgpack.encode(group))
-        except (OSError, asyncio.IncompleteReadError):
-            self._process = None
-            wrong = "the writer process has ended; try again later"
-            return Written([Answer([], StorageUnavailable.code, wrong)] * len(group))
-
-    async def _start(self) -> None:
-        pipe = asyncio.subprocess.PIPE
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
-            )
-            if process.stdout and await process.stdout.read(1):  # it is ready
-                self._process = process
-        except OSError as error:
-            log.error("the writer process does not start: %s", error)  # noqa: TRY400
-        finally:
-            self._starting = None
-
-    async def _exchange(self, process: asyncio.subprocess.Process, message: bytes) -> Written:
-        if not (process.stdin and process.stdout):
-            raise BrokenPipeError
-        process.stdin.writelines((len(message).to_bytes(4), message))
-        async with self._turn:  # answers come in the order of the groups
-            size = int.from_bytes(await process.stdout.readexactly(4))
-            return WRITTEN.decode(await process.stdout.readexactly(size))
-
-    async def close(self) -> None:
-        if self._starting:
-            await asyncio.wait([self._starting])
-        if self._process and self._process.stdin:
-            self._process.stdin.close()
-            await self._process.wait()
-
-
-GROUP = msgspec.msgpack.Decoder(list[Batch])
-WRITTEN = msgspec.msgpack.Decoder(Written)
-
-
-def write_forever(settings: Table) -> None:
-    """Land the groups that come by standard input, until it ends: the process of `Writer`."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service is sent to all of it
-    store = RawStore(msgspec.convert(settings, RawConfig, dec_hook=lambda kind, text: kind(text)))
-    store.open_here()
-    with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
-        _write_all(1, b"!")
-        while size := sys.stdin.buffer.read(4):
-            group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
-            written = msgspec.msgpack.encode(store.write(group))
-            _write_all(1, len(written).to_bytes(4) + written)
-    store.close_here()
-
-
-class RawStore(Folders):
-    """The folders and the way into them: lands payloads, durably.
-
-    Methods without `async` block on the disk and belong in a thread (`asyncio.to_thread`).
-    """
-
-    def __init__(self, config: RawConfig) -> None:
-        super().__init__(config)
-        self.config = config
-        self._min_free = config.min_free_bytes
-        self._log: Log | None = None
-        self._full: list[Log] = []  # appended to no more, still to be checkpointed
-        self._spare: list[Log] = []  # to be begun anew
-        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
-        self._landing: set[asyncio.Task[None]] = set()
-        self._writer = Writer(config)
-        self.metrics = Metrics(self.journal)
-
-    async def open(self) -> None:
-        """Create the folders that are missing, and recover what a crash has left in the journal.
-
-        Raises `StorageUnavailable`.
-        """
-        self._thread = ThreadPoolExecutor(1, "landing")
-        try:
-            await self._in_thread(self.open_here)
-        except OSError as error:
-            raise StorageUnavailable(
-                f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
-            ) from error
-        self._sharing = asyncio.create_task(self.metrics.share_forever())
-
-    def open_here(self) -> None:
-        self._checkpointer = ThreadPoolExecutor(1, "checkpoint")
-        self._file_writers = ThreadPoolExecutor(2, "files")
-        self._checkpointing = self._checkpointer.submit(self._checkpoint, [])
-        for folder in (self.raw, self.processed, self.rejected, self.journal):
-            _make_folder(folder)
-            if folder.stat().st_dev != self.raw.stat().st_dev:
-                raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
-        self._journal_fd = os.open(self.journal, os.O_RDONLY)  # held, it hears of every error
-        self._counter = os.open(self.journal / "last_raw_id", os.O_RDWR | os.O_CREAT, 0o644)
-        self.tally = self.open_tally()
-        self._keys = sqlite3.connect(self.journal / "keys.sqlite", isolation_level=None)
-        self._recover()
-
-    async def close(self) -> None:
-        """Wait until everything that was handed to `land` is on disk, then empty the journal."""
-        while self._landing:
-            await asyncio.wait(self._landing)
-        await self._writer.close()
-        self._sharing.cancel()
-        await self._in_thread(self.metrics.close)
-        await self._in_thread(self.close_here)
-        self._thread.shutdown()
-
-    def close_here(self) -> None:
-        self._end_log()
-        self._checkpointer.shutdown()  # waits for its end
-        self._file_writers.shutdown()
-        with contextlib.suppress(OSError):  # what it could not do, the next start does
-            self._checkpoint(list(self._full))
-        for kept in self._full:
-            kept.close()
-        for spare in self._spare:
-            spare.remove()
-        self.tally.close()
-        os.close(self._counter)
-        os.close(self._journal_fd)
-        self._keys.close()
-
-    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run a function in the thread of landing, which no other work can hold up."""
-        result: T = await aiofiles.os.wrap(call)(*arguments, executor=self._thread)
-        return result
-
-    # Landing. Why no acknowledged payload can be lost: a group of payloads is landed in this order,
-    #
-    #   1. one record that holds the whole group is appended to the journal and synced;
-    #   2. each payload is written under another name and renamed to `raw/<raw_id>.json`;
-    #   3. the group is acknowledged.
-    #
-    # A power cut before the end of 1 takes a group that nobody was told of; the checksum gives the
-    # torn record away. After a power cut behind 1, `_recover` does 2 again from the record. A log
-    # is deleted, or begun anew, only by `_checkpoint`: after a sync of the whole file system that
-    # began when no more was to be appended and 2 was done for all of it. So at any moment an
-    # acknowledged payload lies in a synced record, or in a synced file, or in both. Of a log that
-    # was begun anew, the old records have another epoch, and are never read again.
-    #
-    # Each store appends to logs of its own and holds a lock on them while it lives. Whoever opens
-    # a store recovers the logs that nobody holds. raw_ids come from a counter that all share.
-
-    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
-        """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
-
-        If the Idempotency-Key `key` was used in the last 24 hours, return the raw_ids of that time
-        and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
-        where the disk refuses: then none of them is acknowledged.
-        """
-        landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((Batch(list(bodies), key), landed))
-        if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
-            self._landing.add(asyncio.create_task(self._land_gathered()))
-        return (await landed).result()
-
-    async def _land_gathered(self) -> None:
-        """Land whatever has gathered while the groups before were landed, until nothing has.
-
-        A large group is half of all that wait, so that one half is received while the other is
-        written; left alone, the groups would become ever more unequal, and each side wait.
-        """
-        group = list[Batch]()
-        try:
-            while self._gathered:
-                half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
-                group, waiting, size = [], [], 0
-                while self._gathered and size < GROUP_BYTES and len(group) < half:
-                    batch, landed = self._gathered.popleft()
-                    group.append(batch)
-                    waiting.append(landed)
-                    size += sum(map(len, batch.bodies))
-                begun = time.monotonic()
-                written = await self._writer.write(group) if size >= WRITER_BYTES else None
-                if written is None:
-                    written = await self._in_thread(self.write, group)
-                for landed, answer in zip(waiting, written.answers, strict=True):
-                    if not landed.done():  # or else whoever waited has gone
-                        landed.set_result(answer)
-                self.metrics.landed(written, time.monotonic() - begun)
-        finally:  # at once: whoever has just been answered and lands again begins another one
-            self._landing.difference_update({asyncio.current_task()})
-
-    def write(self, group: Sequence[Batch]) -> Written:
-        """Land a group; see above."""
-        try:
-            self._check_room(sum(len(body) for batch in group for body in batch.bodies))
-            keyed = any(batch.key for batch in group)
-            # one store at a time lands keys, so that what one takes back is no other's
-            with _locked(self._journal_fd) if keyed else contextlib.nullcontext():
-                answers, record = self._assign(group)
-                written = self._commit(record, answers) if record.payloads else Written(answers)
-                with contextlib.suppress(OSError):  # it is on disk, whether counted or not
-                    self.tally.add(landed=written.payloads)
-        except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
-            refusal = _storage_error(error)
-            if isinstance(refusal, StorageFull):
-                self._end_log()  # its checkpoint makes room
-            written = Written([Answer([], refusal.code, refusal.detail)] * len(group))
-        if self._full and self._checkpointing.done():
-            logs = list(self._full)
-            self._checkpointing = self._checkpointer.submit(self._checkpoint, logs, reuse=True)
-        if len(self._full) > FULL_LOGS:
-            wait([self._checkpointing])
-        return written
-
-    def _check_room(self, size: int) -> None:
-        """Refuse before anything is written, so that what is acknowledged can be processed too."""
-        if len(self._full) > FULL_LOGS:
-            raise OSError(errno.EIO, "the checkpoint of the journal fails")
-        free, reserve = self.room()
-        if free < reserve + 2 * size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def room(self, at: Path | None = None) -> tuple[int, int]:
-        """Return how many bytes are free, and how many have to stay so."""
-        disk = os.statvfs(at or self.raw)
-        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
-        return disk.f_bavail * disk.f_frsize, reserve
-
-    def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
-        """Return the answers to a group, and the record of what is to be stored for them."""
-        answers: list[Answer] = []
-        record = Record([], [])
-        with self._counting() as next_id:
-            for batch in group:
-                use = self._use_of(batch.key, batch.bodies, next_id) if batch.key else None
-                if use and use.digest != _digest(batch.bodies):
-                    wrong = "this Idempotency-Key came with another body before"
-                    answers.append(Answer([], KeyReused.code, wrong))
-                    continue
-                raw_ids = use.raw_ids if use else [next_id() for _ in batch.bodies]
-                answers.append(Answer(raw_ids))
-                if use and use.landed:
-                    continue
-                record.payloads.extend(zip(raw_ids, batch.bodies, strict=True))
-                if use:
-                    record.keys.append(use)
-        return answers, record
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[Callable[[], UUID]]:
-        """Give out raw_ids that are greater than those of every process before."""
-        with _locked(self._counter):
-            last = UUID(bytes=os.pread(self._counter, 16, 0))
-
-            def next_id() -> UUID:
-                nonlocal last
-                last = next_raw_id(last)
-                return last
-
-            try:
-                yield next_id
-            finally:
-                os.pwrite(self._counter, last.bytes, 0)
-
-    def _use_of(self, key: str, bodies: Sequence[bytes], next_id: Callable[[], UUID]) -> KeyUse:
-        """Return the use that a key has had, or note this one before it has landed.
-
-        So every process sees it; and if it does not land, the next try lands under its raw_ids.
-        """
-        horizon = uuid_at(datetime.now(UTC) - KEY_LIFE).bytes
-        if found := self._keys.execute(FIND_KEY, (key, horizon)).fetchone():
-            digest, raw_ids, landed = found
-            ids = [UUID(bytes=raw_ids[i : i + 16]) for i in range(0, len(raw_ids), 16)]
-            return KeyUse(key, digest, ids, bool(landed))
-        use = KeyUse(key, _digest(bodies), [next_id() for _ in bodies])
-        self._note(use, landed=False)
-        return use
-
-    def _note(self, use: KeyUse, *, landed: bool) -> None:
-        raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
-        self._keys.execute(NOTE_KEY, (use.key, use.digest, raw_ids, landed))
-
-    def _commit(self, record: Record, answers: list[Answer]) -> Written:
-        if self._log is None:
-            self._log = self._spare.pop() if self._spare else Log.create(self.journal)
-        size, begun = self._log.size, time.monotonic()
-        try:
-            self._log.append(record)
-            sync_seconds = time.monotonic() - begun
-        except OSError:  # the next sync would not tell: an error is reported once, the data dropped
-            self._end_log(broken=True)
-            raise
-        try:
-            self._write_files(record.payloads)
-            for use in record.keys:
-                self._note(use, landed=True)
-        except Exception:
-            self._take_back(record, size)
-            raise
-        if self._log.size >= LOG_BYTES:
-            self._end_log()
-        bodies = dict(record.payloads).values()  # one key may have come several times
-        return Written(answers, len(bodies), sum(map(len, bodies)), sync_seconds)
-
-    def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
-        if len(payloads) < MANY_FILES:
-            for raw_id, body in payloads:
-                self.publish(f"{self.raw}/{raw_id}.json", body)
-            return
-        parts = (payloads[n : n + MANY_FILES - 1] for n in range(0, len(payloads), MANY_FILES - 1))
-        parts_done = [self._file_writers.submit(self._write_files, part) for part in parts]
-        wait(parts_done)
-        for done in parts_done:
-            done.result()
-
-    def _take_back(self, record: Record, size: int) -> None:
-        """Undo a group of which not all could be written."""
-        for raw_id, _ in record.payloads:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self.raw}/{raw_id}.json")
-        for use in record.keys:
-            with contextlib.suppress(sqlite3.Error):
-                self._note(use, landed=False)
-        try:
-            if self._log:
-                self._log.cut(size)
-        except OSError:
-            self._end_log(broken=True)
-
-    def _end_log(self, *, broken: bool = False) -> None:
-        if self._log:
-            self._log.broken = broken
-            self._full.append(self._log)
-            self._log = None
-
-    def _checkpoint(self, logs: Sequence[Log], *, reuse: bool = False) -> None:
-        """Empty logs when all that they hold is on disk as files; the notes of their keys, too."""
-        if not logs:
-            return
-        try:
-            _sync_file_system(self._journal_fd)
-        except OSError as error:  # what could not be written is forgotten: write it again
-            log.error("the journal cannot be emptied: %s", error)  # noqa: TRY400
-            for raw_id, body in itertools.chain.from_iterable(map(_payloads_in, logs)):
-                self._restore(raw_id, body, force=True)
-            raise
-        for done in logs:
-            if reuse and not done.broken:
-                done.begin_anew()
-                self._spare.append(done)
-            else:
-                done.remove()
-            with contextlib.suppress(ValueError):  # of another store
-                self._full.remove(done)
-
-    def _recover(self) -> None:
-        """Write again what is missing, torn or different, from the logs that nobody holds."""
-        with _locked(self._counter):
-            for statement in OPEN_KEYS:
-                self._keys.execute(statement)
-            counted = os.pread(self._counter, 16, 0)
-            last = UUID(bytes=counted) if len(counted) == 16 else self._greatest_raw_id()
-            logs = [log for log in map(Log, self.journal.glob("*.log")) if log.hold()]
-            for raw_id, body in itertools.chain.from_iterable(map(_payloads_in, logs)):
-                self._restore(raw_id, body)
-                last = max(last, raw_id)
-            for use in (use for log in logs for record in log.records() for use in record.keys):
-                self._note(use, landed=True)
-            self._keys.execute(DROP_KEYS, (uuid_at(datetime.now(UTC) - KEY_LIFE).bytes,))
-            os.pwrite(self._counter, last.bytes, 0)
-            self._checkpoint(logs)
-            for left in (*self.journal.glob("*.part*"), *self.journal.glob("*.new")):
-                with contextlib.suppress(FileNotFoundError):  # another store has just renamed it
-                    if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
-                        left.unlink()
-
-    def _restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
-        for state in (*STATES, STATES[0]):  # it may move meanwhile
-            path = self.path(raw_id, state)
-            with contextlib.suppress(FileNotFoundError):
-                if path.read_bytes() != body or force:
-                    self.publish(path, body)
-                return
-        if not self.is_packed_or_expired(raw_id):
-            self.publish(self.path(raw_id, "pending"), body)
-
-    def _greatest_raw_id(self) -> UUID:
-        names = os.listdir(self.raw) + os.listdir(self.rejected)
-        days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
-        names += next(filter(None, (os.listdir(self.processed / day) for day in days)), [])
-        return max(filter(arrival_of, filter(None, map(raw_id_of, names))), default=UUID(int=0))
-
-    def trouble(self) -> str | None:
-        """Try to write and sync; return what stands in the way of landing, or None."""
-        for folder in (self.raw, self.journal):
-            if not os.access(folder, os.W_OK | os.X_OK):
-                return f"{folder} is not there or not writable"
-        try:
-            self._check_room(0)
-            self.publish(self.journal / "probe", b"")
-            _sync_file(self.journal)
-        except OSError as error:
-            return f"{self.journal}: {error.strerror}"
-        return None
-
-
-def _digest(bodies: Sequence[bytes]) -> bytes:
-    return hashlib.sha256(b"\n".join(bodies)).digest()
-
-
-def _payloads_in(log: Log) -> Iterator[tuple[UUID, bytes]]:
-    for record in log.records():
-        yield from record.payloads
-
-
-@contextlib.contextmanager
-def _locked(file: int) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _sync_file_system(descriptor: int) -> None:
-    """Write all of a file system to the disk at once: much faster than file by file."""
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:  # not Linux
-        os.sync()
-    elif syncfs(descriptor):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _sync_file(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents so that they survive a power cut too."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_file(folder.parent)
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Raise `StorageUnavailable` where the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(error) from error
-
-
-def _storage_error(error: Exception) -> StorageUnavailable:
-    """Say what went wrong with the disk in words that an operator can act on."""
-    log.error("the data folder failed", exc_info=error)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return StorageFull("the disk is full; try again later")
-    reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-    return StorageUnavailable(f"the payload could not be stored ({reason}); try again later")
 
 
 # ── Transform: a payload becomes a measurement (pure functions) ───────────────────────────────────
@@ -2247,6 +1043,7 @@ LOOK_PAUSE = 200  # times as long as a look took, before the next
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
+WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
 
@@ -2261,18 +1058,30 @@ class Judged(Struct, frozen=True, array_like=True):
 JUDGED = msgspec.msgpack.Decoder(Judged)
 
 
-def judge(read: Callable[[UUID], bytes | None], raw_ids: Sequence[UUID | str]) -> bytes:
-    """Transform payloads, one in memory at a time; return `Judged` as MessagePack."""
-    rows, rejected, size, checked = list[Measurement](), list[Rejection](), 0, 0
-    for raw_id in (UUID(str(raw_id)) for raw_id in raw_ids):
+def tell_nobody(*_: int) -> None:
+    """Hear of progress that nobody asked for."""
+
+
+def judge(
+    read: Callable[[UUID], bytes], raw_ids: Iterable[UUID | str], most_bytes: int = sys.maxsize
+) -> bytes:
+    """Transform payloads, one in memory at a time; return `Judged` as MessagePack.
+
+    It stops behind the payload with which it has read `most_bytes`.
+    """
+    rows, rejected = list[Measurement](), list[Rejection]()
+    checked = size = 0
+    for raw_id in (UUID(str(each)) for each in raw_ids):
         checked += 1
         try:
-            if (body := read(raw_id)) is not None:
-                size += len(body)
-                rows.append(transform(raw_id, body))
-        except DataQualityError as error:
-            rejected.append(Rejection(raw_id, error.code, error.detail, datetime.now(UTC)))
-        if size >= PORTION_BYTES:
+            body = read(raw_id)
+            size += len(body)
+            rows.append(transform(raw_id, body))
+        except RawIdUnknown:
+            continue  # it has left meanwhile
+        except (DataQualityError, PayloadUnreadable) as error:
+            rejected.append(Rejection(raw_id, error.code, str(error), datetime.now(UTC)))
+        if size >= most_bytes:
             break
     return msgspec.msgpack.encode(Judged(rows, rejected, checked))
 
@@ -2364,49 +1173,66 @@ class Processor:
     greatest raw_id stands.
     """
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics | None = None) -> None:
-        self._folders = Folders(config.raw)
+    def __init__(
+        self, payloads: Payloads, backend: Backend, *, batch: int, metrics: Metrics | None = None
+    ) -> None:
+        self._payloads = payloads
         self._backend = backend
-        self._batch = config.process.batch
+        self._batch = batch
+        self._metrics = metrics or Metrics()
         self._workers = Workers()
-        self._metrics = metrics or Metrics(self._folders.journal)
 
     async def process(
-        self, limit: int | None = None, progress: Callable[[int, int], object] = max
+        self, limit: int | None = None, progress: Callable[[int, int], object] = tell_nobody
     ) -> ProcessResult:
-        """Process what is pending now, the earliest arrival first, `limit` payloads at most.
+        """Process the payloads that are pending now, the earliest arrival first, `limit` at most.
 
-        `progress` is called after each batch with how many payloads are done, and of how many.
+        `progress` is called after each batch with the number of payloads that are done and the
+        number of all.
 
-        Raises `BackendUnavailable`: what is not in the backend by then is still pending, and
-        `ProcessorBusy` when another processor keeps the data folder for longer than 10 s.
+        Raises `BackendUnavailable`, and then what is not in the backend is still pending;
+        `ProcessorBusy` when another processor holds the data folder for longer than 10 s.
         """
         result = ProcessResult()
-
-        async def in_processes(batch: list[str]) -> None:
-            await self._process_batch(self._workers.run, batch, result)
-            progress(result.checked, todo)
-
         async with self._alone():
             window, pending = await asyncio.to_thread(self._window, limit)
             todo = pending if limit is None else min(limit, pending)
-            batches, short = self._batches(window, todo), time.monotonic() + SHORT
-            ready: asyncio.Future[Any] | None = None
-            while time.monotonic() < short or (ready and not ready.done()):
-                if (batch := await asyncio.to_thread(next, batches, None)) is None:
-                    break
-                await self._process_batch(asyncio.to_thread, batch, result)
+
+            async def work(run: Callable[..., Awaitable[Any]], batch: list[str]) -> None:
+                await self._process_batch(run, batch, result)
                 progress(result.checked, todo)
-                if ready is None and time.monotonic() >= short:
-                    ready = self._workers.begin()
-            if ready and not ready.cancel():  # it is done, if only with an error
-                ready.result()
-            await self._workers.spread(batches, in_processes)
-            result.remaining = await asyncio.to_thread(self._folders.count_pending)
+
+            batches = self._batches(window, todo)
+            await self._process_in_thread(batches, work)
+            await self._workers.spread(batches, functools.partial(work, self._workers.run))
+            result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
-            counts = (result.processed, result.failed, result.remaining)
-            log.info("processed %d, rejected %d, %d pending", *counts)
+            log.info(
+                "processed %d, rejected %d, %d pending",
+                result.processed,
+                result.failed,
+                result.remaining,
+            )
         return result
+
+    async def _process_in_thread(
+        self, batches: Iterator[list[str]], work: Callable[..., Awaitable[None]]
+    ) -> None:
+        """Work in a thread until no batch is left, or other processes are ready to go on.
+
+        They take their time to start, which a small backlog is not worth.
+        """
+        worthwhile = time.monotonic() + SHORT
+        starting: asyncio.Future[Any] | None = None
+        while time.monotonic() < worthwhile or (starting and not starting.done()):
+            batch = await asyncio.to_thread(next, batches, None)
+            if batch is None:
+                break
+            await work(asyncio.to_thread, batch)
+            if starting is None and time.monotonic() >= worthwhile:
+                starting = self._workers.begin()
+        if starting and not starting.cancel():
+            starting.result()  # raises where they cannot start
 
     async def process_forever(self, every: float) -> NoReturn:
         """Process again and again, `every` seconds; while something is away, ever more rarely."""
@@ -2430,36 +1256,43 @@ class Processor:
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         try:
-            async with AsyncFileLock(self._folders.lock_file, timeout=LOCK_PATIENCE):
+            async with AsyncFileLock(self._payloads.process_lock, timeout=LOCK_PATIENCE):
                 yield
         except Timeout:
             raise ProcessorBusy(
                 "another processor is at work on this data folder; try again"
             ) from None
         except OSError as error:  # of the data folder
-            raise _storage_error(error) from error
+            raise storage_error(error) from error
 
     def _window(self, limit: int | None, after: str = "") -> tuple[list[str], int]:
+        """Return the next payloads, as many as fit into memory, and how many there are in all."""
         most = WINDOW if limit is None else min(WINDOW, limit)
-        return earliest_names(self._folders.raw, most, after)
+        return self._payloads.pending(most, after)
 
     def _batches(self, window: list[str], todo: int) -> Iterator[list[str]]:
         while window:
-            yield from (window[n : n + self._batch] for n in range(0, len(window), self._batch))
+            for start in range(0, len(window), self._batch):
+                yield window[start : start + self._batch]
             todo -= len(window)
-            window, _ = self._window(todo, window[-1]) if todo > 0 else ([], 0)
+            if todo <= 0:
+                return
+            window, _ = self._window(todo, window[-1])
 
     async def _process_batch(
         self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult
     ) -> None:
         """Read, transform, upsert and move; large payloads in several portions."""
         while batch:
-            judged = JUDGED.decode(await run(judge, self._folders.read_pending, batch))
+            judged = JUDGED.decode(
+                await run(judge, self._payloads.read_pending, batch, PORTION_BYTES)
+            )
             rejected = judged.rejected
-            rejected += await self._upsert(judged.rows) if judged.rows else []
+            if judged.rows:
+                rejected += await self._upsert(judged.rows)
             refused = {rejection.raw_id for rejection in rejected}
             stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-            rejected = await run(self._folders.settle, stored, rejected)
+            rejected = await run(self._payloads.settle, stored, rejected)
             self._metrics.processed.inc(len(stored))
             for rejection in rejected:
                 self._metrics.rejected.labels(rejection.code).inc()
@@ -2515,25 +1348,28 @@ def measured(backend: Backend, metrics: Metrics) -> Backend:
 
 
 class Lately(Generic[T]):
-    """What was found in a folder lately.
+    """What was found among the payloads of a state lately.
 
-    It is looked for again when something came into the folder or left it, but not for more than
-    a 200th of the time: of 100,000 files the answer may be half a minute old, of 1,000 it is new.
-    Whoever asks waits for half a second at most, and gets what was found before, if anything was.
+    It is looked for again when payloads have entered or left that state, but not for more than a
+    200th of the time: of 100,000 payloads the answer may be half a minute old, of 1,000 it is new.
+    A caller waits for half a second at most, and gets what was found before, if anything was.
     """
 
-    def __init__(self, folder: Path, find: Callable[[], T], nothing: T) -> None:
-        self._folder, self._find, self._found = folder, find, nothing
-        self._changed, self._due = 0, 0.0
+    def __init__(self, changed: Callable[[], int], find: Callable[[], T], nothing: T) -> None:
+        self._changed = changed
+        self._find = find
+        self._found = nothing
+        self._seen, self._due = 0, 0.0
         self._looking: asyncio.Future[None] | None = None
 
     async def look(self) -> T:
         """Return what was found; raises `StorageUnavailable`."""
         with disk_errors():
-            changed = (await aiofiles.os.stat(self._folder)).st_mtime_ns
-            if self._looking is None and changed != self._changed and time.monotonic() >= self._due:
+            changed = await asyncio.to_thread(self._changed)
+            if self._looking is None and changed != self._seen and time.monotonic() >= self._due:
                 self._looking = asyncio.ensure_future(asyncio.to_thread(self._look, changed))
-            if looking := self._looking:
+            looking = self._looking
+            if looking:
                 patience = LOOK_PATIENCE if self._due else None
                 done, _ = await asyncio.wait([looking], timeout=patience)
                 if done and looking is self._looking:
@@ -2548,32 +1384,34 @@ class Lately(Generic[T]):
         ended = time.monotonic()
         self._due = ended + LOOK_PAUSE * (ended - begun)
         settled = time.time_ns() - changed > 1_000_000_000  # or else more may bear the same time
-        self._changed = changed if settled else 0
+        self._seen = changed if settled else 0
 
 
-class Backlog:
-    """How many payloads are pending, and for how many seconds the oldest has been; see `Lately`."""
-
-    def __init__(self, folders: Folders) -> None:
-        nothing: tuple[list[str], int] = ([], 0)
-        self._lately = Lately(folders.raw, lambda: earliest_names(folders.raw, 1), nothing)
-
-    async def look(self) -> tuple[int, float | None]:
-        """Return both, None where nothing is pending; raises `StorageUnavailable`."""
-        names, count = await self._lately.look()
-        arrival = arrival_of(UUID(names[0])) if names else None
-        return count, max(0.0, time.time() - arrival.timestamp()) if arrival else None
+def look_at_pending(payloads: Payloads) -> Lately[tuple[list[str], int]]:
+    """Look at the oldest pending payload, and at how many there are."""
+    nothing: tuple[list[str], int] = ([], 0)
+    return Lately(lambda: payloads.changed("pending"), lambda: payloads.pending(1), nothing)
 
 
-class Codes(Lately[dict[str, int]]):
-    """How many payloads are rejected, by code."""
+def look_at_rejected(payloads: Payloads) -> Lately[Counter[str]]:
+    """Look at how many payloads are rejected, by code."""
 
-    def __init__(self, folders: Folders) -> None:
-        count = lambda: Counter(rejection.code for rejection in folders.rejections())  # noqa: E731
-        super().__init__(folders.rejected, count, {})
+    def count() -> Counter[str]:
+        return Counter(rejection.code for rejection in payloads.rejections())
+
+    return Lately(lambda: payloads.changed("rejected"), count, Counter())
+
+
+def age_of(raw_ids: Sequence[str]) -> float | None:
+    """Return how many seconds ago the first of these payloads arrived, None if that is unknown."""
+    arrival = arrival_of(UUID(raw_ids[0])) if raw_ids else None
+    return max(0.0, time.time() - arrival.timestamp()) if arrival else None
 
 
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
+
+
+AT_A_TIME = 1000  # findings
 
 
 class Finding(Struct, frozen=True):
@@ -2589,13 +1427,9 @@ class Finding(Struct, frozen=True):
     right: Measurement | None
 
 
-def derive(folders: Folders, portion: Portion) -> bytes:
+def derive(portion: Portion) -> bytes:
     """Make the rows of a portion of payloads; see `judge`."""
-    if isinstance(portion, tuple):
-        pack, number = portion
-        bodies = pack.member(number)
-        return judge(bodies.get, list(bodies))
-    return judge(folders.find, portion)
+    return judge(portion.reader(), portion.raw_ids())
 
 
 class Proof:
@@ -2606,17 +1440,17 @@ class Proof:
     those to which payloads were added since.
     """
 
-    def __init__(self, config: Config, backend: Backend) -> None:
-        self._folders = Folders(config.raw)
+    def __init__(self, payloads: Payloads, backend: Backend) -> None:
+        self._payloads = payloads
         self._backend = backend
         self._workers = Workers()
-        self._scratch = self._folders.journal / "derived"
+        self._scratch = payloads.workspace / "derived"
 
     async def findings(
         self,
         since: datetime | None = None,
         until: datetime | None = None,
-        progress: Callable[[int], object] = abs,
+        progress: Callable[[int], object] = tell_nobody,
     ) -> AsyncIterator[Finding]:
         """Yield what is wrong with the rows of `since <= timestamp_utc < until`, by timestamp.
 
@@ -2638,7 +1472,7 @@ class Proof:
         self,
         since: datetime | None = None,
         until: datetime | None = None,
-        progress: Callable[[int], object] = abs,
+        progress: Callable[[int], object] = tell_nobody,
     ) -> AsyncIterator[Finding]:
         """Do the same, and set the rows right, a thousand at a time.
 
@@ -2651,7 +1485,7 @@ class Proof:
             async for finding in self.findings(since, until, progress):
                 yield finding
                 found.append(finding)
-                if len(found) == PORTION:
+                if len(found) == AT_A_TIME:
                     deleted |= await self._set_right(found)
                     found = []
             deleted |= await self._set_right(found)
@@ -2669,12 +1503,9 @@ class Proof:
         done = self._scratch / "done"
 
         async def derive_portion(portion: Portion) -> None:
-            left: Portion | None = portion
-            while left:
-                judged = JUDGED.decode(await self._workers.run(derive, self._folders, left))
-                await derived.upsert(judged.rows)
-                progress(judged.checked)
-                left = left[judged.checked :] if isinstance(left, list) else None
+            judged = JUDGED.decode(await self._workers.run(derive, portion))
+            await derived.upsert(judged.rows)
+            progress(judged.checked)
 
         if not done.exists() or time.time() - done.stat().st_mtime > 86_400:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
@@ -2682,7 +1513,7 @@ class Proof:
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         if finished:
             log.warning("going on with a run that was stopped; to begin anew, delete %s", done)
-        for name, portions in self._folders.sources():
+        for name, portions in self._payloads.portions():
             if name not in finished:
                 await self._workers.spread(portions, derive_portion)
                 with done.open("a") as file:
@@ -2691,12 +1522,11 @@ class Proof:
     def _finding(self, right: Measurement | None, row: Measurement | None) -> Finding | None:
         if row is None:
             return Finding("missing", None, right)
-        body = self._folders.find(row.raw_id)
-        try:
-            own = None if body is None else transform(row.raw_id, body)
-        except DataQualityError:
-            own = None
-        expired = body is None and self._folders.is_expired(day_of(row.raw_id))
+        body = own = None
+        with contextlib.suppress(RawIdUnknown, DataQualityError):
+            _, body = self._payloads.read(row.raw_id)
+            own = transform(row.raw_id, body)
+        expired = body is None and self._payloads.is_expired(day_of(row.raw_id))
         makes = own if own and own.timestamp_utc == row.timestamp_utc else None
         if expired:
             makes = row  # there is nothing to prove it with, or wrong
@@ -2867,11 +1697,11 @@ class RejectedQuery(RetryQuery, frozen=True):
 Handler = Callable[..., Any]  # takes the request, and its query where there is one
 
 CONFIG = web.AppKey("CONFIG", Config)
-RAW = web.AppKey("RAW", RawStore)
+RAW = web.AppKey("RAW", PayloadStore)
 BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
-BACKLOG = web.AppKey("BACKLOG", Backlog)
-CODES = web.AppKey("CODES", Codes)
+PENDING = web.AppKey("PENDING", Lately[tuple[list[str], int]])
+REJECTED = web.AppKey("REJECTED", Lately[Counter[str]])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
@@ -2938,14 +1768,24 @@ async def status(request: web.Request) -> web.Response:
     """Say what landed lately, what waits, and what is wrong: cheap enough to ask every second."""
     app, raw = request.app, request.app[RAW]
     with disk_errors():
-        processed, last, landed = await asyncio.to_thread(raw.tally.read)
+        activity = await asyncio.to_thread(raw.activity)
         free, reserve = await asyncio.to_thread(raw.room)
-    pending, oldest = await app[BACKLOG].look()
-    codes = await app[CODES].look()
-    arrival, now = datetime.fromtimestamp(last / 1000, UTC) if last else None, datetime.now(UTC)
-    backend = await trouble_of(app[BACKEND]) or "ok"
-    figures = (landed, arrival, pending, oldest, processed, codes, free, reserve)
-    return answer(Status(now, *figures, backend))
+    last = activity.last_landed
+    oldest, pending = await app[PENDING].look()
+    return answer(
+        Status(
+            now=datetime.now(UTC),
+            landed=activity.landed,
+            last_landed=datetime.fromtimestamp(last / 1000, UTC) if last else None,
+            pending=pending,
+            oldest_pending_seconds=age_of(oldest),
+            processed=activity.processed,
+            rejected=await app[REJECTED].look(),
+            free_bytes=free,
+            reserve_bytes=reserve,
+            backend=await trouble_of(app[BACKEND]) or "ok",
+        )
+    )
 
 
 async def trouble_of(backend: Backend) -> str | None:
@@ -3099,7 +1939,7 @@ async def receipt(request: web.Request) -> web.Response:
     row = None
     if state == "processed":
         row = await row_in_place_of(request.app[BACKEND], raw_id, body)
-    known = raw.rejection if state == "rejected" else raw.record
+    known = raw.rejection if state == "rejected" else raw.last_rejection
     rejection = await asyncio.to_thread(known, raw_id)
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
@@ -3128,9 +1968,9 @@ async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
     return answer(await asyncio.to_thread(quarantine, request.app[RAW], query))
 
 
-def quarantine(folders: Folders, query: RejectedQuery) -> RejectionPage:
+def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
     codes, page = Counter[str](), list[Rejection]()
-    for rejection in folders.rejections(query.raw_id):
+    for rejection in payloads.rejections(query.raw_id):
         codes[rejection.code] += query.in_time(rejection)
         behind = query.after is None or rejection.raw_id > query.after
         if behind and len(page) <= query.limit and query.fits(rejection):
@@ -3148,20 +1988,22 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
     return answer(Retried(retried))
 
 
-def put_back(folders: Folders, query: RetryQuery) -> int:
-    found = filter(query.fits, folders.rejections(query.raw_id))
-    return sum(folders.retry(rejection.raw_id) for rejection in found)
+def put_back(payloads: Payloads, query: RetryQuery) -> int:
+    """Put the rejected payloads that a query names back to pending; return how many."""
+    found = filter(query.fits, payloads.rejections(query.raw_id))
+    return sum(payloads.retry(rejection.raw_id) for rejection in found)
 
 
 @Route("GET", "/metrics", "read", {200: ("text/plain", "application/openmetrics-text")}, (503,))
 async def metrics(request: web.Request) -> web.Response:
     """Show what is counted and measured, in the form of Prometheus."""
     app, shown = request.app, request.app[METRICS]
-    count, age = await app[BACKLOG].look()
+    oldest, count = await app[PENDING].look()
     shown.pending.set(count)
-    shown.oldest.set(age or 0)
+    shown.oldest.set(age_of(oldest) or 0)
     with disk_errors():
-        shown.free.set((await asyncio.to_thread(app[RAW].room))[0])
+        free, _ = await asyncio.to_thread(app[RAW].room)
+    shown.free.set(free)
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -3583,19 +2425,27 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     return response
 
 
+ERRORS_BELOW: dict[type[Exception], tuple[str, int]] = {  # the first that fits counts
+    BackendUnavailable: ("backend_unavailable", 503),
+    MeasurementNotFound: ("measurement_not_found", 404),
+    BackendError: ("backend_error", 500),
+    RawIdUnknown: (RawIdUnknown.code, 404),
+    KeyReused: (KeyReused.code, 422),
+    StorageFull: (StorageFull.code, 503),
+    StorageUnavailable: (StorageUnavailable.code, 503),
+}
+
+
 def as_dropzone_error(error: Exception) -> DropzoneError:
-    match error:
-        case DropzoneError():
-            return error
-        case BackendUnavailable():
-            return DropzoneError(str(error), "backend_unavailable", 503)
-        case MeasurementNotFound():
-            return DropzoneError(str(error), "measurement_not_found", 404)
-        case BackendError():
-            return DropzoneError(str(error), "backend_error", 500)
-        case web.HTTPException():
-            code = HTTPStatus(error.status).name.lower()
-            return DropzoneError(error.reason, code, error.status)
+    """Return an error with its code and HTTP status, also one of a row backend or payload store."""
+    if isinstance(error, DropzoneError):
+        return error
+    if isinstance(error, web.HTTPException):
+        code = HTTPStatus(error.status).name.lower()
+        return DropzoneError(error.reason, code, error.status)
+    for kind, (code, status) in ERRORS_BELOW.items():
+        if isinstance(error, kind):
+            return DropzoneError(str(error), code, status)
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
@@ -3845,19 +2695,20 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
         log_to_stderr(config.log)
     app = web.Application(middlewares=[edge])
     app[CONFIG] = config
-    app[RAW] = RawStore(config.raw)
-    app[METRICS] = app[RAW].metrics
-    app[BACKEND] = measured(backend_of(config) if backend is None else backend, app[METRICS])
+    app[METRICS] = metrics = Metrics()
+    app[RAW] = store = store_of(config, metrics)
+    app[BACKEND] = measured(backend_of(config) if backend is None else backend, metrics)
     app[ADMISSION] = Admission()
     app[GUARD] = guard = Guard(config)
     app[RELOADER] = Reloader()
     if config.files:
         app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
-    app[METRICS].own_in_flight = lambda: app[ADMISSION].bytes
-    app[PROCESSOR] = Processor(config, app[BACKEND], app[METRICS])
+    metrics.own_in_flight = lambda: app[ADMISSION].bytes
+    payloads = store.portable()
+    app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
     app[CHECKER] = Workers(1)  # one large document at a time
-    app[BACKLOG] = Backlog(app[RAW])
-    app[CODES] = Codes(app[RAW])
+    app[PENDING] = look_at_pending(payloads)
+    app[REJECTED] = look_at_rejected(payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
@@ -3866,6 +2717,19 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app
+
+
+def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
+    """Return the configured store of payloads."""
+    raw = config.raw
+    return RawStore(
+        raw.dir,
+        processed=raw.processed_dir,
+        rejected=raw.rejected_dir,
+        keep_days=raw.keep_days,
+        min_free_bytes=raw.min_free_bytes,
+        observer=observer,
+    )
 
 
 def backend_of(config: Config) -> Backend:
@@ -3886,25 +2750,31 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     app[PREFIX] = str(app.router["health"].url_for()).removesuffix("/health")
     if app[GUARD].is_open:
         log.warning("no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
-    await app[RAW].open()
-    for name in await asyncio.to_thread(app[RAW].strays):
-        log.warning("%s is left alone: it is not named <uuid>.json", app[RAW].raw / name)
-    if trouble := await trouble_of(app[BACKEND]):
-        log.warning("the backend does not answer, landing goes on: %s", trouble)
-    loop = [app[PROCESSOR].process_forever(every)] if (every := app[CONFIG].process.every) else []
-    if tokens := app[GUARD].tokens:
-        await tokens.fetch()
-    tasks = list(map(asyncio.create_task, [*loop, app[RELOADER].run()]))
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await app[PROCESSOR].close()
-        await app[CHECKER].close()
-        await app[RAW].close()
-        await app[BACKEND].close()
+    store = app[RAW]
+    await store.open()
+    async with app[METRICS].shared(store.workspace):
+        for name in await asyncio.to_thread(store.strays):
+            log.warning("%s is left alone: it is not named <uuid>.json", name)
+        trouble = await trouble_of(app[BACKEND])
+        if trouble:
+            log.warning("the backend does not answer, landing goes on: %s", trouble)
+        tokens = app[GUARD].tokens
+        if tokens:
+            await tokens.fetch()
+        tasks = [asyncio.create_task(app[RELOADER].run())]
+        every = app[CONFIG].process.every
+        if every:
+            tasks.append(asyncio.create_task(app[PROCESSOR].process_forever(every)))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await app[PROCESSOR].close()
+            await app[CHECKER].close()
+            await store.close()
+            await app[BACKEND].close()
 
 
 class Reloader:
@@ -3959,6 +2829,8 @@ LOOK = 1.0  # seconds
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
+FILE_GROUP = 1000  # payloads of a file that are landed together
+FILE_GROUP_BYTES = 1024 * 1024
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
 
@@ -4059,23 +2931,23 @@ def tell_less(record: logging.LogRecord) -> bool:
 
 async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     """land JSON or NDJSON files without a server, each whole or not at all"""
-    raw, limit, code = RawStore(config.raw), config.server.max_body_bytes, os.EX_OK
-    await raw.open()
-    for name in args.files:
-        with tempfile.TemporaryFile(dir=raw.journal) as copy:  # which nobody alters meanwhile
-            try:
-                with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-                    shutil.copyfileobj(file, copy)
-                total = sum(map(len, groups_in(copy, limit)))  # all of it is checked
-            except (DropzoneError, OSError) as error:
-                code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
-                print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
-                continue
-            with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
-                for group in groups_in(copy, limit):
-                    print(*await raw.land(group), sep="\n")
-                    bar.update(len(group))
-    await raw.close()
+    code = os.EX_OK
+    async with opened_store(config) as (store, _metrics):
+        for name in args.files:
+            with tempfile.TemporaryFile(dir=store.workspace) as copy:  # which nobody alters
+                try:
+                    with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+                        shutil.copyfileobj(file, copy)
+                    groups = groups_in(copy, config.server.max_body_bytes)
+                    total = sum(map(len, groups))  # all of it is checked
+                except (DropzoneError, OSError) as error:
+                    code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
+                    print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+                    continue
+                with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
+                    for group in groups_in(copy, config.server.max_body_bytes):
+                        print(*await store.land(group), sep="\n")
+                        bar.update(len(group))
     return code
 
 
@@ -4096,7 +2968,7 @@ def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
     for document in documents(iter(lambda: file.readline(limit + 2), b""), limit):
         group.append(document)
         size += len(document)
-        if size >= GROUP_BYTES or len(group) == 1000:
+        if size >= FILE_GROUP_BYTES or len(group) == FILE_GROUP:
             yield group
             group, size = [], 0
     if group:
@@ -4106,8 +2978,9 @@ def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
 async def process_pending(config: Config, args: argparse.Namespace) -> int:
     """turn the pending payloads into measurements, with or without a server beside it"""
     os.nice(NICE)
-    async with opened(config) as (raw, backend):
-        processor = Processor(config, backend, raw.metrics)
+    async with opened(config) as (store, backend, metrics):
+        batch = config.process.batch
+        processor = Processor(store.portable(), backend, batch=batch, metrics=metrics)
         try:
             if args.watch:
                 await processor.process_forever(config.process.every or 1.0)
@@ -4127,21 +3000,35 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config, alone: str = "") -> AsyncIterator[tuple[RawStore, Backend]]:
-    """Open the data folder, beside a server or without one, and make the backend.
+async def opened_store(config: Config) -> AsyncIterator[tuple[PayloadStore, Metrics]]:
+    """Open the data folder, beside a server or without one."""
+    metrics = Metrics()
+    store = store_of(config, metrics)
+    await store.open()
+    async with metrics.shared(store.workspace):
+        try:
+            yield store, metrics
+        finally:
+            await store.close()
 
-    Of commands with the same `alone`, a second one raises Timeout.
+
+@contextlib.asynccontextmanager
+async def opened(config: Config) -> AsyncIterator[tuple[PayloadStore, Backend, Metrics]]:
+    """Do the same, and make the backend."""
+    async with opened_store(config) as (store, metrics):
+        backend = measured(backend_of(config), metrics)
+        try:
+            yield store, backend, metrics
+        finally:
+            await backend.close()
+
+
+def upkeep_lock(store: PayloadStore) -> FileLock:
+    """Return what one command at a time holds that works on all of the processed payloads.
+
+    A second one raises `Timeout` at once.
     """
-    raw = RawStore(config.raw)
-    backend = measured(backend_of(config), raw.metrics)
-    await raw.open()
-    lock = FileLock(raw.journal / f"{alone}.lock", timeout=0)
-    try:
-        with lock if alone else contextlib.nullcontext():
-            yield raw, backend
-    finally:
-        await backend.close()
-        await raw.close()
+    return FileLock(store.workspace / "upkeep.lock", timeout=0)
 
 
 async def until_stopped(command: Coroutine[Any, Any, int]) -> int:
@@ -4175,10 +3062,11 @@ async def prove(
     config: Config, args: argparse.Namespace, way: ProofWay, facts: dict[str, object]
 ) -> int:
     counts = Counter[str]()
-    async with opened(config, "upkeep") as (raw, backend):
-        total = await asyncio.to_thread(raw.count_processed)
-        with tqdm(total=total, unit=" payloads", disable=None) as bar:
-            async for finding in way(Proof(config, backend), args.since, args.until, bar.update):
+    async with opened(config) as (store, backend, _):
+        total = await asyncio.to_thread(store.count_processed)
+        proof = Proof(store.portable(), backend)
+        with upkeep_lock(store), tqdm(total=total, unit=" payloads", disable=None) as bar:
+            async for finding in way(proof, args.since, args.until, bar.update):
                 counts[finding.kind] += 1
                 facts.update(counts)
                 if counts.total() == 1 and not args.json:
@@ -4216,28 +3104,29 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
     code = os.EX_OK
-    async with opened(config, "upkeep") as (raw, _backend):
-        days = await asyncio.to_thread(raw.finished_days)
-        for day in tqdm(days, unit=" days", disable=None):
-            try:
-                with audited("compact", operator_name(), day=day) as facts:
-                    facts["packed"] = count = await asyncio.to_thread(raw.compact, day)
-                tqdm.write(f"{day}: {count} payloads packed")
-            except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
-                code = os.EX_TEMPFAIL
-                tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
-        for name in await asyncio.to_thread(raw.expire):
-            audit("expire", operator_name(), pack=name)
-            print(f"{name}: deleted, its day is more than {raw.keep_days} days ago")
+    async with opened_store(config) as (store, _metrics):
+        with upkeep_lock(store):
+            for day in tqdm(store.finished_days(), unit=" days", disable=None):
+                try:
+                    with audited("compact", operator_name(), day=day) as facts:
+                        count = await asyncio.to_thread(store.compact, day)
+                        facts["packed"] = count
+                    tqdm.write(f"{day}: {count} payloads packed")
+                except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
+                    code = os.EX_TEMPFAIL
+                    tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
+            for pack in await asyncio.to_thread(store.expire):
+                audit("expire", operator_name(), pack=pack)
+                print(f"{pack}: deleted, its day is more than {config.raw.keep_days} days ago")
     return code
 
 
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: all, or those with a code or a raw_id"""
-    async with opened(config) as (raw, _):
+    async with opened_store(config) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
         with audited("retry", operator_name()) as facts:
-            facts["retried"] = retried = sum(put_back(raw, query) for query in queries)
+            facts["retried"] = retried = sum(put_back(store, query) for query in queries)
         print(msgspec.json.encode(Retried(retried)).decode())
     return os.EX_OK
 
@@ -4290,11 +3179,12 @@ async def list_keys(config: Config, _: argparse.Namespace) -> int:
 
 async def check(config: Config, _: argparse.Namespace) -> int:
     """name what is wrong with the configuration and its surroundings; then the exit code is 78"""
-    backend, raw = backend_of(config), RawStore(config.raw)
-    troubles: dict[str, list[str | None]] = {
-        f"data folder {config.raw.dir}": [*folder_troubles(raw)],
+    backend = backend_of(config)
+    problems = await asyncio.to_thread(store_of(config).problems)
+    troubles: dict[str, Sequence[str | None]] = {
+        f"data folder {config.raw.dir}": problems["data folder"],
         f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
-        "clock": [clock_trouble(raw)],
+        "clock": problems["clock"],
         "file descriptors": [descriptor_trouble()],
         "keys": [config_trouble(Guard, config)],
         "TLS": [config_trouble(tls_context, config.server)],
@@ -4303,7 +3193,7 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     for name, found in troubles.items():
         lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
         print("\n".join(lines) or f"ok     {name}")
-    if not troubles["keys"][0] and Guard(config).is_open:
+    if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
 
@@ -4316,53 +3206,11 @@ def config_trouble(use: Callable[..., object], config: Section) -> str | None:
     return None
 
 
-def folder_troubles(raw: RawStore) -> list[str]:
-    """Say what is wrong with the folders, without making them: their owner would be another."""
-    device = existing(raw.raw).stat().st_dev
-    folders = (raw.raw, raw.processed, raw.rejected, raw.journal)
-    troubles = list(filter(None, map(writing_trouble, folders)))
-    troubles += [
-        f"{folder} is not on the file system of {raw.raw}: choose a folder that is"
-        for folder in folders
-        if existing(folder).stat().st_dev != device
-    ]
-    if raw.raw.is_dir() and os.access(raw.raw, os.R_OK):
-        strays = raw.strays()
-        troubles += [f"{raw.raw / name} is not named <uuid>.json: move it away" for name in strays]
-    free, reserve = raw.room(existing(raw.raw))
-    if free < reserve:
-        troubles.append(f"the disk of {raw.raw} is nearly full: make room, payloads are refused")
-    return list(dict.fromkeys(troubles))
-
-
-def existing(path: Path) -> Path:
-    """Return a path, or the nearest of its parents that is there."""
-    return next(each for each in (path, *path.parents) if os.path.exists(each))
-
-
-def writing_trouble(folder: Path) -> str | None:
-    there = existing(folder)
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
-        return None
-    return f"{there} is not a folder that this user can write to: let it, or choose another"
-
-
 async def storage_trouble(config: Config, backend: Backend) -> str | None:
     path = config.storage.sqlite.path
     if config.storage.backend == "sqlite" and not os.path.exists(path):
         return writing_trouble(path.parent)
     return await trouble_of(backend)
-
-
-def clock_trouble(raw: RawStore) -> str | None:
-    """Compare the clock with the last raw_id given out, and with the age of this program."""
-    past = [datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)]
-    with contextlib.suppress(OSError, ValueError):  # nothing has landed
-        past.append(arrival_of(UUID(bytes=(raw.journal / "last_raw_id").read_bytes())) or past[0])
-    behind = max(past) - datetime.now(UTC)
-    if behind < CLOCK_PATIENCE:
-        return None
-    return f"it is {behind} behind what has happened already: set it, and keep it by NTP"
 
 
 def descriptor_trouble() -> str | None:
@@ -4372,7 +3220,6 @@ def descriptor_trouble() -> str | None:
     return f"{most} at most, each connection takes one: set LimitNOFILE= or ulimit -Hn to 65536"
 
 
-CLOCK_PATIENCE = timedelta(minutes=5)
 DESCRIPTORS = 4096
 
 
@@ -4459,7 +3306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read standard output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR
-    except (BackendError, DropzoneError) as error:
+    except (BackendError, DropzoneError, PayloadStoreError) as error:
         print(f"dropzone: {error}", file=sys.stderr)
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
 

@@ -20,7 +20,7 @@ import aiohttp
 import machine
 import psutil
 
-from dropzone import raw_id_of
+from backends.raw import raw_id_of
 
 REPO = Path(__file__).resolve().parent.parent
 MAKE = {"ext4": ("mkfs.ext4", "e2fsprogs", "-q", "-F"), "xfs": ("mkfs.xfs", "xfsprogs", "-q", "-f")}
@@ -102,15 +102,20 @@ def device_of(where: Path) -> Path:
 def program(home: Path, **constants: float | None) -> Path:
     """Return the program; a copy of it where constants are to be others than in the original."""
     home.mkdir(exist_ok=True)
+    copy = Path(shutil.copy(REPO / "dropzone.py", home))
     shutil.copytree(REPO / "backends", home / "backends", dirs_exist_ok=True)
-    source = (REPO / "dropzone.py").read_text()
+    sources = [copy, *(home / "backends").rglob("*.py")]
     for name, value in constants.items():
         if value is not None:
-            source, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {value}", source)
-            assert count == 1
-    copy = home / "dropzone.py"
-    copy.write_text(source)
+            assert sum(replaced(source, name, value) for source in sources) == 1
     return copy
+
+
+def replaced(source: Path, name: str, value: float) -> int:
+    """Give a constant another value where it is defined; return how often it was."""
+    text, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {value}", source.read_text())
+    source.write_text(text)
+    return count
 
 
 def children_of(pid: int) -> list[int]:

@@ -23,7 +23,7 @@ from dropzone import DataQualityError, mean_and_std_dev, parse_json, transform
 
 RAW_ID = UUID("0190a3b4-5c6d-7e8f-9012-3456789abcde")
 NOON = "2019-05-01T12:00:00Z"
-EXAMPLE = Path(__file__).parent.parent / "data" / "payload.json"
+EXAMPLE = Path(__file__).parents[2] / "data" / "payload.json"
 MAX, MIN_NORMAL, TINY = sys.float_info.max, sys.float_info.min, math.ulp(0.0)
 
 for_many = settings(max_examples=500, deadline=None)

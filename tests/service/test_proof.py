@@ -35,8 +35,9 @@ from test_processing import NOON, Failing, Folder, arrival, body, processor_of
 from backends import RESOLUTION, Backend, BackendUnavailable, Measurement, timestamp_text
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
+from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
-from dropzone import Config, Finding, Proof, RawConfig, RawStore
+from dropzone import Finding, Proof
 
 STATES = ("raw", "processed", "rejected")
 WRONG = 1  # the exit code of `verify` where a row is not right
@@ -95,7 +96,7 @@ class Book:
         return await self.backend.find(limit=1_000_000)
 
     def proof(self) -> Proof:
-        return Proof(Config(raw=self.folder.store.config), self.backend)
+        return Proof(self.folder.store.portable(), self.backend)
 
     async def findings(self) -> list[Finding]:
         return [finding async for finding in self.proof().findings()]
@@ -245,7 +246,7 @@ async def test_extreme_values(book: Book):
 async def test_expired(book: Book):
     """A row whose payload `keep_days` has deleted is right, unless a later one makes another."""
     book.compact()
-    store = RawStore(RawConfig(dir=book.folder.place / "raw", keep_days=1))
+    store = RawStore(book.folder.place / "raw", keep_days=1)
     await store.open()
     assert len(store.expire()) == 2
     book.folder.store = store

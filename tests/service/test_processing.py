@@ -27,8 +27,9 @@ import dropzone
 from backends import Backend, BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
+from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
-from dropzone import Config, ProcessConfig, Processor, ProcessorBusy, RawConfig, RawStore
+from dropzone import Processor, ProcessorBusy
 
 NOON = datetime(2019, 5, 1, 12, tzinfo=UTC)
 FIRST_ARRIVAL = datetime(2024, 2, 29, 23, 59, 59, 998_000, tzinfo=UTC)
@@ -52,7 +53,7 @@ class Folder:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.store = RawStore(RawConfig(dir=place / "raw"))
+        self.store = RawStore(place / "raw")
 
     async def opened(self) -> "Folder":
         await self.store.open()
@@ -83,7 +84,7 @@ class Folder:
 
 
 def processor_of(store: RawStore, backend: Backend, batch: int) -> Processor:
-    return Processor(Config(raw=store.config, process=ProcessConfig(batch=batch)), backend)
+    return Processor(store.portable(), backend, batch=batch)
 
 
 @pytest.fixture

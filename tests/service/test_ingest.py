@@ -20,10 +20,14 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import ClientSession, web
+from stores import pending_in
 from test_cli import OK, Program, Server
 
 import dropzone
 from backends.memory import MemoryBackend
+from backends.raw import uuid_at
+from backends.raw.journal import NOTE_KEY, digest_of
+from backends.raw.landing import RawStore
 from dropzone import Config, RawConfig, ServerConfig, create_app
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -235,10 +239,10 @@ async def test_retry_after_a_crash_before_the_commit(serve: Serve, body: bytes):
     service = await serve()
     raw_id = UUID((await service.post(body)).json["raw_id"])
     noted = UUID(int=raw_id.int + 1)
-    digest = dropzone._digest([body])  # noqa: SLF001
+    digest = digest_of([body])
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(dropzone.NOTE_KEY, ("a", digest, noted.bytes, False))
+        keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False))
     keys.close()
     again = await serve()
     if body is LARGE:
@@ -253,7 +257,7 @@ async def test_key_beyond_its_life(service: Service):
     old = UUID(int=(int(time.time() - 25 * 3600) * 1000) << 80 | 7 << 76 | 2 << 62)
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(dropzone.NOTE_KEY, ("a", b"of another body", old.bytes, True))
+        keys.execute(NOTE_KEY, ("a", b"of another body", old.bytes, True))
     keys.close()
     answer = await service.post(b"[1]", "a")
     assert answer.status == 202
@@ -378,15 +382,15 @@ async def test_batch_all_or_none(service: Service, tmp_path: Path):
     away.rename(raw)
     assert list(service.landed()) == [raw_id]
     shutil.copytree(tmp_path, crashed)
-    store = dropzone.RawStore(RawConfig(dir=crashed / "raw"))
+    store = RawStore(crashed / "raw")
     await store.open()
-    assert store.pending() == [UUID(raw_id)]
+    assert pending_in(store) == [UUID(raw_id)]
     await store.close()
 
 
 async def test_clock_set_back(service: Service):
     """With the clock behind the last raw_id, the next ones still ascend, in both processes."""
-    ahead = dropzone.uuid_at(datetime.now(UTC) + timedelta(days=1))
+    ahead = uuid_at(datetime.now(UTC) + timedelta(days=1))
     (service.folder / "journal" / "last_raw_id").write_bytes(ahead.bytes)
     answers = [await service.post(b"[1]") for _ in range(20)]
     await with_writer(service)
@@ -587,8 +591,7 @@ async def test_free_space_is_a_twentieth_at_most(tmp_path: Path):
     disk = shutil.disk_usage(tmp_path)
     if disk.free < disk.total / 20 + 2**20:
         pytest.fail(f"the disk under {tmp_path} is too full for this: make room")
-    config = Config(raw=RawConfig(dir=tmp_path / "raw", min_free_bytes=2**62))
-    store = dropzone.RawStore(config.raw)
+    store = RawStore(tmp_path / "raw", min_free_bytes=2**62)
     await store.open()
     [raw_id] = await store.land([b"1"])
     await store.close()

@@ -23,6 +23,7 @@ from test_cli import AUDIT, LINE, OK, PATIENCE, SECRET, Program, Server, closed_
 
 import dropzone
 from backends.memory import MemoryBackend
+from backends.raw import day_of
 from dropzone import (
     Config,
     Facts,
@@ -191,7 +192,7 @@ def test_audit_of_compact(program: Program):
     old = "01890a5d-ac96-774b-bcce-b302099a8057"  # of the year 2023
     program.run("ingest", "-", stdin=LINE)
     [path] = (program.home / "data" / "raw").glob("*.json")
-    day = program.home / "data" / "processed" / dropzone.day_of(old)
+    day = program.home / "data" / "processed" / day_of(old)
     day.mkdir()
     path.rename(day / f"{old}.json")
     packed, expired = audit_of(program, "compact", DROPZONE_RAW_KEEP_DAYS=30)

@@ -25,21 +25,11 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from backends import Measurement
+from backends.raw import next_raw_id, uuid_at
+from backends.raw.folders import MINUTES, SLOT
+from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
-from dropzone import (
-    MINUTES,
-    SLOT,
-    AuthConfig,
-    Config,
-    RawConfig,
-    RawStore,
-    Secret,
-    SqliteConfig,
-    StorageConfig,
-    create_app,
-    next_raw_id,
-    uuid_at,
-)
+from dropzone import AuthConfig, Config, RawConfig, Secret, SqliteConfig, StorageConfig, create_app
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -670,7 +660,7 @@ async def test_status_is_of_all_processes(service: Service) -> None:
         "DROPZONE_STORAGE_SQLITE_PATH": str(service.config.storage.sqlite.path),
     }
     for command in (("ingest", str(source)), ("process",)):
-        program = Path(__file__).parent.parent / "dropzone.py"
+        program = Path(__file__).parents[2] / "dropzone.py"
         done = await asyncio.create_subprocess_exec(
             sys.executable, program, *command, env=env, stdout=asyncio.subprocess.DEVNULL
         )
@@ -704,12 +694,12 @@ async def test_status_outlives_the_process(service: Service) -> None:
 
 async def test_status_counts_what_landed(tmp_path: Path) -> None:
     """A payload that is refused, or came before under its key, is not counted."""
-    store = RawStore(RawConfig(dir=tmp_path / "raw"))
+    store = RawStore(tmp_path / "raw")
     await store.open()
     for _ in range(3):
         await store.land([b"1", b"2"], key="once")
-    assert store.tally.read()[2][-2:].count(2) == 1
-    assert sum(store.tally.read()[2]) == 2
+    assert store.activity().landed[-2:].count(2) == 1
+    assert sum(store.activity().landed) == 2
     await store.close()
 
 

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,25 +37,17 @@ from power_cut import (
     not_whole,
     program,
 )
+from stores import opened, pending_in
 
-import dropzone
-from dropzone import Log, RawConfig, RawStore, Record, StorageFull, StorageUnavailable
+from backends import raw
+from backends.raw import StorageFull, StorageUnavailable, journal
+from backends.raw.journal import Log, Record
+from backends.raw.landing import RawStore
 
 Note = Callable[[str, object], None]
 
 SLOW_CONNECTIONS = 6000
 BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
-
-
-@asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[RawStore]:
-    """Open a store the way a newly started program does."""
-    store = RawStore(RawConfig(dir=folder / "raw"))
-    await store.open()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 def logs_in(folder: Path) -> set[str]:
@@ -290,7 +282,7 @@ async def test_disk_full(
 
 async def refused_where_no_room_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next best form: the system says that the disk is full."""
-    store, real = RawStore(RawConfig(folder / "raw")), os.statvfs(folder)
+    store, real = RawStore(folder / "raw"), os.statvfs(folder)
     await store.open()
     with monkeypatch.context() as told:
         full = os.statvfs_result((*real[:4], 0, *real[5:]))  # no block is free
@@ -299,7 +291,7 @@ async def refused_where_no_room_is_told(folder: Path, monkeypatch: pytest.Monkey
             await store.land([b"{}"])
         assert store.trouble()
     [raw_id] = await store.land([b"{}"])
-    assert store.pending() == [raw_id]
+    assert pending_in(store) == [raw_id]
     await store.close()
 
 
@@ -415,7 +407,7 @@ async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path
         if not first:
             landed[(await store.land([b"before"]))[0]] = b"before"
         if name == "fsync" and not first:
-            store._end_log()  # noqa: SLF001 (a new log is what an fsync is for)
+            store._journal.end_log()  # noqa: SLF001 (a new log is what an fsync is for)
         tries = 1 if name == "fsync" and not first else 2  # then the old log is there again
         calls.fail(name, number, tries)
         for _ in range(tries):
@@ -426,11 +418,11 @@ async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path
         landed.update(zip(raw_ids, [b"refused", b"refused, too"], strict=True))
         landed[(await store.land([b"after"]))[0]] = b"after"
         assert store.trouble() is None
-        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
 
     assert calls.written_after_a_failed_sync() == []
     async with opened(tmp_path) as store:
-        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
 
 
 @pytest.mark.linux
@@ -453,12 +445,12 @@ async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
         calls.skip("rename", 2)
         with pytest.raises(StorageFull):
             await store.land([b"1", b"2", b"3", b"4"], key)
-        assert store.pending() == [before]
+        assert pending_in(store) == [before]
     async with opened(tmp_path) as store:
-        assert store.pending() == [before]
+        assert pending_in(store) == [before]
         again = await store.land([b"1", b"2", b"3", b"4"], key)
         assert [store.read(raw_id)[1] for raw_id in again] == [b"1", b"2", b"3", b"4"]
-        assert store.pending() == [before, *again]
+        assert pending_in(store) == [before, *again]
 
 
 @pytest.mark.linux
@@ -478,7 +470,7 @@ async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
                 landed[raw_id] = body
         assert refused == 34
         assert calls.written_after_a_failed_sync() == []
-        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
 
 
 @pytest.mark.linux
@@ -530,15 +522,15 @@ async def test_failing_again_and_again(tmp_path: Path, calls: Calls):
 @pytest.fixture
 def sync_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Make the sync of a whole file system fail while the event is set; end each log at once."""
-    fails, sync = threading.Event(), dropzone._sync_file_system  # noqa: SLF001
+    fails, sync = threading.Event(), journal.sync_file_system
 
     def failing(folder: Path) -> None:
         if fails.is_set():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(folder)
 
-    monkeypatch.setattr(dropzone, "_sync_file_system", failing)
-    monkeypatch.setattr(dropzone, "LOG_BYTES", 1)
+    monkeypatch.setattr(journal, "sync_file_system", failing)
+    monkeypatch.setattr(journal, "LOG_BYTES", 1)
     return fails
 
 
@@ -551,7 +543,7 @@ async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
             for number in range(20):
                 body = b"%d" % number
                 landed[(await store.land([body]))[0]] = body
-        assert len(logs_in(tmp_path)) == len(landed) <= dropzone.FULL_LOGS + 2
+        assert len(logs_in(tmp_path)) == len(landed) <= journal.FULL_LOGS + 2
         with pytest.raises(StorageUnavailable):
             await store.land([BODY])
         journaled = b"".join(log.read_bytes() for log in (tmp_path / "journal").glob("*.log"))
@@ -565,7 +557,7 @@ async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
                 landed[(await store.land([BODY]))[0]] = BODY
                 break
             await asyncio.sleep(0.02)
-        assert {raw_id: store.read(raw_id)[1] for raw_id in store.pending()} == landed
+        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
     assert logs_in(tmp_path) == set()
 
 
@@ -591,12 +583,12 @@ LAND = """
 import asyncio, os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-import dropzone
-from dropzone import RawConfig, RawStore, Rejection
+from backends.raw import Rejection, journal
+from backends.raw.landing import RawStore
 
 async def main(folder, count, end, log_bytes):
-    dropzone.LOG_BYTES = int(log_bytes)
-    store = RawStore(RawConfig(dir=Path(folder) / "raw"))
+    journal.LOG_BYTES = int(log_bytes)
+    store = RawStore(Path(folder) / "raw")
     await store.open()
     landed = []
     for number in range(int(count)):
@@ -617,7 +609,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 @contextmanager
 def landing(
-    folder: Path, count: int, end: str, log_bytes: int = dropzone.LOG_BYTES
+    folder: Path, count: int, end: str, log_bytes: int = journal.LOG_BYTES
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a program that lands payloads: "0", "1" and so on, and prints their raw_ids."""
     command = [sys.executable, "-c", LAND, *map(str, (folder, count, end, log_bytes))]
@@ -664,7 +656,7 @@ async def test_a_counter_that_is_torn(counter: bytes | None, tmp_path: Path):
     if counter is not None:
         file.write_bytes(counter)
     async with opened(tmp_path) as store:
-        assert store.pending() == before
+        assert pending_in(store) == before
         assert_increasing([FUTURE, *before, *(await store.land([BODY] * 2))])
 
 
@@ -672,7 +664,7 @@ async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.M
     """A clock that is set back while the store is open does not show in its raw_ids."""
     async with opened(tmp_path) as store:
         raw_ids = await store.land([BODY] * 3)
-        monkeypatch.setattr(dropzone, "uuid7", lambda: UUID("01000000-0000-7000-8000-00000000beef"))
+        monkeypatch.setattr(raw, "uuid7", lambda: UUID("01000000-0000-7000-8000-00000000beef"))
         for _ in range(5):
             raw_ids += await store.land([BODY] * 3)
     assert_increasing(raw_ids)
@@ -696,11 +688,11 @@ async def test_two_processes_with_a_clock_set_back(tmp_path: Path):
 OPEN = """
 import sys
 from pathlib import Path
-from dropzone import RawConfig, RawStore
+from backends.raw.landing import RawStore
 
 print("ready", flush=True)
 for line in sys.stdin:
-    store = RawStore(RawConfig(dir=Path(line.strip()) / "raw"))
+    store = RawStore(Path(line.strip()) / "raw")
     store.open_here()
     print("open", flush=True)
     store.close_here()
@@ -743,7 +735,7 @@ async def test_recover(how: str, tmp_path: Path):
     for _ in range(3):
         async with opened(tmp_path) as store:
             assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2", b"3", b"4"]
-            assert store.pending() == raw_ids
+            assert pending_in(store) == raw_ids
             assert logs_in(tmp_path) == set()
 
 
@@ -780,7 +772,7 @@ async def test_recover_a_torn_record(tail: str, tmp_path: Path):
         path.unlink()
     async with opened(tmp_path) as store:
         assert [store.read(raw_id)[1] for raw_id in raw_ids] == [b"0", b"1", b"2"]
-        assert store.pending() == raw_ids
+        assert pending_in(store) == raw_ids
 
 
 async def test_recover_beside_a_running_process(tmp_path: Path):
@@ -819,7 +811,10 @@ def test_a_log_that_is_used_again(rounds: list[list[bytes]], *, cut: bool):
                 log.append(Record([(UUID(int=9), b"taken back")], []))
                 log.cut(size)
             assert list(log.records()) == records
-        log.remove()
+        log.close()
+        [left] = Log.left_in(Path(folder))
+        assert list(left.records()) == records
+        left.remove()
 
 
 async def test_logs_are_used_again(tmp_path: Path):
@@ -835,14 +830,12 @@ async def test_logs_are_used_again(tmp_path: Path):
     for raw_id in raw_ids:
         (tmp_path / "raw" / f"{raw_id}.json").unlink()
     async with opened(tmp_path) as store:
-        assert store.pending() == held
+        assert pending_in(store) == held
 
 
 def _in_a_record(folder: Path, wanted: UUID) -> bool:
-    logs = map(Log, (folder / "journal").glob("*.log"))
-    return any(
-        wanted == raw_id
-        for log in logs
-        for record in log.records()
-        for raw_id, _ in record.payloads
-    )
+    logs = list(Log.left_in(folder / "journal"))
+    found = {raw_id for log in logs for record in log.records() for raw_id, _ in record.payloads}
+    for log in logs:
+        log.close()
+    return wanted in found

@@ -33,7 +33,8 @@ import dropzone
 from backends import Backend
 from backends.memory import MemoryBackend
 from backends.postgres import CREATE_TABLE, PostgresBackend
-from dropzone import StorageUnavailable, earliest
+from backends.raw import StorageUnavailable
+from backends.raw.folders import earliest
 
 folder, program, own = test_processing.folder, test_processing.program, test_processing.own
 OFTEN = {"DROPZONE_PROCESS_EVERY": 0.05}
@@ -409,7 +410,7 @@ async def test_a_worker_that_is_killed(folder: Folder):
     backend.go.set()
     with pytest.raises(StorageUnavailable) as raised:
         await running
-    assert raised.value.status == 503
+    assert raised.value.code == "storage_unavailable"
     assert folder.states().total() == 600
     assert len(folder.names("raw")) > 500
     result = await processor.process()

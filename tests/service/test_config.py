@@ -13,7 +13,7 @@ import pytest
 
 from dropzone import Config, ConfigError, Secret, load_config
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SECRET = "hunter2-correct-horse"
 URL = f"postgresql://dropzone:{SECRET}@db.example/dropzone"
 NO_VARIABLES: Mapping[str, str] = {}

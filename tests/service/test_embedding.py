@@ -303,7 +303,7 @@ print(after_import, touched, logging.getLogger().handlers)
 @pytest.mark.parametrize("backend", ["sqlite", "postgres", "memory"])
 def test_no_effect_before_start(tmp_path: Path, backend: str) -> None:
     """Importing and `create_app` write nothing, connect to nothing and set up no logging."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-B", "-c", UNTOUCHED, str(tmp_path / "data"), backend],
         env={"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},

@@ -13,7 +13,7 @@ import machine
 import pytest
 from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 KEY = "sesam"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 

@@ -28,18 +28,10 @@ from yarl import URL
 from backends import Backend, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
-from dropzone import (
-    AuthConfig,
-    Config,
-    ProcessConfig,
-    RawConfig,
-    Secret,
-    ServerConfig,
-    create_app,
-    next_raw_id,
-)
+from backends.raw import next_raw_id
+from dropzone import AuthConfig, Config, ProcessConfig, RawConfig, Secret, ServerConfig, create_app
 
-EXAMPLE = Path(__file__).parent.parent / "data" / "payload.json"
+EXAMPLE = Path(__file__).parents[2] / "data" / "payload.json"
 SOME_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
 MIB = 1024 * 1024
 

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -18,20 +17,20 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stores import opened, pending_in
 
-from dropzone import (
-    DataQualityError,
-    RawConfig,
+from backends.raw import (
+    PayloadUnreadable,
     RawIdUnknown,
-    RawStore,
     Rejection,
     StorageUnavailable,
     arrival_of,
     next_raw_id,
     raw_id_of,
 )
+from backends.raw.landing import RawStore
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 NEVER = UUID("0190a3b4-5c6d-7e8f-9012-3456789abcde")  # a raw_id that nobody was given
 NOON = "2019-05-01T12:00:00Z"
 BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
@@ -55,17 +54,6 @@ def quarantined(store: RawStore) -> list[UUID]:
 
 def rejection_of(raw_id: UUID, detail: str = 'data[1] is "x"') -> Rejection:
     return Rejection(raw_id, "value_not_numeric", detail, datetime(2019, 5, 1, 12, tzinfo=UTC))
-
-
-@asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[RawStore]:
-    """Open a store the way a newly started program does."""
-    store = RawStore(RawConfig(dir=folder / "raw"))
-    await store.open()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @pytest.fixture
@@ -225,7 +213,7 @@ async def test_raw_ids_increase_from_call_to_call(store: RawStore):
     raw_ids = [(await store.land([BODY]))[0] for _ in range(50)]
 
     assert_increasing(raw_ids)
-    assert store.pending() == raw_ids
+    assert pending_in(store) == raw_ids
 
 
 async def test_many_at_once(store: RawStore, folder: Path):
@@ -238,7 +226,7 @@ async def test_many_at_once(store: RawStore, folder: Path):
     found = [store.read(raw_id)[1] for raw_id in raw_ids]
     assert found == [body for bodies in calls for body in bodies]
     assert_increasing(raw_ids)
-    assert store.pending() == raw_ids
+    assert pending_in(store) == raw_ids
     assert len(os.listdir(folder / "raw")) == len(raw_ids)
 
 
@@ -250,7 +238,7 @@ async def test_two_stores_on_one_folder(store: RawStore, folder: Path):
         )
 
         assert len({raw_id for [raw_id] in answers}) == 200
-        assert store.pending() == other.pending() == sorted(raw_id for [raw_id] in answers)
+        assert pending_in(store) == pending_in(other) == sorted(raw_id for [raw_id] in answers)
 
 
 async def test_opening_a_folder_that_another_store_lands_in(store: RawStore, folder: Path):
@@ -282,7 +270,7 @@ async def test_a_caller_that_leaves(store: RawStore):
 
     [[first], [second]] = await staying, await store.land([b"2"])
     assert (store.read(first)[1], store.read(second)[1]) == (b"1", b"2")
-    assert all(store.read(raw_id)[1] in (BODY, b"1", b"2") for raw_id in store.pending())
+    assert all(store.read(raw_id)[1] in (BODY, b"1", b"2") for raw_id in pending_in(store))
 
 
 async def test_close_waits(folder: Path):
@@ -338,7 +326,7 @@ async def test_open_creates_the_folders(folder: Path):
         async with opened(folder / "deep" / "down") as store:
             await store.open()
             assert store.trouble() is None
-            assert (store.pending(), store.strays(), quarantined(store)) == ([], [], [])
+            assert (pending_in(store), store.strays(), quarantined(store)) == ([], [], [])
 
 
 async def test_payloads_survive(folder: Path):
@@ -347,7 +335,7 @@ async def test_payloads_survive(folder: Path):
     for number in range(5):
         async with opened(folder) as store:
             raw_ids += await store.land([b"%d" % number] * 3)
-            assert store.pending() == raw_ids
+            assert pending_in(store) == raw_ids
 
     assert_increasing(raw_ids)
 
@@ -419,7 +407,7 @@ async def test_a_name_beyond_the_calendar(folder: Path):
         assert store.read(raw_id) == ("pending", BODY)
         store.settle([strange], [])
         assert store.read(strange) == ("processed", BODY)
-        assert store.pending() == [raw_id]
+        assert pending_in(store) == [raw_id]
 
 
 # ── Failing disks, killed programs ────────────────────────────────────────────────────────────────
@@ -458,23 +446,24 @@ async def test_failing_disk(break_disk: Callable[[Path], None], store: RawStore,
     raw.with_name("away").rename(raw)
     after = await store.land([b"2"])
     assert store.trouble() is None
-    assert store.pending() == before + after
+    assert pending_in(store) == before + after
     assert_increasing(before + after)
     async with opened(folder) as again:
-        assert again.pending() == before + after
+        assert pending_in(again) == before + after
 
 
 LIMITED = """
 import asyncio, json, logging, resource, sys
 from pathlib import Path
-import dropzone
+from backends.raw import StorageUnavailable
+from backends.raw.landing import RawStore
 
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 async def main():
     logging.disable()
-    store = dropzone.RawStore(dropzone.RawConfig(dir=Path(sys.argv[1])))
+    store = RawStore(sys.argv[1])
     await store.open()
     calls = [[b"s" * size for size in call] for call in json.loads(sys.argv[2])]
     landed = await store.land([b"first"])
@@ -482,8 +471,8 @@ async def main():
     answers = await asyncio.gather(*map(store.land, calls), return_exceptions=True)
     limit(resource.RLIM_INFINITY)
     for answer in answers:
-        if isinstance(answer, dropzone.StorageUnavailable):
-            print("refused", answer.code, answer.status)
+        if isinstance(answer, StorageUnavailable):
+            print("refused", answer.code)
         else:
             landed += answer
     landed += await store.land([b"l" * 300_000])
@@ -517,10 +506,10 @@ async def test_disk_that_takes_no_big_files(calls: list[list[int]], folder: Path
     """Where the disk refuses a payload, its whole call is refused, and leaves no file at all."""
     *refused, landed = run(LIMITED, str(folder / "raw"), json.dumps(calls))
 
-    assert set(refused) == {"refused storage_unavailable 503"}
+    assert set(refused) == {"refused storage_unavailable"}
     async with opened(folder) as store:
-        assert [str(raw_id) for raw_id in store.pending()] == landed.split()
-        sizes = [len(store.read(raw_id)[1]) for raw_id in store.pending()]
+        assert [str(raw_id) for raw_id in pending_in(store)] == landed.split()
+        sizes = [len(store.read(raw_id)[1]) for raw_id in pending_in(store)]
         assert store.strays() == []
     assert sizes[0] == 5
     assert sizes[-1] == 300_000
@@ -530,7 +519,7 @@ async def test_disk_that_takes_no_big_files(calls: list[list[int]], folder: Path
 LANDING_FOR_EVER = """
 import asyncio, sys
 from pathlib import Path
-import dropzone
+from backends.raw.landing import RawStore
 
 async def land(store, worker):
     for number in range(10**9):
@@ -539,7 +528,7 @@ async def land(store, worker):
         print(raw_id, worker, number, flush=True)
 
 async def main():
-    store = dropzone.RawStore(dropzone.RawConfig(dir=Path(sys.argv[1])))
+    store = RawStore(sys.argv[1])
     await store.open()
     await asyncio.gather(*(land(store, worker) for worker in range(8)))
 
@@ -562,11 +551,11 @@ async def test_killed_while_landing(acknowledged: int, folder: Path):
         for raw_id, worker, number in map(str.split, lines):
             body = f"{worker} {number} ".encode() * 20_000
             assert store.read(UUID(raw_id)) == ("pending", body)
-        for raw_id in store.pending():
+        for raw_id in pending_in(store):
             body = store.read(raw_id)[1]
             assert body == body[: len(body) // 20_000] * 20_000
         assert store.strays() == []
-        last = max(store.pending())
+        last = max(pending_in(store))
         assert (await store.land([BODY]))[0] > last
 
 
@@ -581,7 +570,7 @@ async def test_pending_in_order_of_arrival(store: RawStore, folder: Path):
         put(folder, raw_id)
     landed = await store.land([BODY] * 20)
 
-    assert store.pending() == early + landed
+    assert pending_in(store) == early + landed
 
 
 async def test_payloads_with_foreign_names(store: RawStore, folder: Path):
@@ -595,11 +584,11 @@ async def test_payloads_with_foreign_names(store: RawStore, folder: Path):
     for raw_id in names:
         put(folder, raw_id, body=raw_id.bytes)
 
-    assert store.pending() == sorted(names)
+    assert pending_in(store) == sorted(names)
     assert store.strays() == []
     assert all(store.read_pending(raw_id) == raw_id.bytes for raw_id in names)
     store.settle(names[:2], map(rejection_of, names[2:]))
-    assert store.pending() == []
+    assert pending_in(store) == []
     assert [store.read(raw_id) for raw_id in names] == [
         *(("processed", raw_id.bytes) for raw_id in names[:2]),
         *(("rejected", raw_id.bytes) for raw_id in names[2:]),
@@ -616,7 +605,7 @@ async def test_strays(store: RawStore, folder: Path):
     raw_ids = await store.land([BODY] * 2)
 
     assert store.strays() == sorted([*names, "subfolder"])
-    assert store.pending() == raw_ids
+    assert pending_in(store) == raw_ids
     store.settle(raw_ids, [])
     async with opened(folder) as again:
         assert again.strays() == sorted([*names, "subfolder"])
@@ -627,7 +616,8 @@ async def test_unknown_raw_id(store: RawStore):
     """A raw_id that nobody was given is unknown, and settling it creates no payload."""
     with pytest.raises(RawIdUnknown, match=str(NEVER)):
         store.read(NEVER)
-    assert store.read_pending(NEVER) is None
+    with pytest.raises(RawIdUnknown):
+        store.read_pending(NEVER)
 
     store.settle([NEVER], [])
     with pytest.raises(RawIdUnknown):
@@ -644,12 +634,12 @@ async def test_payload_that_cannot_be_read(kind: str, store: RawStore, folder: P
         target = {"link to a folder": folder, "link to itself": path, "dead link": folder / "x"}
         path.symlink_to(target[kind])
 
-    assert store.pending() == [NEVER]
-    with pytest.raises(DataQualityError) as caught:
+    assert pending_in(store) == [NEVER]
+    with pytest.raises(PayloadUnreadable) as caught:
         store.read_pending(NEVER)
     assert caught.value.code == "payload_unreadable"
     store.settle([], [rejection_of(NEVER)])
-    assert store.pending() == []
+    assert pending_in(store) == []
     assert quarantined(store) == [NEVER]
 
 
@@ -673,8 +663,9 @@ async def test_processed(moment: str, day: str, store: RawStore, folder: Path):
 
     assert files_below(folder) == {f"processed/{day}/{raw_id}.json"}
     assert store.read(raw_id) == ("processed", BODY)
-    assert store.read_pending(raw_id) is None
-    assert store.pending() == []
+    with pytest.raises(RawIdUnknown):
+        store.read_pending(raw_id)
+    assert pending_in(store) == []
 
 
 async def test_rejected(store: RawStore, folder: Path):
@@ -693,13 +684,12 @@ async def test_rejected(store: RawStore, folder: Path):
         "retries": 0,
         "retried_at": None,
     }
-    assert (store.pending(), quarantined(store), store.strays()) == ([], [raw_id], [])
+    assert (pending_in(store), quarantined(store), store.strays()) == ([], [raw_id], [])
 
 
 async def test_folders_of_ones_own(tmp_path: Path):
     """processed/ and rejected/ may be configured to lie elsewhere."""
-    config = RawConfig(tmp_path / "a/raw", tmp_path / "b/done", tmp_path / "c/bad")
-    store = RawStore(config)
+    store = RawStore(tmp_path / "a/raw", processed=tmp_path / "b/done", rejected=tmp_path / "c/bad")
     await store.open()
     good, bad = await store.land([BODY] * 2)
     store.settle([good], [rejection_of(bad)])
@@ -719,7 +709,7 @@ async def test_settling_again(store: RawStore, folder: Path):
     for processed, rejected in ([good], [bad]), ([good], []), ([], [bad]), ([], []), ([bad], []):
         store.settle(processed, map(rejection_of, rejected))
     assert files_below(folder) == before
-    assert store.pending() == [untouched]
+    assert pending_in(store) == [untouched]
     assert store.read(good) == ("processed", b"1")
     assert store.read(bad) == ("rejected", b"2")
 
@@ -731,7 +721,7 @@ async def test_rejecting_what_is_processed(store: RawStore):
     store.settle([], [rejection_of(raw_id), rejection_of(NEVER)])
 
     assert store.read(raw_id) == ("processed", BODY)
-    assert (store.pending(), quarantined(store)) == ([], [])
+    assert (pending_in(store), quarantined(store)) == ([], [])
 
 
 async def test_reading_while_it_is_settled(store: RawStore):
@@ -759,7 +749,7 @@ async def test_reading_while_it_is_settled(store: RawStore):
 def test_each_payload_lies_in_one_folder(moves: list[tuple[set[int], set[int]]]):
     """After any settling a payload lies in exactly one folder: where it was moved first."""
     with TemporaryDirectory() as name:
-        store = RawStore(RawConfig(dir=Path(name) / "raw"))
+        store = RawStore(Path(name) / "raw")
         asyncio.run(store.open())
         raw_ids = [put(Path(name), uuid7_of(10**12, rand_b=number)) for number in range(6)]
         states = dict.fromkeys(raw_ids, "pending")
@@ -771,7 +761,7 @@ def test_each_payload_lies_in_one_folder(moves: list[tuple[set[int], set[int]]])
                     states[raw_id] = "processed" if raw_id in good else "rejected"
 
         assert {raw_id: store.read(raw_id)[0] for raw_id in raw_ids} == states
-        assert store.pending() == [i for i in raw_ids if states[i] == "pending"]
+        assert pending_in(store) == [i for i in raw_ids if states[i] == "pending"]
         assert quarantined(store) == [i for i in raw_ids if states[i] == "rejected"]
         payloads = [path for path in files_below(Path(name)) if ".reason." not in path]
         assert len(payloads) == len(raw_ids)
@@ -830,5 +820,5 @@ async def test_any_reason_can_be_kept(detail: str, store: RawStore):
     good, bad = await store.land([b"1", b"2"])
     store.settle([good], [rejection_of(bad, detail)])
 
-    assert store.pending() == []
+    assert pending_in(store) == []
     assert store.rejection(bad).code == "value_not_numeric"

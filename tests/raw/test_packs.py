@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,16 +27,10 @@ from test_cli import OK, TRY_AGAIN, Program, Server, assert_explained
 from test_processing import Folder, arrival, body
 
 import dropzone
-from dropzone import (
-    Folders,
-    Log,
-    Pack,
-    RawConfig,
-    RawIdUnknown,
-    Record,
-    StorageUnavailable,
-    uuid_at,
-)
+from backends.raw import RawIdUnknown, Rejection, StorageUnavailable, packs, uuid_at
+from backends.raw.folders import Folders
+from backends.raw.journal import Log, Record
+from backends.raw.packs import Pack
 
 folder, program = test_processing.folder, test_processing.program  # fixtures
 LEAP_DAY, DAY = "2024-02-29", "2024-03-01"  # of the first two arrivals, and of the others
@@ -57,7 +52,7 @@ def processed_in(place: Path, bodies: Sequence[bytes], first: int = 0) -> dict[U
     """Lay processed payloads into the folders of the days of their arrival."""
     payloads = {arrival(first + number): each for number, each in enumerate(bodies)}
     for raw_id, each in payloads.items():
-        file = Folders(RawConfig(dir=place / "raw")).path(raw_id, "processed")
+        file = Folders(place / "raw").path(raw_id, "processed")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(each)
     return payloads
@@ -71,6 +66,13 @@ def after(raw_id: UUID) -> UUID:
 def compact(folders: Folders) -> int:
     """Pack every finished day; return how many payloads there were."""
     return sum(map(folders.compact, folders.finished_days()))
+
+
+def found(folders: Folders, raw_id: UUID) -> bytes | None:
+    """Return a payload, None where it is not there."""
+    with suppress(RawIdUnknown):
+        return folders.read(raw_id)[1]
+    return None
 
 
 def all_of(folders: Folders, payloads: dict[UUID, bytes]) -> dict[UUID, bytes]:
@@ -145,16 +147,17 @@ def test_compact_again(folder: Folder, program: Program):
 def test_exact_bytes(bodies: list[bytes], member_bytes: int):
     """Whatever the bytes and their order, a pack gives back each payload as it arrived."""
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropzone, "MEMBER_BYTES", member_bytes)
+        patch.setattr(packs, "MEMBER_BYTES", member_bytes)
         (Path(name) / "processed").mkdir()
         payloads = processed_in(Path(name), bodies)
-        folders = Folders(RawConfig(dir=Path(name) / "raw"))
+        folders = Folders(Path(name) / "raw")
         assert compact(folders) == len(bodies)
         assert not list(Path(name).glob("processed/*/"))
         assert all_of(folders, payloads) == payloads
         assert copies(Path(name)) == once(payloads)
         for unknown in (arrival(-1), arrival(len(bodies)), after(arrival(0))):
-            assert folders.find(unknown) is None
+            with pytest.raises(RawIdUnknown):
+                folders.read(unknown)
 
 
 def test_bytes_that_are_no_text(folder: Folder):
@@ -270,11 +273,11 @@ def test_a_look_up_reads_one_member(folder: Folder):
     payloads = processed_in(folder.place, [os.urandom(60_000) for _ in range(102)])
     compact(folder.store)
     [pack] = folder.store.packs(DAY)
-    assert pack.path.stat().st_size > 16 * dropzone.MEMBER_BYTES
+    assert pack.path.stat().st_size > 16 * packs.MEMBER_BYTES
     for raw_id in (arrival(50), after(arrival(70))):
         before = bytes_read()
-        assert folder.store.find(raw_id) == payloads.get(raw_id)
-        assert bytes_read() - before < 2 * dropzone.MEMBER_BYTES
+        assert found(folder.store, raw_id) == payloads.get(raw_id)
+        assert bytes_read() - before < 2 * packs.MEMBER_BYTES
 
 
 def bytes_read() -> int:
@@ -285,7 +288,7 @@ def bytes_read() -> int:
 
 def test_damaged_members(folder: Folder, program: Program, monkeypatch: pytest.MonkeyPatch):
     """Damage costs the payloads of its own member alone; for those the answer names the pack."""
-    monkeypatch.setattr(dropzone, "MEMBER_BYTES", 1)
+    monkeypatch.setattr(packs, "MEMBER_BYTES", 1)
     payloads = processed_in(folder.place, [body(number) for number in range(2, 12)], 2)
     compact(folder.store)
     [pack] = folder.store.packs()
@@ -326,7 +329,7 @@ def test_a_lost_index_keeps_nobody_from_landing(folder: Folder, program: Program
 INTERRUPT = """
 import os, resource, shutil, signal, sys
 from pathlib import Path
-from dropzone import Folders, RawConfig
+from backends.raw.folders import Folders
 
 source, target, how = sys.argv[1:]
 CALLS = {"open", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "fsync"}
@@ -346,7 +349,7 @@ def fsync(descriptor, sync=os.fsync):
     sync(descriptor)
 
 def compact(place):
-    folders = Folders(RawConfig(dir=place / "raw"))
+    folders = Folders(place / "raw")
     if how == "fill":
         resource.setrlimit(resource.RLIMIT_FSIZE, (left * 7, left * 7))
     else:
@@ -378,7 +381,7 @@ def test_interrupted(how: str, least: int, tmp_path: Path):
 
     The folders hold a day that was packed before, files that a run left behind, and late ones.
     """
-    source, folders = tmp_path / "source", Folders(RawConfig(dir=tmp_path / "source" / "raw"))
+    source, folders = tmp_path / "source", Folders(tmp_path / "source" / "raw")
     (source / "processed").mkdir(parents=True)
     payloads = processed_in(source, [body(number) for number in range(4)])
     compact(folders)
@@ -390,7 +393,7 @@ def test_interrupted(how: str, least: int, tmp_path: Path):
     places = list((tmp_path / "places").iterdir())
     assert len(places) > least
     for place in places:
-        folders = Folders(RawConfig(dir=place / "raw"))
+        folders = Folders(place / "raw")
         assert all_of(folders, payloads) == payloads, place
         compact(folders)
         assert all_of(folders, payloads) == payloads, place
@@ -578,7 +581,7 @@ def test_keep_days(folder: Folder, program: Program):
     pending, bad = after(late), after(after(late))
     folder.put(pending, body())
     folder.put(bad, b"bad")
-    folder.store.settle([], [dropzone.Rejection(bad, "payload_not_json", "", datetime.now(UTC))])
+    folder.store.settle([], [Rejection(bad, "payload_not_json", "", datetime.now(UTC))])
     assert program.run("compact").returncode == OK
     assert len(folder.store.packs()) == 5
     done = program.run("compact", **KEEP)
@@ -588,7 +591,7 @@ def test_keep_days(folder: Folder, program: Program):
         f"{day}.ndjson.gz" for day in (five, four, three)
     ]
     for day, raw_id in days.items():
-        assert (folder.store.find(raw_id) is not None) == (day in kept)
+        assert (found(folder.store, raw_id) is not None) == (day in kept)
     assert set(os.listdir(folder.place / "processed")) == {kept[0]} | {
         f"{day}.ndjson.gz{end}" for day in kept[1:] for end in ("", ".index")
     }
@@ -623,7 +626,7 @@ async def test_old_payloads_that_were_never_processed_come_back(
 
 async def test_read_while_it_expires(tmp_path: Path):
     """Whoever looks for a payload while its pack is deleted finds it, or hears that it is gone."""
-    folders = Folders(RawConfig(dir=tmp_path / "raw", keep_days=1))
+    folders = Folders(tmp_path / "raw", keep_days=1)
     folders.journal.mkdir()
     payloads = {}
     for day in range(60):
@@ -631,7 +634,7 @@ async def test_read_while_it_expires(tmp_path: Path):
     assert compact(folders) == len(payloads)
 
     def read_all() -> int:
-        bodies = {raw_id: folders.find(raw_id) for raw_id in payloads}
+        bodies = {raw_id: found(folders, raw_id) for raw_id in payloads}
         assert all(each in (None, payloads[raw_id]) for raw_id, each in bodies.items())
         return sum(each is not None for each in bodies.values())
 

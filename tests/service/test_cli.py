@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
+from uuid_utils.compat import uuid7
 
 import dropzone
+from backends.raw import uuid_at
 
 DROPZONE = Path(dropzone.__file__).resolve()
 PATIENCE = 60  # seconds until a program that hangs is taken for one
@@ -305,12 +307,12 @@ def test_check_names_a_clock_that_is_behind(program: Program):
     """`check` compares the clock with the last payload that landed."""
     journal = program.home / "data" / "journal"
     journal.mkdir(parents=True)
-    ahead = dropzone.uuid_at(datetime.now(UTC) + timedelta(days=400))
+    ahead = uuid_at(datetime.now(UTC) + timedelta(days=400))
     (journal / "last_raw_id").write_bytes(ahead.bytes)
     done = program.run("check")
     assert done.returncode == CONFIGURATION
     assert re.search(r"(?m)^wrong  clock: it is (399|400) days.* behind", done.stdout)
-    (journal / "last_raw_id").write_bytes(dropzone.uuid7().bytes)
+    (journal / "last_raw_id").write_bytes(uuid7().bytes)
     assert program.run("check").returncode == OK
 
 

@@ -22,7 +22,7 @@ from test_cli import OK, Program, Server
 
 from dropzone import DataQualityError, transform
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "data" / "payload.json"
+EXAMPLE = Path(__file__).parents[2] / "data" / "payload.json"
 FORM = "application/x-www-form-urlencoded"
 NOON = "2019-05-01T10:00:00Z"
 MEAN, STD_DEV = 0.9985282517566032, 1.01280885259315

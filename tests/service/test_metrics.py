@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,8 +18,8 @@ from test_cli import LINE, OK, Program, Server
 from test_http import Defective, Outage, Serve, Service, reading
 from test_processing import Folder
 
-import dropzone
-from dropzone import Backlog, StorageUnavailable, next_raw_id, uuid_at
+from backends.raw import StorageUnavailable, next_raw_id, uuid_at
+from dropzone import age_of, look_at_pending
 
 serve, service, program = test_http.serve, test_http.service, test_cli.program
 
@@ -256,17 +257,17 @@ async def test_backlog_knows_count_and_age(tmp_path: Path):
     """The count of pending payloads, and the age of the one that arrived first."""
     folder = Folder(tmp_path)
     await folder.store.open()
-    backlog = Backlog(folder.store)
-    assert await backlog.look() == (0, None)
-    hour_ago = uuid_at(dropzone.datetime.now(dropzone.UTC) - dropzone.timedelta(hours=1))
+    backlog = look_at_pending(folder.store)
+    assert await backlog.look() == ([], 0)
+    hour_ago = uuid_at(datetime.now(UTC) - timedelta(hours=1))
     for raw_id in (next_raw_id(UUID(int=0)), hour_ago):
         (folder.store.raw / f"{raw_id}.json").write_bytes(b"1")
     (folder.store.raw / "stray").touch()
     async with asyncio.timeout(60):
-        while (await backlog.look())[0] != 2:
+        while (await backlog.look())[1] != 2:
             await asyncio.sleep(0.01)
-    _, age = await backlog.look()
-    assert age == pytest.approx(3600, abs=60)
+    oldest, _ = await backlog.look()
+    assert age_of(oldest) == pytest.approx(3600, abs=60)
     await folder.store.close()
 
 
@@ -276,9 +277,10 @@ async def test_backlog_does_not_count_at_every_look(tmp_path: Path):
     await folder.store.open()
     for number in range(20_000):
         (folder.store.raw / f"{UUID(int=number)}.json").touch()
-    backlog = Backlog(folder.store)
+    backlog = look_at_pending(folder.store)
     begun = time.monotonic()
-    assert await backlog.look() == (20_000, None)
+    oldest, count = await backlog.look()
+    assert (age_of(oldest), count) == (None, 20_000)
     once = time.monotonic() - begun
     for _ in range(20_000):
         await backlog.look()
@@ -288,7 +290,7 @@ async def test_backlog_does_not_count_at_every_look(tmp_path: Path):
 
 async def test_backlog_without_a_folder(tmp_path: Path):
     """A data folder that has gone is an error that can be answered, every time."""
-    backlog = Backlog(Folder(tmp_path / "nowhere").store)
+    backlog = look_at_pending(Folder(tmp_path / "nowhere").store)
     for _ in range(3):
         with pytest.raises(StorageUnavailable):
             await backlog.look()

@@ -28,14 +28,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from stores import pending_in
 from test_cli import OK, PATIENCE, Program
 from test_processing import NOON, Folder, arrival, body, processor_of
 
 from backends import BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
+from backends.raw import Rejection
 from backends.sqlite import SqliteBackend
-from dropzone import Config, Proof, Rejection
+from dropzone import Proof
 
 T = TypeVar("T")
 DAY = 86_400_000  # milliseconds
@@ -170,7 +172,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(count=st.integers(1, 2))
     def die_behind_the_reason(self, count: int) -> None:
         """A processor is killed when it has written why it rejects, before it moves the payload."""
-        pending = self.folder.store.pending()
+        pending = pending_in(self.folder.store)
         for raw_id in [one for one in pending if self.payloads[one][1] is None][:count]:
             reason = Rejection(raw_id, "payload_not_json", "not JSON", datetime.now(UTC))
             file = self.folder.place / "rejected" / f"{raw_id}.reason.json"
@@ -229,7 +231,7 @@ class Interleavings(RuleBasedStateMachine):
 
         async def work() -> None:
             found = 0
-            rebuild = Proof(Config(raw=self.folder.store.config), self.backend).rebuild()
+            rebuild = Proof(self.folder.store.portable(), self.backend).rebuild()
             async for _ in rebuild:
                 if found == most:
                     await rebuild.aclose()
@@ -247,7 +249,7 @@ class Interleavings(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         """At any moment, every payload is there, byte for byte."""
         for raw_id, content in self.payloads.items():
-            assert self.folder.store.find(raw_id) == payload(*content)
+            assert self.folder.store.read(raw_id)[1] == payload(*content)
 
     def teardown(self) -> None:
         """Let everything come to its end, and hold the table against the plain computation."""
@@ -403,8 +405,8 @@ async def test_everything_at_once(tmp_path: Path, postgres_url: str):
         bad = {raw_id for raw_id, (_, value) in chaos.payloads.items() if value is None}
         assert set(folder.names("rejected")) == bad, seed
         for raw_id, content in chaos.payloads.items():
-            assert folder.store.find(raw_id) == payload(*content), seed
-        proof = Proof(Config(raw=folder.store.config), backend)
+            assert folder.store.read(raw_id)[1] == payload(*content), seed
+        proof = Proof(folder.store.portable(), backend)
         assert [finding async for finding in proof.findings()] == [], seed
         await folder.store.close()
     finally:

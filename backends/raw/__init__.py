@@ -1,0 +1,298 @@
+"""Payloads: the words for them, the errors, and the protocol by which the service reaches them.
+
+A payload is the exact bytes that a device sent. Its name is its `raw_id`, and its state is the
+folder that its file lies in. The rooms of this house, the upper ones knowing the lower ones only:
+
+- `landing.py`: takes payloads in, many at a time, and acknowledges them when they are on disk;
+- `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
+- `folders.py`: where payloads lie, moves between states, the quarantine;
+- `packs.py`: finished days of processed payloads, each in one file;
+- `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, Protocol
+from uuid import UUID
+
+from msgspec import Struct
+from uuid_utils.compat import uuid7
+
+State = Literal["pending", "processed", "rejected"]
+STATES: tuple[State, ...] = ("pending", "processed", "rejected")
+
+PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
+RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PayloadStoreError(Exception):
+    """Root of what a payload store raises: a sentence that says what to do, and a stable `code`."""
+
+    code = "payload_store_error"
+
+
+class RawIdUnknown(PayloadStoreError, LookupError):
+    """No payload has this raw_id, or none in the state that was asked for."""
+
+    code = "raw_id_unknown"
+
+
+class KeyReused(PayloadStoreError):
+    """An Idempotency-Key came with another body before."""
+
+    code = "idempotency_key_reused"
+
+
+class PayloadUnreadable(PayloadStoreError):
+    """The file of one payload cannot be read, whatever is tried; the others can."""
+
+    code = "payload_unreadable"
+
+
+class StorageUnavailable(PayloadStoreError):
+    """The disk, or what lies on it, is in the way: repeat the call later."""
+
+    code = "storage_unavailable"
+
+
+class StorageFull(StorageUnavailable):
+    """There is too little room on the disk."""
+
+    code = "storage_full"
+
+
+# ── raw_id ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def raw_id_of(name: str) -> UUID | None:
+    """Return the raw_id that a file name stands for, or None for the name of another file."""
+    match = PAYLOAD_NAME.fullmatch(name)
+    return UUID(match[1]) if match else None
+
+
+def arrival_of(raw_id: UUID) -> datetime | None:
+    """Return when a payload arrived (UTC, milliseconds), None if its raw_id is no UUIDv7."""
+    if raw_id.version != 7:
+        return None
+    try:
+        return datetime.fromtimestamp((raw_id.int >> 80) / 1000, UTC)
+    except ValueError:  # beyond the year 9999
+        return None
+
+
+def uuid_at(moment: datetime) -> UUID:
+    """Return the least UUIDv7 of a moment."""
+    return UUID(int=int(moment.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62)
+
+
+def day_of(raw_id: UUID | str) -> str:
+    """Return the UTC day of a payload's arrival, "unknown" if its raw_id does not tell."""
+    text = str(raw_id)
+    if text[14] != "7":
+        return "unknown"
+    milliseconds = int(text[:8] + text[9:13], 16)
+    return _name_of_day(milliseconds // 86_400_000)
+
+
+@functools.lru_cache
+def _name_of_day(days_since_1970: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(days_since_1970 * 86_400, UTC):%Y-%m-%d}"
+    except ValueError:  # beyond the year 9999
+        return "unknown"
+
+
+def next_raw_id(last: UUID) -> UUID:
+    """Return a new UUIDv7 (RFC 9562) that is greater than `last`, whatever the clock says."""
+    fresh = uuid7()
+    if fresh > last:
+        return fresh
+    step = 1 + (fresh.int & (1 << 48) - 1)
+    if (last.int & RAND_B) + step <= RAND_B:
+        return UUID(int=last.int + step)
+    return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
+
+
+# ── What is kept beside a payload ─────────────────────────────────────────────────────────────────
+
+
+class Rejection(Struct, frozen=True):
+    """Why a payload was rejected: the content of `rejected/<raw_id>.reason.json`.
+
+    It stays there when the payload is put back to pending, which `retries` counts.
+    """
+
+    raw_id: UUID
+    code: str
+    detail: str
+    rejected_at: datetime
+    retries: int = 0
+    retried_at: datetime | None = None
+
+
+class Activity(Struct, frozen=True):
+    """What all processes of a store have done together, to be seen at a glance.
+
+    `processed` is how many payloads have ever become processed, `last_landed` when the last one
+    arrived (milliseconds since 1970, 0 for never), `landed` how many arrived in each of the last 60
+    minutes, this one last. After a power cut these may lag; what is exact is in the folders.
+    """
+
+    processed: int
+    last_landed: int
+    landed: list[int]
+
+
+# ── The protocol ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Observer(Protocol):
+    """Whoever wants to know what a store does, to count it."""
+
+    def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
+        """Hear that a group of payloads, `size` bytes in all, became durable; called in the loop.
+
+        `seconds` is the time from its beginning to its acknowledgement, `sync_seconds` the part of
+        it in which the journal was appended to and synced.
+        """
+
+
+class Portion(Protocol):
+    """Some of the processed payloads, to be read one after another; it can be pickled."""
+
+    def raw_ids(self) -> Sequence[UUID]:
+        """Return the raw_ids of these payloads, in order of arrival."""
+
+    def reader(self) -> Callable[[UUID], bytes]:
+        """Return a function that reads one of them; it raises `RawIdUnknown` for one that left."""
+
+
+class Payloads(Protocol):
+    """Payloads in their states. It can be pickled, so that other processes can work on it, too.
+
+    Every method blocks on the disk and belongs in a thread or a process of its own. Methods raise
+    `StorageUnavailable` where the disk refuses.
+    """
+
+    @property
+    def workspace(self) -> Path:
+        """A folder that all processes of this store share, for files beside the payloads."""
+
+    @property
+    def process_lock(self) -> Path:
+        """The file that a processor locks, so that one at a time is at work."""
+
+    def read(self, raw_id: UUID) -> tuple[State, bytes]:
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+
+    def read_pending(self, raw_id: UUID) -> bytes:
+        """Return a pending payload.
+
+        Raises `RawIdUnknown` where it is no longer pending, and `PayloadUnreadable`.
+        """
+
+    def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
+        """Return the `limit` earliest pending raw_ids behind `after`, in order of arrival.
+
+        The number is how many there are in all behind `after`. raw_ids are text here, which is
+        quicker to hand about.
+        """
+
+    def count_pending(self) -> int:
+        """Return how many payloads are pending."""
+
+    def changed(self, state: Literal["pending", "rejected"]) -> int:
+        """Return a number that is another one when payloads have entered or left a state."""
+
+    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> list[Rejection]:
+        """Move payloads out of pending; return the rejections, their retries counted.
+
+        Doing it again, or a part of it again, changes nothing.
+        """
+
+    def rejection(self, raw_id: UUID) -> Rejection:
+        """Return why a payload is rejected; raises `RawIdUnknown` if it is not."""
+
+    def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
+        """Yield why each rejected payload (or just one) is, in order of arrival."""
+
+    def last_rejection(self, raw_id: UUID) -> Rejection | None:
+        """Return the last rejection of a payload, whatever has become of it since."""
+
+    def retry(self, raw_id: UUID) -> bool:
+        """Put a rejected payload back to pending; return False if it is not rejected.
+
+        It keeps its raw_id, so that it still loses against later arrivals.
+        """
+
+    def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
+        """Yield the packs and folders of all that is processed: a name, and portions to read.
+
+        The name of one to which payloads were added is another name.
+        """
+
+    def count_processed(self) -> int:
+        """Return how many payloads are processed, packed ones included."""
+
+    def is_expired(self, day: str) -> bool:
+        """Say whether the processed payloads of a day were deleted, as `keep_days` asks for."""
+
+    def finished_days(self) -> list[str]:
+        """Return the days before today (UTC) that are not packed yet, or not wholly."""
+
+    def compact(self, day: str) -> int:
+        """Pack a day's payloads, then delete their files; return how many there were."""
+
+    def expire(self) -> list[str]:
+        """Delete the packs whose day is more than `keep_days` days ago; return their names."""
+
+
+class PayloadStore(Payloads, Protocol):
+    """A place where payloads land, durably. What is true of `Payloads` is true of its methods."""
+
+    async def open(self) -> None:
+        """Make what is missing, and recover what a crash has left.
+
+        Raises `StorageUnavailable`.
+        """
+
+    async def close(self) -> None:
+        """Wait until everything that was handed to `land` is on disk, then let go of it."""
+
+    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+        """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
+
+        If the Idempotency-Key `key` was used in the last 24 hours, return the raw_ids of that time
+        and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
+        where the disk refuses: then none of them is acknowledged.
+        """
+
+    def portable(self) -> Payloads:
+        """Return the payloads of this store as a value that can travel to other processes."""
+
+    def activity(self) -> Activity:
+        """Return what has landed and was processed lately."""
+
+    def room(self) -> tuple[int, int]:
+        """Return how many bytes are free, and how many have to stay so."""
+
+    def trouble(self) -> str | None:
+        """Try to write and sync; return what stands in the way of landing, or None."""
+
+    def strays(self) -> list[str]:
+        """Return the names among the pending payloads that are not those of payloads."""
+
+    def problems(self) -> Mapping[str, Sequence[str]]:
+        """Return what is wrong around, by subject, without making or changing anything.
+
+        Subjects are `data folder` and `clock`; each has a sentence for each thing that is wrong.
+        """

@@ -1,0 +1,405 @@
+"""Landing: payloads that arrive together become durable together, and only then are acknowledged.
+
+`RawStore.land` gathers what arrives while the group before is written (group commit). Each group is
+one record of the journal, one sync, and then one file for each payload; `journal.py` says why none
+that was acknowledged can be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+import aiofiles.os
+import msgspec
+from msgspec import Struct
+
+from backends.raw import (
+    Activity,
+    KeyReused,
+    Observer,
+    PayloadStoreError,
+    StorageFull,
+    StorageUnavailable,
+)
+from backends.raw.disk import existing, make_folder, storage_error, sync_file, write_all
+from backends.raw.folders import Folders
+from backends.raw.journal import Journal, KeyUse, Record, digest_of
+
+log = logging.getLogger("dropzone")
+T = TypeVar("T")
+
+BATCHES = 2  # groups under way at once where many payloads come together; else it is one
+LARGE_GROUP = 16  # requests
+GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
+WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
+MANY_FILES = 64  # in a group that two threads write
+MIN_FREE_BYTES = 256 * 1024 * 1024
+
+
+class Batch(Struct, frozen=True, array_like=True):
+    """What one request brought."""
+
+    bodies: list[bytes]
+    key: str | None
+
+
+class Answer(Struct, frozen=True, array_like=True):
+    """The raw_ids for a batch; or the error that refuses it, by its code, and its detail."""
+
+    raw_ids: list[UUID]
+    code: str = ""
+    detail: str = ""
+
+    def result(self) -> list[UUID]:
+        """Return the raw_ids, or raise the error."""
+        if self.code:
+            raise REFUSALS[self.code](self.detail)
+        return self.raw_ids
+
+
+REFUSALS: dict[str, type[PayloadStoreError]] = {
+    kind.code: kind for kind in (KeyReused, StorageFull, StorageUnavailable)
+}
+
+
+class Written(Struct, frozen=True, array_like=True):
+    """The answers to a group, and what was made durable for them."""
+
+    answers: list[Answer]
+    payloads: int = 0
+    bytes: int = 0
+    sync_seconds: float = 0.0
+
+
+class Writer:
+    """A second store on the same folder, in a process of its own, that lands large groups.
+
+    A file takes four system calls, and a thread must win the interpreter lock back from the event
+    loop after each; a process need not. It is started by the first group that is worth it.
+    """
+
+    def __init__(self, settings: dict[str, object]) -> None:
+        home = str(Path(__file__).resolve().parents[2])
+        self._code = (
+            f"import sys; sys.path.insert(0, {home!r}); import backends.raw.landing as landing; "
+            f"landing.write_forever({json.dumps(settings)!r})"
+        )
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+
+    async def write(self, group: Sequence[Batch]) -> Written | None:
+        """Return the answers to a group, None where the process is not there (yet)."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdin.is_closing():
+            self._starting = self._starting or asyncio.create_task(self._start())
+            return None
+        try:
+            return await self._exchange(process, msgspec.msgpack.encode(group))
+        except (OSError, RuntimeError, asyncio.IncompleteReadError):  # uvloop: it is closed
+            if self._process is process:  # or else another has been started
+                self._process = None
+            wrong = "the writer process has ended; try again later"
+            return Written([Answer([], StorageUnavailable.code, wrong)] * len(group))
+
+    async def _start(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
+            )
+            if process.stdout and await process.stdout.read(1):  # it is ready
+                self._process = process
+        except OSError as error:
+            log.error("the writer process does not start: %s", error)  # noqa: TRY400
+        finally:
+            self._starting = None
+
+    async def _exchange(self, process: asyncio.subprocess.Process, message: bytes) -> Written:
+        if not (process.stdin and process.stdout):
+            raise BrokenPipeError
+        process.stdin.writelines((len(message).to_bytes(4), message))
+        async with self._turn:  # answers come in the order of the groups
+            size = int.from_bytes(await process.stdout.readexactly(4))
+            return WRITTEN.decode(await process.stdout.readexactly(size))
+
+    async def close(self) -> None:
+        """Let the process end, and wait for it."""
+        if self._starting:
+            await asyncio.wait([self._starting])
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            await self._process.wait()
+
+
+GROUP = msgspec.msgpack.Decoder(list[Batch])
+WRITTEN = msgspec.msgpack.Decoder(Written)
+
+
+def write_forever(settings: str) -> None:
+    """Land the groups that come by standard input, until it ends: the process of `Writer`."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service is sent to all of it
+    store = RawStore(**json.loads(settings))
+    store.open_here()
+    with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
+        write_all(1, b"!")
+        while size := sys.stdin.buffer.read(4):
+            group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
+            written = msgspec.msgpack.encode(store.write(group))
+            write_all(1, len(written).to_bytes(4) + written)
+    store.close_here()
+
+
+class RawStore(Folders):
+    """The folders and the way into them: implements `backends.raw.PayloadStore`.
+
+    `folder`, `processed`, `rejected` and `keep_days` are those of `Folders`. Where fewer than
+    `min_free_bytes` are free on the disk, or a twentieth of it if that is less, nothing is landed.
+    `observer` hears of each group that has landed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        processed: str | os.PathLike[str] | None = None,
+        rejected: str | os.PathLike[str] | None = None,
+        keep_days: int = 0,
+        min_free_bytes: int = MIN_FREE_BYTES,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(
+            Path(folder),
+            processed=Path(processed) if processed else None,
+            rejected=Path(rejected) if rejected else None,
+            keep_days=keep_days,
+        )
+        self._min_free = min_free_bytes
+        self._observer = observer
+        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
+        self._landing: set[asyncio.Task[None]] = set()
+        self._writer = Writer(
+            {
+                "folder": str(self.raw),
+                "processed": str(self.processed),
+                "rejected": str(self.rejected),
+                "min_free_bytes": min_free_bytes,
+            }
+        )
+        self._journal = Journal(self.journal, self)
+
+    def portable(self) -> Folders:
+        """See PayloadStore.portable."""
+        return Folders(
+            self.raw, processed=self.processed, rejected=self.rejected, keep_days=self.keep_days
+        )
+
+    async def open(self) -> None:
+        """See PayloadStore.open."""
+        self._thread = ThreadPoolExecutor(1, "landing")
+        try:
+            await self._in_thread(self.open_here)
+        except OSError as error:
+            raise StorageUnavailable(
+                f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
+            ) from error
+
+    def open_here(self) -> None:
+        """Open the store in this thread, to be written to by `write`."""
+        self._file_writers = ThreadPoolExecutor(2, "files")
+        for folder in (self.raw, self.processed, self.rejected, self.journal):
+            make_folder(folder)
+            if folder.stat().st_dev != self.raw.stat().st_dev:
+                raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
+        self._tally = self.open_tally()
+        self._journal.open()
+
+    async def close(self) -> None:
+        """See PayloadStore.close; the journal is empty then."""
+        while self._landing:
+            await asyncio.wait(self._landing)
+        await self._writer.close()
+        await self._in_thread(self.close_here)
+        self._thread.shutdown()
+
+    def close_here(self) -> None:
+        """Close what `open_here` has opened."""
+        self._journal.close()
+        self._file_writers.shutdown()
+        self._tally.close()
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        """Run a function in the thread of landing, which no other work can hold up."""
+        result: T = await aiofiles.os.wrap(call)(*arguments, executor=self._thread)
+        return result
+
+    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+        """See PayloadStore.land."""
+        landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._gathered.append((Batch(list(bodies), key), landed))
+        if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
+            self._landing.add(asyncio.create_task(self._land_gathered()))
+        return (await landed).result()
+
+    async def _land_gathered(self) -> None:
+        """Land what has gathered while the groups before were landed, until nothing has.
+
+        A large group is half of all that wait, so that one half is received while the other is
+        written; left alone, the groups would become ever more unequal, and each side wait.
+        """
+        group = list[Batch]()
+        try:
+            while self._gathered:
+                half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
+                group, waiting, size = [], [], 0
+                while self._gathered and size < GROUP_BYTES and len(group) < half:
+                    batch, landed = self._gathered.popleft()
+                    group.append(batch)
+                    waiting.append(landed)
+                    size += sum(map(len, batch.bodies))
+                written = await self._written(group, size)
+                for landed, answer in zip(waiting, written.answers, strict=True):
+                    if not landed.done():  # or else the caller has gone
+                        landed.set_result(answer)
+        finally:  # at once: a caller that has just been answered and lands again begins another
+            self._landing.difference_update({asyncio.current_task()})
+
+    async def _written(self, group: Sequence[Batch], size: int) -> Written:
+        """Land a group of `size` bytes by the writer process or by a thread, and tell of it."""
+        begun = time.monotonic()
+        written = await self._writer.write(group) if size >= WRITER_BYTES else None
+        if written is None:
+            written = await self._in_thread(self.write, group)
+        if self._observer and written.payloads:
+            seconds = time.monotonic() - begun
+            self._observer.landed(written.payloads, written.bytes, seconds, written.sync_seconds)
+        return written
+
+    def write(self, group: Sequence[Batch]) -> Written:
+        """Land a group, in the order that `journal.py` explains, and answer it."""
+        journal = self._journal
+        try:
+            self._check_room(sum(len(body) for batch in group for body in batch.bodies))
+            has_keys = any(batch.key for batch in group)
+            with journal.keys_locked() if has_keys else contextlib.nullcontext():
+                answers, record = self._assign(group)
+                written = self._commit(record, answers) if record.payloads else Written(answers)
+                with contextlib.suppress(OSError):  # it is on disk, whether counted or not
+                    self._tally.add(landed=written.payloads)
+        except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
+            refusal = storage_error(error)
+            if isinstance(refusal, StorageFull):
+                journal.end_log()  # its checkpoint makes room
+            written = Written([Answer([], refusal.code, str(refusal))] * len(group))
+        journal.begin_checkpoint()
+        return written
+
+    def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
+        """Return the answers to a group, and the record of what is to be stored for them."""
+        answers: list[Answer] = []
+        record = Record([], [])
+        with self._journal.counting() as next_id:
+            for batch in group:
+                bodies = batch.bodies
+                use = self._use_of(batch, next_id) if batch.key else None
+                if use and use.digest != digest_of(bodies):
+                    wrong = "this Idempotency-Key came with another body before"
+                    answers.append(Answer([], KeyReused.code, wrong))
+                    continue
+                raw_ids = use.raw_ids if use else [next_id() for _ in bodies]
+                answers.append(Answer(raw_ids))
+                if use and use.landed:
+                    continue
+                record.payloads.extend(zip(raw_ids, bodies, strict=True))
+                if use:
+                    record.keys.append(use)
+        return answers, record
+
+    def _use_of(self, batch: Batch, next_id: Callable[[], UUID]) -> KeyUse:
+        def next_ids() -> list[UUID]:
+            return [next_id() for _ in batch.bodies]
+
+        return self._journal.use_of(batch.key or "", digest_of(batch.bodies), next_ids)
+
+    def _commit(self, record: Record, answers: list[Answer]) -> Written:
+        begun = time.monotonic()
+        size = self._journal.append(record)
+        sync_seconds = time.monotonic() - begun
+        try:
+            self._write_files(record.payloads)
+            self._journal.confirm(record)
+        except Exception:
+            for raw_id, _ in record.payloads:
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self.raw}/{raw_id}.json")
+            self._journal.take_back(record, size)
+            raise
+        self._journal.end_log_when_full()
+        bodies = dict(record.payloads).values()  # one key may have come several times
+        return Written(answers, len(bodies), sum(map(len, bodies)), sync_seconds)
+
+    def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
+        if len(payloads) < MANY_FILES:
+            for raw_id, body in payloads:
+                self.publish(f"{self.raw}/{raw_id}.json", body)
+            return
+        starts = range(0, len(payloads), MANY_FILES - 1)
+        parts = [payloads[start : start + MANY_FILES - 1] for start in starts]
+        parts_done = [self._file_writers.submit(self._write_files, part) for part in parts]
+        wait(parts_done)
+        for done in parts_done:
+            done.result()
+
+    def _check_room(self, size: int) -> None:
+        """Refuse before anything is written, so that what is acknowledged can be processed too."""
+        if self._journal.is_behind():
+            raise OSError(errno.EIO, "the checkpoint of the journal fails")
+        free, reserve = self.room()
+        if free < reserve + 2 * size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def room(self) -> tuple[int, int]:
+        """See PayloadStore.room."""
+        disk = os.statvfs(existing(self.raw))
+        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
+        return disk.f_bavail * disk.f_frsize, reserve
+
+    def activity(self) -> Activity:
+        """See PayloadStore.activity."""
+        return self._tally.read()
+
+    def trouble(self) -> str | None:
+        """See PayloadStore.trouble."""
+        for folder in (self.raw, self.journal):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                return f"{folder} is not there or not writable"
+        try:
+            self._check_room(0)
+            self.publish(self.journal / "probe", b"")
+            sync_file(self.journal)
+        except OSError as error:
+            return f"{self.journal}: {error.strerror}"
+        return None
+
+    def problems(self) -> dict[str, list[str]]:
+        """See PayloadStore.problems."""
+        found = super().problems()
+        free, reserve = self.room()
+        if free < reserve:
+            wrong = f"the disk of {self.raw} is nearly full: make room, payloads are refused"
+            found["data folder"].append(wrong)
+        return found

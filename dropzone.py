@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import codecs
 import contextlib
@@ -43,7 +44,6 @@ import pwd
 import re
 import resource
 import secrets
-import select
 import shutil
 import signal
 import sqlite3
@@ -55,7 +55,7 @@ import threading
 import time
 import tomllib
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -73,7 +73,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from ipaddress import IPv6Address
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
+from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
 from uuid import UUID
@@ -121,7 +123,7 @@ from backends.raw import (
     day_of,
     raw_id_of,
 )
-from backends.raw.disk import disk_errors, storage_error, writing_trouble
+from backends.raw.disk import disk_errors, storage_error, write_all, writing_trouble
 from backends.raw.landing import RawStore
 
 try:
@@ -296,6 +298,7 @@ class LimitsConfig(Section, frozen=True):
 class LogConfig(Section, frozen=True):
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False
 
 
 class Config(Section, frozen=True, dict=True):
@@ -455,23 +458,13 @@ def _merged(old: object, new: object) -> object:
 
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
-LINES = 8  # of requests that are written at once: not more than a pipe takes whole
-LINES_PATIENCE = 0.1  # seconds
-LINES_WAITING = 10_000
-
-
-class Facts(dict[str, Any]):
-    """The message of a log record: fields of a JSON line, `name=value` in text."""
-
-    def __str__(self) -> str:
-        text = " ".join([f"{name}={value}" for name, value in self.items()])
-        if text.isprintable() and text.count(" ") == len(self) - 1:
-            return text
-        return " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in self.items())
+LINES_WAITING = 10_000  # while nobody reads standard error; what is beyond is lost, and counted
+LAST_LINES = 1.0  # seconds in which the last lines have to be written when the program ends
+Facts = Mapping[str, object]
 
 
 class TextLines(logging.Formatter):
-    """Lines for people; what follows on a line break is indented, so that no text forges a line."""
+    """Lines for people; the text behind a line break is indented, so that it forges no line."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6]
@@ -480,20 +473,23 @@ class TextLines(logging.Formatter):
             text += f"\n{self.formatException(record.exc_info)}"
         if text.isprintable():
             return text
-        lines = (
-            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-            for line in text.split("\n")
-        )
-        return "\n    ".join(lines)
+        return "\n    ".join(map(_printable, text.split("\n")))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class JsonLines(logging.Formatter):
-    """A JSON object on each line, an exception in one field of it."""
+    """A JSON object on each line: the facts of a record, or its message; and its exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, UTC)
-        line = {"time": at, "level": record.levelname, "logger": record.name}
-        line |= record.msg if isinstance(record.msg, Facts) else {"message": record.getMessage()}
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname,
+            "logger": record.name,
+        }
+        line |= getattr(record, "facts", None) or {"message": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         try:
@@ -502,126 +498,96 @@ class JsonLines(logging.Formatter):
             return json.dumps(line, default=str)
 
 
-class RequestLine(Struct, frozen=True):
-    """What the log says of a request; in JSON these are the members of its line."""
-
-    time: datetime
-    level: str
-    logger: str
-    request_id: str
-    caller: str
-    method: str
-    route: str
-    status: int
-    bytes: int
-    duration: float
-    raw_id: UUID | msgspec.UnsetType = msgspec.UNSET
-    payloads: int | msgspec.UnsetType = msgspec.UNSET
-
-    def facts(self) -> Facts:
-        found = zip(self.__struct_fields__[3:], msgspec.structs.astuple(self)[3:], strict=True)
-        return Facts((name, value) for name, value in found if value is not msgspec.UNSET)
-
-    def text(self) -> str:
-        at = self.time.isoformat(timespec="milliseconds")[:-6]
-        text = REQUEST_TEXT.format(at, *msgspec.structs.astuple(self)[1:10])
-        plain = self.caller.isprintable() and " " not in self.caller  # so that it forges no other
-        if not plain or self.payloads is not msgspec.UNSET:
-            return f"{text.partition(': ')[0]}: {self.facts()}\n"
-        if self.raw_id is msgspec.UNSET:
-            return f"{text}\n"
-        return f"{text} raw_id={msgspec.to_builtins(self.raw_id)}\n"  # sooner than str()
-
-
-REQUEST_TEXT = (
-    "{}Z {} {}: request_id={} caller={} method={} route={} status={} bytes={} duration={}"
-)
-
-
-class LineHandler(logging.Handler):
-    """Writes to standard error, and never waits for whoever reads it.
-
-    Lines of requests are written a few at a time and a tenth of a second late at most, as each
-    write has its price. While the reader stalls they wait, `LINES_WAITING` of them; what is beyond
-    is lost, and counted.
-    """
+class StandardError(logging.Handler):
+    """Writes each record to standard error at once, without a buffer that could stay locked."""
 
     def __init__(self, form: Literal["text", "json"], descriptor: int = 2) -> None:
         super().__init__()
         self.setFormatter(JsonLines() if form == "json" else TextLines())
-        self._as_json = form == "json"
         self._descriptor = descriptor
-        self._requests: list[RequestLine] = []
-        self._timed = False  # whether the event loop will write them
-        self._waiting = deque[bytes]()  # each no longer than what a pipe takes whole
-        self._lost = 0
+
+    def createLock(self) -> None:  # noqa: N802 (logging's own name)
+        """Have no lock: one thread writes, and whoever ends the program must not wait for it."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            text = f"{self.format(record)}\n"
-        except Exception:  # noqa: BLE001 (the log stops nobody)
-            return self.handleError(record)
-        self._take_requests()
-        self._take(text.encode(errors="backslashreplace"), 1)
-        return self._write()
-
-    def note(self, line: RequestLine) -> None:
-        """Log a request; called by the event loop."""
-        self._requests.append(line)
-        if len(self._requests) >= LINES:
-            self.flush(0)
-        elif not self._timed:
-            self._timed = True
-            asyncio.get_running_loop().call_later(LINES_PATIENCE, self._in_time)
-
-    def _in_time(self) -> None:
-        self._timed = False
-        self.flush(0)
-
-    def flush(self, patience: float = 1.0) -> None:
-        """Write what waits; at exit `logging` calls it."""
-        with self.lock or contextlib.nullcontext():
-            self._take_requests()
-            self._write(patience)
-
-    def _take_requests(self) -> None:
-        lines, self._requests = self._requests, []
-        if lines and self._as_json:
-            self._take(msgspec.json.Encoder().encode_lines(lines), len(lines))
-        elif lines:
-            text = "".join(map(RequestLine.text, lines))
-            self._take(text.encode(errors="backslashreplace"), len(lines))
-
-    def _take(self, text: bytes, lines: int) -> None:
-        if len(self._waiting) * LINES >= LINES_WAITING:
-            self._lost += lines
-        else:
-            starts = range(0, len(text), select.PIPE_BUF)
-            self._waiting.extend(text[n : n + select.PIPE_BUF] for n in starts)
-
-    def _write(self, patience: float = 0) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
-            while self._waiting and select.select((), (self._descriptor,), (), patience)[1]:
-                written = os.write(self._descriptor, text := self._waiting.popleft())
-                if written < len(text):
-                    self._waiting.appendleft(text[written:])
-                elif lost := self._lost:
-                    self._lost = 0
-                    log.warning("%d lines were lost, as nobody read standard error", lost)
+            text = f"{self.format(record)}\n"
+            write_all(self._descriptor, text.encode(errors="backslashreplace"))
+
+
+class LineQueue(QueueHandler):
+    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls."""
+
+    def __init__(self, out: logging.Handler) -> None:
+        self._lines: Queue[logging.LogRecord] = Queue(LINES_WAITING)
+        self._out = out
+        self._lost = 0
+        super().__init__(self._lines)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the thread; a process that was forked has to do it again."""
+        self.queue = self._lines = Queue(LINES_WAITING)
+        QueueListener(self._lines, self._out).start()
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Take the text of a record now, as its arguments may change."""
+        record.msg, record.args = record.getMessage(), None
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self._lost:
+                self._lines.put_nowait(self._report())
+                self._lost = 0
+            self._lines.put_nowait(record)
+        except Full:
+            self._lost += 1
+
+    def _report(self) -> logging.LogRecord:
+        lost = f"{self._lost} lines were lost, as nobody read standard error"
+        return logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
+
+    def finish(self) -> None:
+        """Write the lines that wait, as far as somebody reads them: the end of the program."""
+        if self._lost:
+            with contextlib.suppress(Full):
+                self._lines.put_nowait(self._report())
+        deadline = time.monotonic() + LAST_LINES
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def log_to_stderr(config: LogConfig, level: str = "") -> None:
-    """Set up logging, unless somebody has; what is audited comes whatever the level."""
+    """Set up logging, unless somebody has; audit lines come whatever the level."""
     if logging.getLogger().handlers:
         return
-    handlers = [LineHandler(config.format)]
-    logging.basicConfig(level=(level or config.level).upper(), handlers=handlers)
+    lines = LineQueue(StandardError(config.format))
+    atexit.register(lines.finish)
+    os.register_at_fork(after_in_child=lines.begin)
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[lines])
     audit_log.setLevel(logging.INFO)
+
+
+def log_facts(logger: logging.Logger, level: int, facts: Facts) -> None:
+    """Log facts: the members of a JSON line, `name=value` in text."""
+    if logger.isEnabledFor(level):
+        text = " ".join(f"{name}={_value_text(value)}" for name, value in facts.items())
+        logger.log(level, "%s", text, extra={"facts": facts})
+
+
+def _value_text(value: object) -> str:
+    """Return a value as text in which nothing can pass for another fact."""
+    text = str(value)
+    if text.isprintable() and " " not in text and '"' not in text:
+        return text
+    return json.dumps(text)
 
 
 def audit(action: str, caller: str, **facts: object) -> None:
     """Log a change of state that a person or a key has caused."""
-    audit_log.info(Facts(action=action, caller=caller, **facts))
+    log_facts(audit_log, logging.INFO, {"action": action, "caller": caller, **facts})
 
 
 @contextlib.contextmanager
@@ -1708,6 +1674,7 @@ PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mount
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
 LANDED = web.RequestKey("LANDED", list[UUID])
+REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
 RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
 PING_PATIENCE = 3.0  # seconds
@@ -2339,6 +2306,8 @@ CHALLENGES = {  # RFC 6750
     "token_invalid": 'Bearer error="invalid_token"',
     "scope_missing": 'Bearer error="insufficient_scope"',
 }
+SLOW = 1.0  # seconds after which an answer is logged
+POLLED = ("/health", "/ready", "/status", "/metrics")
 REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 
 
@@ -2367,7 +2336,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.headers.setdefault(name, value)
     seconds = time.perf_counter() - begun
     request.app[METRICS].answered(request, response.status, seconds)
-    if request_log.isEnabledFor(logging.INFO):
+    if REFUSAL in request or seconds >= SLOW or request.app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
 
@@ -2382,25 +2351,29 @@ def template_of(request: web.Request) -> tuple[str, str]:
 
 def log_request(request: web.Request, status: int, seconds: float) -> None:
     """Log a request; of a route the template is told, as paths may hold secrets."""
-    resource, raw_ids = request.match_info.route.resource, request.get(LANDED, ())
-    line = RequestLine(
-        datetime.now(UTC),
-        "INFO",
-        request_log.name,
-        request[REQUEST_ID],
-        request.get(CALLER, ""),
-        request.method,
-        resource.canonical if resource else "",
-        status,
-        request.content.total_bytes,
-        round(seconds, 6),
-        raw_ids[0] if raw_ids else msgspec.UNSET,
-        len(raw_ids) if len(raw_ids) > 1 else msgspec.UNSET,
-    )
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, LineHandler):  # a record would cost ten times as much
-            return handler.note(line)
-    return request_log.info(line.facts())
+    code = request.get(REFUSAL)
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else ""
+    if code is None and route.removeprefix(request.app[PREFIX]) in POLLED:
+        return
+    facts: dict[str, object] = {
+        "request_id": request[REQUEST_ID],
+        "caller": request.get(CALLER, ""),
+        "address": request.remote or "",
+        "method": request.method,
+        "route": route,
+        "status": status,
+        "bytes": request.content.total_bytes,
+        "duration": round(seconds, 6),
+    }
+    if code is not None:
+        facts["code"] = code
+    raw_ids = request.get(LANDED, ())
+    if raw_ids:
+        facts["raw_id"] = raw_ids[0]
+    if len(raw_ids) > 1:
+        facts["payloads"] = len(raw_ids)
+    log_facts(request_log, logging.WARNING if status >= 500 else logging.INFO, facts)
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
@@ -2411,6 +2384,7 @@ def cause_of(request: web.Request) -> dict[str, str]:
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
     known, request_id = as_dropzone_error(error), request[REQUEST_ID]
+    request[REFUSAL] = known.code
     request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
         log.error("request %s failed", request_id, exc_info=error)

@@ -1,7 +1,7 @@
 """What the log says of requests and of changes of state, in both forms, and what it never says."""
 
 import asyncio
-import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ from backends.memory import MemoryBackend
 from backends.raw import day_of
 from dropzone import (
     Config,
-    Facts,
     JsonLines,
-    LineHandler,
+    LineQueue,
     ProcessConfig,
     RawConfig,
-    RequestLine,
+    StandardError,
     TextLines,
     create_app,
+    log_facts,
 )
 
 program = test_cli.program
-FIELDS = ("request_id", "caller", "method", "route", "status", "bytes", "duration")
+FIELDS = ("request_id", "caller", "address", "method", "route", "status", "bytes", "duration")
+ALL = {"DROPZONE_LOG_REQUESTS": "true"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 ME = f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
 BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
@@ -69,7 +70,7 @@ def audit_of(program: Program, *arguments: object, **variables: object) -> list[
 
 def test_a_line_for_each_request(program: Program):
     """A request is one line, an object: who, what, the answer, how much, how long, the raw_id."""
-    server = Server(program, DROPZONE_LOG_FORMAT="json", DROPZONE_API_KEY=SECRET)
+    server = Server(program, DROPZONE_LOG_FORMAT="json", DROPZONE_API_KEY=SECRET, **ALL)
     landed = server.json("POST", "/ingest", LINE, x_api_key=SECRET, X_Request_ID="mine")
     batch = server.json("POST", "/ingest", LINE + b"\n1\n2", x_api_key=SECRET, **NDJSON)
     server.request("GET", f"/raw/{landed['raw_id']}", x_api_key=SECRET)
@@ -80,7 +81,8 @@ def test_a_line_for_each_request(program: Program):
     assert list(one) == ["time", "level", "logger", *FIELDS, "raw_id"]
     assert one["request_id"] == "mine"
     assert one["raw_id"] == landed["raw_id"]
-    assert [one[name] for name in FIELDS[1:6]] == ["api_key", "POST", "/ingest", 202, len(LINE)]
+    answered = ["api_key", "127.0.0.1", "POST", "/ingest", 202, len(LINE)]
+    assert [one[name] for name in FIELDS[1:7]] == answered
     assert 0 < one["duration"] < PATIENCE
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", one["time"])
     assert (three["raw_id"], three["payloads"]) == (batch["raw_ids"][0], 3)
@@ -93,23 +95,65 @@ def test_a_line_for_each_request(program: Program):
     assert (unknown["route"], unknown["status"]) == ("", 404)
 
 
+def test_a_line_for_each_refusal(program: Program):
+    """Unless told otherwise, only a refused request has a line: with its code and its address."""
+    server = Server(program, DROPZONE_LOG_FORMAT="json", DROPZONE_API_KEY=SECRET)
+    server.request("POST", "/ingest", LINE, x_api_key=SECRET)
+    server.request("POST", "/process", x_api_key=SECRET)
+    server.request("POST", "/ingest", b"{", x_api_key=SECRET)
+    server.request("POST", "/ingest", LINE, x_api_key="wrong")
+    server.request("GET", "/status")
+    lines = lines_of(log_of(server), "dropzone.access")
+
+    assert [(line["code"], line["address"], line["route"]) for line in lines] == [
+        ("payload_not_json", "127.0.0.1", "/ingest"),
+        ("key_refused", "127.0.0.1", "/ingest"),
+        ("key_refused", "127.0.0.1", "/status"),
+    ]
+
+
+def test_a_line_for_each_slow_request(program: Program):
+    """An answer that took a second or more has a line, accepted or not."""
+    server = Server(program, DROPZONE_LOG_FORMAT="json")
+    lock = program.home / "data" / "process.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        freed = threading.Timer(1.5, fcntl.flock, (file, fcntl.LOCK_UN))
+        freed.start()
+        assert server.json("POST", "/process")["checked"] == 0
+    server.json("POST", "/process")
+    [slow] = lines_of(log_of(server), "dropzone.access")
+
+    assert (slow["route"], slow["status"]) == ("/process", 200)
+    assert slow["duration"] >= 1
+
+
+def test_polls_make_no_lines(program: Program):
+    """Whoever watches the service is not in the log, even where each request is to be."""
+    server = Server(program, **ALL)
+    for path in ("/health", "/ready", "/status", "/metrics"):
+        assert server.request("GET", path)[0] == 200
+
+    assert "dropzone.access" not in log_of(server)
+
+
 def test_the_same_as_text(program: Program):
     """Unless told otherwise a line is text with the same facts as name=value."""
-    server = Server(program)
+    server = Server(program, **ALL)
     landed = server.json("POST", "/ingest", LINE, X_Request_ID="mine")
     [line] = [line for line in log_of(server).splitlines() if "dropzone.access" in line]
 
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO dropzone\.access: request_id=mine caller= "
-        rf"method=POST route=/ingest status=202 bytes={len(LINE)} duration=[\d.e-]+ "
-        rf"raw_id={landed['raw_id']}",
+        r"address=127\.0\.0\.1 method=POST route=/ingest status=202 "
+        rf"bytes={len(LINE)} duration=[\d.e-]+ raw_id={landed['raw_id']}",
         line,
     )
 
 
 def test_no_line_is_lost(program: Program):
     """A server that is stopped has written the line of every request that it has answered."""
-    server = Server(program, DROPZONE_LOG_FORMAT="json")
+    server = Server(program, DROPZONE_LOG_FORMAT="json", **ALL)
     ids = [server.json("POST", "/ingest", LINE)["raw_id"] for _ in range(21)]
 
     assert [line["raw_id"] for line in lines_of(log_of(server), "dropzone.access")] == ids
@@ -118,20 +162,20 @@ def test_no_line_is_lost(program: Program):
 def test_a_line_comes_soon(program: Program):
     """A line does not wait for other requests."""
     server = Server(program)
-    server.request("GET", "/health")
+    server.request("GET", "/nowhere")
     assert server.process.stderr is not None
     stuck = threading.Timer(PATIENCE, server.process.kill)
     stuck.start()
     line = next(line for line in server.process.stderr if b"dropzone.access" in line)
     stuck.cancel()
 
-    assert b"route=/health status=200" in line
+    assert b"status=404" in line
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_nothing_secret(program: Program, form: str):
     """Even the most talkative log holds no key, no payload, no query and no path of a client's."""
-    settings = {"DROPZONE_LOG_LEVEL": "debug", "DROPZONE_LOG_FORMAT": form}
+    settings = {"DROPZONE_LOG_LEVEL": "debug", "DROPZONE_LOG_FORMAT": form, **ALL}
     server = Server(program, DROPZONE_API_KEY=SECRET, **settings)
     key = {"x_api_key": SECRET}
     server.request("POST", "/ingest", b'{"time_stamp": "marked", "data": ["marked"]}', **key)
@@ -252,6 +296,23 @@ def record_of(message: object, error: BaseException | None = None) -> logging.Lo
     return logging.LogRecord("dropzone", logging.INFO, "", 0, message, (), info)
 
 
+def logged(facts: Mapping[str, object]) -> logging.LogRecord:
+    """Return the record that facts are logged with."""
+    records: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return False
+
+    logger = logging.getLogger("dropzone.forms")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(keep)
+    log_facts(logger, logging.INFO, facts)
+    logger.removeFilter(keep)
+    [record] = records
+    return record
+
+
 @given(st.text())
 def test_no_text_forges_a_line(text: str):
     """Whatever a message holds, the text of it is one line, others indented, and no control."""
@@ -265,7 +326,7 @@ def test_no_text_forges_a_line(text: str):
 @given(st.dictionaries(st.sampled_from("abc"), st.text() | st.integers() | st.none(), min_size=1))
 def test_no_value_forges_a_fact(facts: dict[str, Any]):
     """Whatever a value holds, the names in the text are those of the facts, in order."""
-    text = TextLines().format(record_of(Facts(facts)))
+    text = TextLines().format(logged(facts))
     found = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)(?: |$)', text.partition(": ")[2])
 
     assert not BREAKS.search(text)
@@ -279,7 +340,7 @@ def test_json_is_one_line(text: str):
 
     assert "\n" not in line
     assert json.loads(line)["message"] == text
-    assert json.loads(JsonLines().format(record_of(Facts(x=text))))["x"] == text
+    assert json.loads(JsonLines().format(logged({"x": text})))["x"] == text
 
 
 def test_exceptions():
@@ -320,56 +381,84 @@ def test_logging_belongs_to_whoever_configures(given_config: str, handlers: int,
 async def test_records_for_others(
     aiohttp_client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """An embedding application gets ordinary records: a mapping to read, or text."""
+    """An embedding application gets ordinary records: their facts as a mapping, or as text."""
     caplog.set_level(logging.INFO)
     outer = web.Application()
     inner = create_app(Config(raw=RawConfig(dir=tmp_path / "raw")), backend=MemoryBackend())
     outer.add_subapp("/zone/", inner)
     client = await aiohttp_client(outer)
     await client.post("/zone/ingest", data=b"{}")
+    await client.post("/zone/ingest", data=b"{")
     await client.close()
     [record] = [record for record in caplog.records if record.name == "dropzone.access"]
 
-    assert record.msg["route"] == "/zone/ingest"
-    assert " status=202 bytes=2 " in record.getMessage()
+    assert record.facts["route"] == "/zone/ingest"
+    assert " status=400 bytes=1 " in record.getMessage()
 
 
-def test_records_wait_for_no_reader_either():
-    """Other lines are bounded likewise while nobody reads, and a long one is written in parts."""
+# ── Readers of standard error ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_reader_that_stalls():
+    """Nobody waits for a reader of standard error; the lines that are lost for it are counted."""
     readable, writable = os.pipe()
-    handler = LineHandler("text", writable)
-    for _ in range(30_000):
-        handler.emit(logging.LogRecord("dropzone", 30, "", 0, "x" * 5000, (), None))
-    os.set_blocking(readable, False)
-    kept = b""
-    for _ in range(10_000):
-        handler.flush(0)
-        with contextlib.suppress(BlockingIOError):  # all of it was read
-            kept += os.read(readable, 1 << 20)
-    assert 0 < kept.count(b"\n") < 10_000
-    os.close(readable)
+    lines = LineQueue(StandardError("text", writable))
+    for number in range(30_000):
+        lines.handle(record_of(f"line {number}"))
+    found = lost = 0
+    with open(readable) as reader:
+        lines.handle(record_of("the last"))  # it may be lost, too
+        threading.Timer(0.5, lines.finish).start()
+        for text in reader:
+            match = re.search(r"(\d+) lines were lost", text)
+            lost += int(match[1]) if match else 0
+            found += not match
+            if found + lost == 30_001:
+                break
     os.close(writable)
 
+    assert 0 < found < 12_000
+    assert lost > 18_000
 
-async def test_a_reader_that_stalls():
-    """Whoever logs goes on where nobody reads standard error; what is lost for it is counted."""
-    readable, writable = os.pipe()
-    handler, root, found, lost = LineHandler("text", writable), logging.getLogger(), 0, 0
-    root.addHandler(handler)
-    try:
-        for number in range(30_000):
-            line = (f"{number}", "", "POST", "/ingest", 202, 2, 0.001)
-            handler.note(RequestLine(datetime.now(UTC), "INFO", "dropzone.access", *line))
-        with open(readable) as reader:
-            for text in reader:
-                if match := re.search(r"(\d+) lines were lost", text):
-                    lost += int(match[1])
-                else:
-                    found += 1
-                if found + lost == 30_000:
-                    break
-                handler.flush(0)
-        assert lost > 0
-    finally:
-        root.removeHandler(handler)
-        os.close(writable)
+
+def test_a_reader_that_has_gone(program: Program):
+    """A service whose standard error was closed goes on, and stops when it is told to."""
+    server = Server(program)
+    assert server.process.stderr is not None
+    server.process.stderr.close()
+    for _ in range(100):
+        assert server.request("POST", "/ingest", b"{")[0] == 400
+    assert server.json("POST", "/ingest", LINE)["status"] == "accepted"
+    server.process.terminate()
+    assert server.process.wait(PATIENCE) == OK
+
+
+def test_a_stalled_reader_does_not_keep_the_program(program: Program):
+    """A service whose standard error nobody reads stops all the same, within seconds."""
+    server = Server(program)
+    for _ in range(2000):  # more lines than fit into a pipe
+        server.request("POST", "/ingest", b"{")
+    server.process.terminate()
+    assert server.process.wait(PATIENCE) == OK
+    assert server.process.stderr is not None
+    assert b"payload_not_json" in server.process.stderr.read()
+
+
+def test_a_process_that_was_forked(tmp_path: Path):
+    """Workers that are forked from a program that has set up the log have their lines, too."""
+    code = (
+        "import logging, os, dropzone\n"
+        "dropzone.create_app()\n"
+        "child = os.fork()\n"
+        "logging.getLogger('dropzone').warning('of the %s', 'parent' if child else 'child')\n"
+        "if child: os.waitpid(child, 0)\n"
+    )
+    home = str(Path(dropzone.__file__).parent)
+    environ = {"PYTHONPATH": home, "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, check=True, cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+
+    assert "of the parent" in done.stderr
+    assert "of the child" in done.stderr

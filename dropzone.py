@@ -211,8 +211,10 @@ class Rate(str):
     __slots__ = ()
 
     def __init__(self, text: str = "") -> None:
+        if not text:
+            return
         try:
-            self.limiter() if text else None
+            self.limiter()
         except DataError:
             wrong = f"Expected such as `100/second` or `5000/minute`, got `{text}`"
             raise ValueError(wrong) from None
@@ -222,7 +224,7 @@ class Rate(str):
         return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
 
 
-COUNTED = {"MAX_SIZE": 100_000}  # keys or addresses; who was not seen for longest is forgotten
+COUNTED = {"MAX_SIZE": 100_000}  # keys or addresses; beyond that the least recent is forgotten
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
@@ -304,8 +306,9 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    One that was loaded knows the `files` that it depends on, there or not, the one with the keys
-    first, and how to `reload` itself. One that a program made by itself has neither.
+    A configuration that was loaded knows the `files` that it depends on, whether they exist or
+    not, the one that keys are added to first; and how to `reload` itself. One that a program has
+    made by itself has neither.
     """
 
     files: ClassVar[Sequence[Path]] = ()
@@ -322,14 +325,25 @@ class Config(Section, frozen=True, dict=True):
 
 Setting = tuple[str, ...]  # ("storage", "sqlite", "path")
 Table = dict[str, Any]
-Given = tuple[object, Path, Setting, object]  # by whom, where paths begin, what, and its value
+
+
+@dataclass(frozen=True)
+class Given:
+    """A setting, the place that gives it, and the folder from which its relative path counts."""
+
+    place: object  # as an error names it
+    home: Path
+    setting: Setting
+    value: object
 
 
 def _settings_of(section: Section, prefix: Setting = ()) -> Iterator[Setting]:
     for name in section.__struct_fields__:
         value = getattr(section, name)
-        inside = _settings_of(value, (*prefix, name)) if isinstance(value, Section) else None
-        yield from inside or [(*prefix, name)]
+        if isinstance(value, Section):
+            yield from _settings_of(value, (*prefix, name))
+        else:
+            yield (*prefix, name)
 
 
 VARIABLES: dict[str, Setting] = {
@@ -338,6 +352,8 @@ VARIABLES: dict[str, Setting] = {
     "DROPZONE_BACKEND": ("storage", "backend"),
     "DROPZONE_DATABASE_URL": ("storage", "postgres", "url"),
 }
+# Kubernetes sets these in every container beside a service that is named dropzone.
+KUBERNETES_VARIABLE = re.compile(r"DROPZONE_(PORT|PORT_\d.*|SERVICE_HOST|SERVICE_PORT(_.*)?)")
 
 
 def load_config(
@@ -348,56 +364,74 @@ def load_config(
 ) -> Config:
     """Return the configuration: `overrides` > environment > `.env` > file > defaults.
 
-    The file is `path`, or what `DROPZONE_CONFIG` names, or `config.toml` in the working directory,
-    or the one beside this program; `.env` is looked for in the same two folders. A relative path
-    counts from the folder of the file that it stands in, in a variable from the working directory.
-    An empty variable is as good as none. Raises `ConfigError`, with a line for each wrong setting.
+    The file is `path`, or the one that `DROPZONE_CONFIG` names, or `config.toml` in the working
+    directory (unless it has none of Dropzone's sections, as that of another program), or the one
+    beside this program. `.env` is looked for in the same two folders. A relative path counts from
+    the folder of the file that it stands in, in a variable from the working directory. A variable
+    that is empty is ignored. Raises `ConfigError`, with a line for each wrong setting.
     """
-    file, given = _sources(path, environ)
-    given += [("the command line", Path.cwd(), *pair) for pair in (overrides or {}).items()]
-    config, wrong = Config(), list[str]()
-    for source in given:
-        try:
-            config = _with(config, *source)
-        except ConfigError as error:
-            wrong.append(error.detail)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    again = functools.partial(load_config, file, environ=environ, overrides=overrides)
-    places = ((file,) if file else _places("config.toml")) + _places(".env")
-    config.__dict__.update(files=places, reload=again)
+    here = Path.cwd()
+    dotenv = _found(".env")
+    variables = _variables(_read_dotenv(dotenv), dotenv.parent if dotenv else here)
+    variables += _variables(environ, here)
+    file = here / path if path else _config_file(variables)
+    given = _in_file(file) if file else []
+    given += _backend_for_url(variables)
+    given += [each for each in variables if each.setting != CONFIG_FILE]
+    for setting, value in (overrides or {}).items():
+        given.append(Given("the command line", here, setting, value))
+    defaults = Given("the defaults", file.parent if file else here, (), {})
+    config = _with_all(Config(), [defaults, *given])
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    config.__dict__["files"] = ((file,) if file else _places("config.toml")) + _places(".env")
+    config.__dict__["reload"] = functools.partial(
+        load_config, file, environ=environ, overrides=overrides
+    )
     return config
 
 
-def _sources(
-    path: str | Path | None, environ: Mapping[str, str]
-) -> tuple[Path | None, list[Given]]:
-    """Return the file, and what it, `.env` and the environment set, the best of them last."""
-    here = Path.cwd()
-    dotenv = _read(_in_reach(".env"), lambda text: dotenv_values(stream=io.StringIO(text)))
-    variables = [
-        (name, text, home)
-        for found, home in (dotenv, (environ, here))
-        for name, text in found.items()
-        if name.startswith("DROPZONE_") and text
-    ]
-    files = [home / text for name, text, home in variables if name == "DROPZONE_CONFIG"]
-    files += [here / path] if path else []
-    file = files[-1] if files else _in_reach("config.toml")
-    table, home = _read(file, tomllib.loads)
-    given: list[Given] = [(file, home, (), {}), *((file, home, *leaf) for leaf in _leaves(table))]
-    if any(name == "DROPZONE_DATABASE_URL" for name, _, _ in variables):
-        variables.insert(0, ("DROPZONE_BACKEND", "postgres", here))  # unless another follows
-    for name, text, home in variables:
-        if name != "DROPZONE_CONFIG":
-            given.append((name, home, VARIABLES.get(name, (name,)), text))
-    return file, given
+CONFIG_FILE: Setting = ("DROPZONE_CONFIG",)
 
 
 def _places(name: str) -> tuple[Path, ...]:
     return Path.cwd() / name, Path(__file__).resolve().parent / name
+
+
+def _found(name: str) -> Path | None:
+    return next((file for file in _places(name) if file.is_file()), None)
+
+
+def _config_file(variables: Sequence[Given]) -> Path | None:
+    """Return the file that a variable names, or the first of ours in reach."""
+    for each in reversed(variables):
+        if each.setting == CONFIG_FILE:
+            return each.home / str(each.value)
+    for file in _places("config.toml"):
+        if file.is_file():
+            sections = _read_toml(file).keys()
+            if not sections or sections & {*Config.__struct_fields__}:
+                return file
+    return None
+
+
+def _read_toml(file: Path) -> Table:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # also where it is no UTF-8
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _read_dotenv(file: Path | None) -> Mapping[str, str | None]:
+    try:
+        return dotenv_values(stream=io.StringIO(file.read_text("utf-8"))) if file else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _in_file(file: Path) -> list[Given]:
+    leaves = _leaves(_read_toml(file))
+    return [Given(file, file.parent, setting, value) for setting, value in leaves]
 
 
 def _leaves(table: Table, prefix: Setting = ()) -> Iterator[tuple[Setting, object]]:
@@ -408,45 +442,65 @@ def _leaves(table: Table, prefix: Setting = ()) -> Iterator[tuple[Setting, objec
             yield (*prefix, key), value
 
 
-def _in_reach(name: str) -> Path | None:
-    return next((file for file in _places(name) if file.is_file()), None)
+def _variables(variables: Mapping[str, str | None], home: Path) -> list[Given]:
+    return [
+        Given(name, home, VARIABLES.get(name, (name,)), text)
+        for name, text in variables.items()
+        if name.startswith("DROPZONE_") and text and not KUBERNETES_VARIABLE.fullmatch(name)
+    ]
 
 
-def _read(file: Path | None, parse: Callable[[str], Table]) -> tuple[Table, Path]:
-    """Return what a file sets, and the folder that its relative paths count from."""
-    try:
-        return (parse(file.read_text("utf-8")), file.parent) if file else ({}, Path.cwd())
-    except (OSError, ValueError) as error:  # also what is no UTF-8
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+def _backend_for_url(variables: Sequence[Given]) -> list[Given]:
+    """Choose PostgreSQL where DROPZONE_DATABASE_URL is set; another variable may still differ."""
+    return [
+        Given(each.place, each.home, ("storage", "backend"), "postgres")
+        for each in variables
+        if each.place == "DROPZONE_DATABASE_URL"
+    ]
 
 
-def _with(config: Config, source: object, home: Path, setting: Setting, value: object) -> Config:
-    """Return the configuration with what a source sets; a relative path in it begins at `home`."""
+def _with_all(config: Config, given: Iterable[Given]) -> Config:
+    wrong = []
+    for each in given:
+        try:
+            config = _with(config, each)
+        except ConfigError as error:
+            wrong.append(error.detail)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def _with(config: Config, given: Given) -> Config:
+    """Return the configuration with one setting more."""
 
     def from_text(kind: type, text: object) -> object:
         if not isinstance(text, str):
             raise ValueError("Expected `str`")  # noqa: TRY004 (msgspec adds the place)
-        try:
-            is_path = kind is Path or (kind is Place and text and "://" not in text)
-            return kind(home / Path(text).expanduser() if is_path else text)
-        except RuntimeError as error:  # the home folder of nobody
-            raise ValueError(str(error)) from None
+        if kind is Path or (kind is Place and text and "://" not in text):
+            try:
+                return kind(given.home / Path(text).expanduser())
+            except RuntimeError as error:  # the home folder of a user that there is not
+                raise ValueError(str(error)) from None
+        return kind(text)
 
     try:
-        if setting == ("auth", "keys") and isinstance(value, str):  # a variable
+        value = given.value
+        if given.setting == ("auth", "keys") and isinstance(value, str):  # a variable
             value = msgspec.json.decode(value)
-        for key in reversed(setting):
+        for key in reversed(given.setting):
             value = {key: value}
         table = _merged(_plain(config), value)
         return msgspec.convert(table, Config, strict=False, dec_hook=from_text)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{given.place}: {error}") from None
 
 
 def _plain(config: Config) -> Table:
-    table: Table = msgspec.to_builtins(
-        config, enc_hook=lambda value: value.reveal() if isinstance(value, Secret) else str(value)
-    )
+    def as_text(value: object) -> str:
+        return value.reveal() if isinstance(value, Secret) else str(value)
+
+    table: Table = msgspec.to_builtins(config, enc_hook=as_text)
     return table
 
 
@@ -2880,6 +2934,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app[RELOADER].told.set)
         log.info("listening on %s", site.name)
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
+        log.info("settings are those of %s", config.files[0])
         await stop.wait()
         log.info("stopping")
         await site.stop()

@@ -109,6 +109,7 @@ SPECIAL = {
     "limits.per_address": "77/second",
     "log.format": "json",
     "log.level": "debug",
+    "log.requests": "true",
     "storage.backend": "memory",
 }
 
@@ -118,13 +119,21 @@ def test_every_setting_has_a_variable(setting: str, here: Path):
     """Any setting can be set by DROPZONE_<SECTION>_<KEY>, with the same effect as in the file."""
     variable = "DROPZONE_" + setting.replace(".", "_").upper()
     text = SPECIAL.get(setting, "77")
-    number = isinstance(settings_of(Config())[setting], int | tuple)
+    number = isinstance(settings_of(Config())[setting], int | tuple)  # or a bool
 
     by_variable = settings_of(load_config(environ={variable: text}))
     write(here / "config.toml", f"{setting} = {text}" if number else f"{setting} = '{text}'")
 
     assert settings_of(load_config(environ={})) == by_variable
-    assert by_variable[setting] in {77, "77", here / "77", str(here / "77"), (), *SPECIAL.values()}
+    assert by_variable[setting] in {
+        77,
+        "77",
+        here / "77",
+        str(here / "77"),
+        (),
+        True,
+        *SPECIAL.values(),
+    }
 
 
 @pytest.mark.parametrize("short", ["DROPZONE_API_KEY", "DROPZONE_AUTH_API_KEY"])
@@ -343,14 +352,52 @@ def test_home_of_nobody(here: Path):
 )
 def test_unknown_keys(toml: str, named: str, here: Path):
     """A key or section that Dropzone does not know is refused by its name."""
+    write(here / "config.toml", f"{toml}\n[log]")
+    assert named in refusal()
+
+    write(here / "named.toml", toml)
+    assert named in refusal({"DROPZONE_CONFIG": "named.toml"})
+
+
+@pytest.mark.parametrize("toml", ["[tool]\nport = 'x'", "port = 'x'", "[app.server]\nport = 'x'"])
+def test_a_file_of_another_program(toml: str, here: Path):
+    """A config.toml that was merely found, and has no section of Dropzone's, is not its own."""
+    defaults = settings_of(load_config(environ={}))
     write(here / "config.toml", toml)
 
-    assert named in refusal()
+    found = load_config(environ={})
+    assert settings_of(found).keys() == defaults.keys()
+    assert found.server.port == 8080
+    assert "unknown field" in refusal({"DROPZONE_CONFIG": "config.toml"})
+
+
+@pytest.mark.usefixtures("here")
+def test_variables_of_kubernetes():
+    """The variables that Kubernetes injects for a service named dropzone are left alone."""
+    injected = {
+        "DROPZONE_PORT": "tcp://10.0.0.7:8080",
+        "DROPZONE_PORT_8080_TCP": "tcp://10.0.0.7:8080",
+        "DROPZONE_PORT_8080_TCP_PROTO": "tcp",
+        "DROPZONE_PORT_8080_TCP_PORT": "8080",
+        "DROPZONE_PORT_8080_TCP_ADDR": "10.0.0.7",
+        "DROPZONE_SERVICE_HOST": "10.0.0.7",
+        "DROPZONE_SERVICE_PORT": "8080",
+        "DROPZONE_SERVICE_PORT_HTTP": "8080",
+    }
+    assert settings_of(load_config(environ=injected)) == settings_of(load_config(environ={}))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["DROPZONE_PORT", "DROPZONE_SERVER_PROT", "DROPZONE_SERVER", "DROPZONE_", "DROPZONE_api_key"],
+    [
+        "DROPZONE_PROT",
+        "DROPZONE_PORTS",
+        "DROPZONE_SERVICE",
+        "DROPZONE_SERVER_PROT",
+        "DROPZONE_SERVER",
+        "DROPZONE_",
+        "DROPZONE_api_key",
+    ],
 )
 def test_unknown_variables(name: str, here: Path):
     """A variable DROPZONE_… that Dropzone does not know is refused by name, also in .env."""

@@ -306,11 +306,12 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    A configuration that was loaded knows the `files` that it depends on, whether they exist or
-    not, the one that keys are added to first; and how to `reload` itself. One that a program has
-    made by itself has neither.
+    A configuration that was loaded knows the file that is its `source`, all `files` that it depends
+    on, whether they exist or not, the one that keys are added to first; and how to `reload` itself.
+    One that a program has made by itself has none of these.
     """
 
+    source: ClassVar[Path | None] = None
     files: ClassVar[Sequence[Path]] = ()
     reload: ClassVar[functools.partial[Config]]
 
@@ -384,6 +385,7 @@ def load_config(
     config = _with_all(Config(), [defaults, *given])
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    config.__dict__["source"] = file
     config.__dict__["files"] = ((file,) if file else _places("config.toml")) + _places(".env")
     config.__dict__["reload"] = functools.partial(
         load_config, file, environ=environ, overrides=overrides
@@ -407,12 +409,14 @@ def _config_file(variables: Sequence[Given]) -> Path | None:
     for each in reversed(variables):
         if each.setting == CONFIG_FILE:
             return each.home / str(each.value)
-    for file in _places("config.toml"):
-        if file.is_file():
-            sections = _read_toml(file).keys()
-            if not sections or sections & {*Config.__struct_fields__}:
-                return file
-    return None
+    places = _places("config.toml")
+    return next((file for file in places if file.is_file() and _is_ours(file)), None)
+
+
+def _is_ours(file: Path) -> bool:
+    """Say whether a file that was merely found has a section of Dropzone's, or none at all."""
+    sections = _read_toml(file).keys()
+    return not sections or bool(sections & {*Config.__struct_fields__})
 
 
 def _read_toml(file: Path) -> Table:
@@ -2934,7 +2938,7 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app[RELOADER].told.set)
         log.info("listening on %s", site.name)
         log.info("payloads lie in %s, backend is %s", config.raw.dir, config.storage.backend)
-        log.info("settings are those of %s", config.files[0])
+        log.info("settings are read from %s", settings_source(config))
         await stop.wait()
         log.info("stopping")
         await site.stop()
@@ -3222,9 +3226,15 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     for name, found in troubles.items():
         lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
         print("\n".join(lines) or f"ok     {name}")
+    print(f"note   settings are read from {settings_source(config)}")
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
+
+
+def settings_source(config: Config) -> str:
+    """Return the file that settings were read from, in words."""
+    return str(config.source or "no file: what no variable sets has its default")
 
 
 def config_trouble(use: Callable[..., object], config: Section) -> str | None:

@@ -202,7 +202,7 @@ def test_wrong_usage(program: Program, arguments: list[str]):
     ("toml", "variables", "named"),
     [
         ("[raw]\ndri = 'x'", {}, "dri"),
-        ("[rwa]\ndir = 'x'", {}, "rwa"),
+        ("[rwa]\ndir = 'x'\n[log]", {}, "rwa"),
         ("[server]\nport = 'high'", {}, "server.port"),
         ("[server", {}, "config.toml"),
         ("", {"DROPZONE_RAW_DRI": "x"}, "DROPZONE_RAW_DRI"),

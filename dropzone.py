@@ -145,7 +145,8 @@ class DropzoneError(Exception):
     """Root of what Dropzone raises: a sentence that says what to do, a stable `code`, a `status`.
 
     `status` is the HTTP status (RFC 9110) of the answer that reports it; `extra` holds members
-    that the problem document (RFC 9457) carries besides. A class of its own is for what is caught.
+    that the problem document (RFC 9457) carries besides. An error has a class of its own where some
+    code catches it.
     """
 
     code, status = "internal_error", 500
@@ -565,7 +566,7 @@ class StandardError(logging.Handler):
         self._descriptor = descriptor
 
     def createLock(self) -> None:  # noqa: N802 (logging's own name)
-        """Have no lock: one thread writes, and whoever ends the program must not wait for it."""
+        """Have no lock: one thread writes, and the end of the program must not wait for it."""
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -661,7 +662,7 @@ def audited(action: str, caller: str, **facts: object) -> Iterator[dict[str, obj
 
 
 def operator_name() -> str:
-    """Return whoever runs a command, in the words of an audit line."""
+    """Return the user who runs a command, as audit lines name callers."""
     try:
         return f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
     except KeyError:  # a container may run as a user without a name
@@ -671,13 +672,13 @@ def operator_name() -> str:
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-LARGE_JSON = 64 * 1024  # bytes that are checked at once, however odd they are
+LARGE_JSON = 64 * 1024  # bytes; a smaller document is checked at once, however odd it is
 
 
 def parse_json(body: bytes) -> object:
     """Return the value of a JSON document (RFC 8259), or raise `PayloadNotJson` with the position.
 
-    Let in besides, since devices send them: a byte order mark, the literals NaN, Infinity and
+    Also accepted, since devices send them: a byte order mark, the literals NaN, Infinity and
     -Infinity, and numbers beyond a double, which become infinities. Of equal names the last counts.
     """
     try:
@@ -689,16 +690,22 @@ def parse_json(body: bytes) -> object:
 def check_json(body: bytes, *, patient: bool = True) -> None:
     """Raise `PayloadNotJson` where `parse_json` would, in a tenth of the time, without the values.
 
-    Those of a large document can take a gigabyte, and hold up all else for seconds: unless
-    `patient`, raise one of `REFUSED` where it has to be parsed to tell.
+    The values of a large document can take a gigabyte of memory, and seconds in which nothing else
+    runs: unless `patient`, raise one of `REFUSED` where it would have to be parsed.
     """
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
-        body.isascii() or body.decode()  # what is raw is not decoded
+        check_utf8(body)
     except REFUSED:
         if not patient and len(body) > LARGE_JSON:
             raise
         _parse_leniently(body)
+
+
+def check_utf8(body: bytes) -> None:
+    """Raise `UnicodeDecodeError` where it is due; msgspec does not look into what it skips."""
+    if not body.isascii():
+        body.decode()
 
 
 def _parse_leniently(body: bytes) -> object:
@@ -921,8 +928,8 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
     """
     try:  # the way of nearly all, several times as fast as finding out what is wrong
         good = GOOD_PAYLOAD.decode(body)
-        body.isascii() or body.decode()  # members that nobody asked for are not decoded
-        if good.data:  # and finite: the decoder takes no others
+        check_utf8(body)
+        if good.data:  # all finite, as the decoder takes no other numbers
             mean, std_dev = mean_and_std_dev(good.data)
             return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -1062,8 +1069,8 @@ def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
 REJECTIONS_SHOWN = 1000
-LOOK_PATIENCE = 0.5  # seconds after which what was found before does
-LOOK_PAUSE = 200  # times as long as a look took, before the next
+LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
+LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 SHORT = 0.5  # seconds of work that are not worth the start of processes
@@ -1128,9 +1135,9 @@ class Workers:
             raise StorageUnavailable("a process of this service has ended; try again") from None
 
     def begin(self) -> asyncio.Future[Any]:
-        """Start the processes, and return what is done when they are ready."""
+        """Start the processes; the future is done when they are ready, or cannot start."""
         begun = asyncio.gather(*(self.run(os.getpid) for _ in range(self._count)))
-        begun.add_done_callback(lambda done: done.cancelled() or done.exception())  # else logged
+        begun.add_done_callback(_take_note)
         return begun
 
     async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
@@ -1164,10 +1171,16 @@ class Workers:
             await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
 
+def _take_note(done: asyncio.Future[Any]) -> None:
+    """Look at the error of a future, if there is one, so that asyncio does not log it."""
+    if not done.cancelled():
+        done.exception()
+
+
 def _begin_worker() -> None:
     """Let landing go first, and end with the process that started this one, however it ends."""
     os.nice(NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the other, who closes this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process hears it, and closes this one
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
@@ -1266,8 +1279,8 @@ class Processor:
                 await self.process()
                 pause = every
             except ProcessorBusy:
-                pause = every  # whoever is at work does it
-            except Exception as error:  # nobody else would begin it again
+                pause = every  # the other processor does the work
+            except Exception as error:  # else nothing would ever be processed again
                 pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
                 defect = None if isinstance(error, BackendError | DropzoneError) else error
                 again = "processing stopped, next try within %.0f s: %s"
@@ -1766,7 +1779,7 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         if self.scope:
-            admit(request, "address", network_of(request.remote or ""))  # also who guesses keys
+            admit(request, "address", network_of(request.remote or ""))  # guessed keys count, too
             await authorize(request, self.scope)
             admit(request, "key", request.get(CALLER, ""))
         if self.query:
@@ -2138,7 +2151,7 @@ def hash_of(key: str) -> bytes:
 
 
 class Guard:
-    """Knows who may do what: by the keys of a configuration, and by the tokens of its issuer."""
+    """Knows which caller may do what: by the configured keys, and by the tokens of an issuer."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -2169,9 +2182,10 @@ GUARD = web.AppKey("GUARD", Guard)
 
 
 def callers_of(auth: AuthConfig) -> dict[bytes, Caller]:
-    """Return who has which key, by its digest; raises `ConfigError`."""
+    """Return the name and scopes of each key, by its digest; raises `ConfigError`."""
     callers = dict[bytes, Caller]()
-    if key := auth.api_key.reveal():
+    key = auth.api_key.reveal()
+    if key:
         callers[hash_of(key)] = ("api_key", SCOPES)
     names = {"api_key"}
     for each in auth.keys:
@@ -2246,7 +2260,8 @@ class Tokens:
             async with self._lock:
                 if self._is_due(kid):  # else another request has fetched them meanwhile
                     await self.fetch()
-        if (key := self._find(kid)) is not None:
+        key = self._find(kid)
+        if key is not None:
             return key
         if self._trouble:
             wrong = "the keys to judge the token with cannot be fetched now: try again"
@@ -2338,7 +2353,8 @@ class Admission:
             self.bytes += size
             taken += size
 
-        self._requests.add(answered := asyncio.get_running_loop().create_future())
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._requests.add(answered)
         try:
             yield take
         finally:
@@ -2435,7 +2451,7 @@ def log_request(request: web.Request, status: int, seconds: float) -> None:
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
-    """Return who has caused what an audit line tells."""
+    """Return the caller and the request of a change, for its audit line."""
     return {"caller": request.get(CALLER, ""), "request_id": request[REQUEST_ID]}
 
 
@@ -2482,7 +2498,7 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
 
 
 async def authorize(request: web.Request, scope: Scope) -> None:
-    """Note who calls; raise unless their key or token has the scope, or the API is open."""
+    """Note the caller; raise unless its key or token has the scope, or the API is open."""
     guard = request.app[GUARD]
     if guard.is_open:
         return
@@ -2510,25 +2526,27 @@ def admit(request: web.Request, by: str, who: str) -> None:
     limiter = request.app[LIMITERS].get(by)
     if limiter is None or not who:
         return
-    result, quota = limiter.limit(who), limiter.quota
-    state = result.state
-    more = state.reset_after - (state.limit - state.remaining - 1) * quota.emission_interval
-    wait = math.ceil(round(state.retry_after or more, 3)) or 1
+    result = limiter.limit(who)
+    quota, state = limiter.quota, result.state
+    until_next = state.reset_after - (state.limit - state.remaining - 1) * quota.emission_interval
+    seconds = math.ceil(round(state.retry_after or until_next, 3)) or 1
     headers = {
         "RateLimit-Policy": f'"{by}";q={quota.get_limit()};w={quota.get_period_sec()}',
-        "RateLimit": f'"{by}";r={state.remaining};t={wait}',
+        "RateLimit": f'"{by}";r={state.remaining};t={seconds}',
     }
-    before = request.get(RATE_HEADERS, {})
-    request[RATE_HEADERS] = {k: f"{before[k]}, {v}" if before else v for k, v in headers.items()}
+    before = request.get(RATE_HEADERS, {})  # of the limit for addresses
+    for name, value in before.items():
+        headers[name] = f"{value}, {headers[name]}"
+    request[RATE_HEADERS] = headers
     if result.limited:
-        request[RATE_HEADERS]["Retry-After"] = str(wait)
-        wrong = f"too many requests of this {by}: try again in {wait} s"
+        headers["Retry-After"] = str(seconds)
+        wrong = f"too many requests of this {by}: try again in {seconds} s"
         raise DropzoneError(wrong, "rate_limited", 429)
 
 
 @functools.lru_cache
 def network_of(address: str) -> str:
-    """Return an IPv4 address as it is, of an IPv6 address the /64 that one subscriber has."""
+    """Return an IPv4 address as it is, and of an IPv6 address the /64, as one subscriber has it."""
     if "." not in address:  # also of an IPv4 address that is mapped to IPv6
         with contextlib.suppress(ValueError):
             return IPv6Address(address.partition("%")[0]).exploded[:19]
@@ -2544,7 +2562,7 @@ def query_in(request: web.Request, kind: type[Struct]) -> Struct:
             raise query_invalid(name, f"unknown; known: {', '.join(fields)}")
         if name in values:
             raise query_invalid(name, "given twice")
-        if text == "null":  # which would count as not given
+        if text == "null":  # msgspec would take it for a parameter that is not given
             raise query_invalid(name, "null: leave it out")
         values[name] = moment_in(name, text) if "datetime" in str(fields[name]) else text
     try:
@@ -2569,7 +2587,8 @@ def moment_in(name: str, text: str) -> datetime:
 
 def raw_id_in(request: web.Request) -> UUID:
     text = request.match_info["raw_id"]
-    if raw_id := raw_id_of(f"{text.lower()}.json"):
+    raw_id = raw_id_of(f"{text.lower()}.json")
+    if raw_id:
         return raw_id
     raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID")
 
@@ -2587,7 +2606,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large(limits.max_body_bytes)
     try:
-        if content.is_eof():  # all of it is here, as of most: spare the timer
+        if content.is_eof():  # most bodies have arrived whole by now, and need no timer
             body = content.read_nowait()
             take(len(body))
         else:
@@ -2692,7 +2711,8 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _response(status: int, kinds: tuple[type | str, ...]) -> dict[str, Any]:
     content: dict[str, Any] = {k: {"schema": {}} for k in kinds if isinstance(k, str)}
-    if names := [kind.__name__ for kind in kinds if isinstance(kind, type)]:
+    names = [kind.__name__ for kind in kinds if isinstance(kind, type)]
+    if names:
         media = "application/problem+json" if Problem in kinds else "application/json"
         either = [{"$ref": f"#/components/schemas/{name}"} for name in names]
         content[media] = {"schema": either[0] if len(either) == 1 else {"anyOf": either}}
@@ -2707,7 +2727,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     if route.query:
         _, schemas = msgspec.json.schema_components([route.query])
         for name, schema in schemas[route.query.__name__]["properties"].items():
-            given = schema.get("anyOf", [schema])[0]  # the other is null: a query leaves it out
+            given = schema.get("anyOf", [schema])[0]  # the other is null, which no query sends
             found.append({"name": name, "in": "query", "schema": given})
     return found
 
@@ -2884,7 +2904,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
         if client_ca:
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-            context.num_tickets = 0  # whoever resumes a session is not asked for a certificate
+            context.num_tickets = 0  # a session that is resumed needs no certificate
             context.options |= ssl.OP_NO_TICKET
     except ssl.SSLError as error:
         wrong = (error.reason or "no PEM of that kind").lower().replace("_", " ")
@@ -2897,7 +2917,8 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
 
 def followed(config: ServerConfig, reloader: Reloader) -> ssl.SSLContext | None:
     """Return a context whose every handshake uses the certificates that were loaded last."""
-    if (front := tls_context(config)) is None:
+    front = tls_context(config)
+    if front is None:
         return None
     newest = front
 
@@ -2909,7 +2930,7 @@ def followed(config: ServerConfig, reloader: Reloader) -> ssl.SSLContext | None:
         newest = tls_context(config) or newest
         log.info("the certificates were loaded again")
 
-    front.sni_callback = hand_over  # which is called also where a client names no server
+    front.sni_callback = hand_over  # it is called also where a client names no server
     reloader.watch((config.tls_cert, config.tls_key, config.tls_client_ca), reload)
     return front
 
@@ -3065,9 +3086,14 @@ def upkeep_lock(store: PayloadStore) -> FileLock:
 
 
 async def until_stopped(command: Coroutine[Any, Any, int]) -> int:
-    """Run what goes on until the program is told to stop, which may be before it has begun."""
+    """Run a command until it ends or the program is told to stop, even before it has begun."""
     task = asyncio.ensure_future(command)
-    on_stop(lambda: task.cancelling() or task.cancel())  # once: what it then does is to be done
+
+    def stop() -> None:
+        if not task.cancelling():  # a second signal must not interrupt its tidying up
+            task.cancel()
+
+    on_stop(stop)
     await asyncio.wait([task])
     return os.EX_OK if task.cancelled() else task.result()
 
@@ -3337,12 +3363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             code: int = runner.run(until_stopped(command) if runs_on else command)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:  # what was done is done, and the next run goes on from there
+    except KeyboardInterrupt:  # the next run goes on where this one was interrupted
         return 128 + signal.SIGINT
     except Timeout as error:
         print(f"dropzone: {error.lock_file} is held by another run; try again", file=sys.stderr)
         return os.EX_TEMPFAIL
-    except BrokenPipeError:  # whoever read standard output has gone
+    except BrokenPipeError:  # nobody reads standard output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR
     except (BackendError, DropzoneError, PayloadStoreError) as error:

@@ -1350,7 +1350,8 @@ async def test_defect(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     service = await serve(Defective())
     document = check_problem(await service("GET", "/measurements"), 500, "internal_error")
     assert "hunter2" not in json.dumps(document)
-    [record] = [r for r in caplog.records if document["request_id"] in r.getMessage()]
+    records = [r for r in caplog.records if document["request_id"] in r.getMessage()]
+    [record] = [record for record in records if record.name == "dropzone"]
     assert record.levelno == logging.ERROR
     assert record.exc_info
 

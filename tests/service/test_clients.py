@@ -1,4 +1,4 @@
-"""The clients in the README, as they stand there, against a server that is not always there."""
+"""The clients in docs/clients.md as they stand there, with a server that is not always there."""
 
 import asyncio
 import os
@@ -13,19 +13,20 @@ import machine
 import pytest
 from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+CLIENTS = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
 KEY = "sesam"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 def snippet(language: str, words: str) -> str:
-    """Return the one block of the README in a language that has these words."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """Return the one block of the page in a language that has these words."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", CLIENTS, re.DOTALL)
     [found] = [block for block in blocks if words in block]
     return str(found)
 
 
-CURL = snippet("sh", "Idempotency-Key")
+SEND = snippet("sh", "send() {")
+CURL = snippet("sh", "gzip -c")
 PYTHON = snippet("python", "HTTPAdapter")
 MICROPYTHON = snippet("python", "import json, os, requests")
 
@@ -93,7 +94,7 @@ async def busy_at_first(server: Server) -> AsyncIterator[str]:
 
 
 COMMANDS = {
-    "curl": ("sh", "-ec", CURL[: CURL.index("gzip -c")]),
+    "curl": ("sh", "-ec", f"{SEND}\nsend payload.json"),
     "python": (
         *(sys.executable, "-c"),
         f"{PYTHON}\nimport json\nprint(send(json.load(open('payload.json'))))",
@@ -141,5 +142,25 @@ async def test_queue(program: Program) -> None:
 async def test_curl(program: Program) -> None:
     """The commands for curl land one payload plainly, one compressed, and each line of a file."""
     server = await asyncio.to_thread(start, program)
-    await run(program, server.url, "sh", "-ec", CURL)
+    await run(program, server.url, "sh", "-ec", f"{SEND}\n{CURL}")
     assert list(program.payloads().values()) == [LINE] * 4
+
+
+@pytest.mark.linux
+async def test_refused_for_good(program: Program) -> None:
+    """What will never be taken is sent once, and the shell's client says so by its exit code."""
+    (program.home / "broken.json").write_bytes(b"{")
+    server = await asyncio.to_thread(start, program)
+    printed = await run(program, server.url, "sh", "-c", f"{SEND}\nsend broken.json; echo $?")
+    assert printed == "1\n"
+    assert server.stop() == OK
+    assert server.log.count("code=payload_not_json") == 1
+
+
+@pytest.mark.linux
+async def test_worth_another_try(program: Program) -> None:
+    """Where nobody listens for good, the shell's client says by its exit code that it gave up."""
+    impatient = SEND.replace("--retry 8", "--retry 1")
+    with closed_port() as port:
+        call = f"{impatient}\nsend payload.json 2>/dev/null; echo $?"
+        assert await run(program, f"http://127.0.0.1:{port}", "sh", "-c", call) == "75\n"

@@ -232,9 +232,9 @@ def test_prometheus_and_grafana_find_each_other(compose: Any):
 
 
 def test_systemd_unit():
-    """The unit in the README runs a command that exists, as a user, with settings that exist."""
-    readme = (REPO / "README.md").read_text()
-    [text] = re.findall(r"```ini\n(.*?)```", readme, re.DOTALL)
+    """The unit in the docs runs a command that exists, as a user, with settings that exist."""
+    docs = (REPO / "docs" / "operating.md").read_text()
+    [text] = re.findall(r"```ini\n(.*?)```", docs, re.DOTALL)
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str
     unit.read_string(text)
@@ -242,7 +242,7 @@ def test_systemd_unit():
     assert service["User"] == service["StateDirectory"] == "dropzone"
     assert int(service["RestartPreventExitStatus"]) == CONFIGURATION
     assert set(re.findall(r"Environment=(\w+)=", text)) <= SETTINGS
-    sed, replacement = re.findall(r"sed 's/(\S+)\$/([^/]+)/'", readme)[0]
+    sed, replacement = re.findall(r"sed 's/(\S+)\$/([^/]+)/'", docs)[0]
     for command in (service["ExecStart"], re.sub(f"{sed}$", replacement, service["ExecStart"])):
         interpreter, path, *arguments = command.split()
         assert interpreter == "/opt/dropzone/.venv/bin/python"

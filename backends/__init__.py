@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 
 __all__ = [
+    "NO_PAYLOAD",
     "Backend",
     "BackendError",
     "BackendUnavailable",
@@ -41,6 +42,7 @@ PAGE = 10_000  # rows that are read at a time to compare two backends
 ROUNDING = 2**-49  # eight units in the last place
 SMALLEST = 2**-1071  # eight times the smallest double
 LATEST = datetime.max.replace(tzinfo=UTC)
+NO_PAYLOAD = UUID(int=0)  # the raw_id of a row that is older than Dropzone
 
 
 class BackendError(Exception):

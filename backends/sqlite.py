@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from os import PathLike
@@ -94,6 +94,7 @@ class SqliteBackend:
         # Only this one thread touches the connection, which is why there are no locks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # device and inode of the open file
 
     def __repr__(self) -> str:
         return f"SqliteBackend({str(self._path)!r})"
@@ -191,7 +192,20 @@ class SqliteBackend:
                 connection.close()
                 raise
             self._connection = connection
+            self._file = self._file_there()
+        elif self._file_there() != self._file:
+            # What is written now would go to a file that nobody finds after a restart.
+            raise BackendUnavailable(
+                f"{self._path} was moved, deleted or replaced while it was open: put it back, or "
+                "restart Dropzone on the file that is to count (rebuild makes its rows again)"
+            )
         return self._connection
+
+    def _file_there(self) -> tuple[int, int] | None:
+        with suppress(FileNotFoundError):
+            there = self._path.stat()
+            return there.st_dev, there.st_ino
+        return None
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._write_ahead(connection)

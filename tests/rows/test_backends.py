@@ -1098,10 +1098,9 @@ async def test_postgres_falls_silent(
         try:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
-            if called:
-                with pytest.raises(BackendUnavailable, match="no reply in time"):
+            async with asyncio.timeout(20):
+                if called:  # another connection answers
                     await postgres.ping()
-            async with asyncio.timeout(10):
                 await postgres.close()
         finally:
             for pid in pids:

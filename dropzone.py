@@ -95,6 +95,7 @@ from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
 from backends import (
+    NO_PAYLOAD,
     Backend,
     BackendError,
     BackendUnavailable,
@@ -102,13 +103,14 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
-    differences,
+    paired,
     same,
     timestamp_text,
 )
 from backends.raw import (
     KeyReused,
     Observer,
+    PackDamaged,
     Payloads,
     PayloadStore,
     PayloadStoreError,
@@ -1448,20 +1450,25 @@ def age_of(raw_ids: Sequence[str]) -> float | None:
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
 
 
-AT_A_TIME = 1000  # findings
+AT_A_TIME = 1000  # findings that are set right together
+GOES_ON = 86_400  # seconds for which a run that was stopped can be continued
 
 
 class Finding(Struct, frozen=True):
-    """A row that is not what the payloads say, and what it should be (None: nothing).
+    """A row that is not right, or cannot be checked, and what it should be (None: nothing).
 
     `missing`: payloads make a row, and there is none. `differing`: the row is not what the payload
     that it names makes. `superseded`: a later payload should have won. `orphaned`: the payload that
-    the row names is not there.
+    the row names is not there, so that nobody can say whether the row is right; `right` is what
+    would stand without it. `unreadable`: that payload lies in a pack that is damaged.
     """
 
-    kind: Literal["missing", "differing", "superseded", "orphaned"]
+    kind: Literal["missing", "differing", "superseded", "orphaned", "unreadable"]
     row: Measurement | None
     right: Measurement | None
+
+
+PROVED_WRONG = ("missing", "differing", "superseded")
 
 
 def derive(portion: Portion) -> bytes:
@@ -1472,9 +1479,13 @@ def derive(portion: Portion) -> bytes:
 class Proof:
     """Derives the table again from all that is processed, and compares it with the backend's.
 
-    What is derived is kept beside the journal until the comparison is done, so that a run that is
+    What is derived is kept in the workspace until the comparison is done, so that a run that is
     stopped goes on, within a day, with the folders and packs that it had not finished, and with
     those to which payloads were added since.
+
+    `counts` has how many rows were found `right`, how many of each kind of finding, and how many
+    cannot be checked because their payload has `expired` or because they are `older` than Dropzone
+    (their raw_id is the nil UUID). `damage` says what of the payloads cannot be read.
     """
 
     def __init__(self, payloads: Payloads, backend: Backend) -> None:
@@ -1482,6 +1493,8 @@ class Proof:
         self._backend = backend
         self._workers = Workers()
         self._scratch = payloads.workspace / "derived"
+        self.counts = Counter[str]()
+        self.damage: list[str] = []
 
     async def findings(
         self,
@@ -1497,9 +1510,16 @@ class Proof:
         derived = create_backend("sqlite", path=self._scratch / "rows.sqlite")
         try:
             await self._derive(derived, progress)
-            async for right, row in differences(derived, self._backend, since, until):
-                if finding := await asyncio.to_thread(self._finding, right, row):
-                    yield finding
+            async for right, row in paired(derived, self._backend, since, until):
+                if right and row and same(right, row):
+                    self.counts["right"] += 1
+                    continue
+                verdict = await asyncio.to_thread(self._verdict, right, row)
+                if isinstance(verdict, Finding):
+                    self.counts[verdict.kind] += 1
+                    yield verdict
+                else:
+                    self.counts[verdict] += 1
         finally:
             await derived.close()
             await self._workers.close()
@@ -1510,23 +1530,34 @@ class Proof:
         since: datetime | None = None,
         until: datetime | None = None,
         progress: Callable[[int], object] = tell_nobody,
+        *,
+        delete_orphans: bool = False,
     ) -> AsyncIterator[Finding]:
-        """Do the same, and set the rows right, a thousand at a time.
+        """Do the same, and set right what is proved to be wrong, a thousand rows at a time.
 
-        Where rows had to be deleted it looks again: a payload that was processed just before may
-        have lost against such a row.
+        A row whose payload is not there stays, unless `delete_orphans`. Where rows had to be
+        deleted it looks again: a payload that was processed just before may have lost against such
+        a row.
         """
-        found, deleted = list[Finding](), True
-        while deleted:
-            deleted = False
+        kinds = {*PROVED_WRONG, "orphaned"} if delete_orphans else {*PROVED_WRONG}
+        found, again = list[Finding](), True
+        before = Counter[str]()
+        while again:
+            again = False
+            self.counts.clear()
             async for finding in self.findings(since, until, progress):
-                yield finding
-                found.append(finding)
+                if finding.kind in kinds:
+                    found.append(finding)
+                if finding.kind in kinds or not before:
+                    yield finding
                 if len(found) == AT_A_TIME:
-                    deleted |= await self._set_right(found)
+                    again |= await self._set_right(found)
                     found = []
-            deleted |= await self._set_right(found)
+            again |= await self._set_right(found)
             found = []
+            for kind in kinds:
+                self.counts[kind] += before[kind]
+            before = self.counts.copy()
 
     async def _set_right(self, findings: Sequence[Finding]) -> bool:
         """Upsert the right rows; delete first those that would win against them, if any."""
@@ -1538,41 +1569,72 @@ class Proof:
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"
+        damaged = False
 
         async def derive_portion(portion: Portion) -> None:
-            judged = JUDGED.decode(await self._workers.run(derive, portion))
+            nonlocal damaged
+            try:
+                judged = JUDGED.decode(await self._workers.run(derive, portion))
+            except PackDamaged as error:
+                damaged = True
+                self.damage.append(str(error))
+                return
             await derived.upsert(judged.rows)
             progress(judged.checked)
 
-        if not done.exists() or time.time() - done.stat().st_mtime > 86_400:
+        if not done.exists() or time.time() - done.stat().st_mtime > GOES_ON:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+        self.damage.clear()
         await derived.open()
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         if finished:
             log.warning("going on with a run that was stopped; to begin anew, delete %s", done)
         for name, portions in self._payloads.portions():
-            if name not in finished:
+            if name in finished:
+                continue
+            damaged = False
+            try:
                 await self._workers.spread(portions, derive_portion)
+            except PackDamaged as error:
+                damaged = True
+                self.damage.append(str(error))
+            if not damaged:
                 with done.open("a") as file:
                     file.write(f"{name}\n")
 
-    def _finding(self, right: Measurement | None, row: Measurement | None) -> Finding | None:
+    def _verdict(
+        self, right: Measurement | None, row: Measurement | None
+    ) -> Finding | Literal["right", "expired", "older"]:
+        """Say what is to be said of a timestamp whose row is not the one that was derived."""
         if row is None:
             return Finding("missing", None, right)
-        body = own = None
-        with contextlib.suppress(RawIdUnknown, DataQualityError):
+        is_later = right is not None and right.raw_id > row.raw_id
+        try:
             _, body = self._payloads.read(row.raw_id)
-            own = transform(row.raw_id, body)
-        expired = body is None and self._payloads.is_expired(day_of(row.raw_id))
-        makes = own if own and own.timestamp_utc == row.timestamp_utc else None
-        if expired:
-            makes = row  # there is nothing to prove it with, or wrong
-        best = max(filter(None, (makes, right)), key=lambda each: each.raw_id, default=None)
-        if body is None and not expired:
-            return Finding("orphaned", row, best)
-        if makes is None or not same(makes, row):
+        except PackDamaged:
+            return Finding("superseded" if is_later else "unreadable", row, right)
+        except RawIdUnknown:
+            return self._unproved(right, row, is_later=is_later)
+        own = None
+        with contextlib.suppress(DataQualityError):
+            made = transform(row.raw_id, body)
+            own = made if made.timestamp_utc == row.timestamp_utc else None
+        best = right if is_later or own is None else own
+        if own is None or not same(own, row):
             return Finding("differing", row, best)
-        return Finding("superseded", row, best) if best is not makes else None
+        return Finding("superseded", row, right) if is_later else "right"
+
+    def _unproved(
+        self, right: Measurement | None, row: Measurement, *, is_later: bool
+    ) -> Finding | Literal["expired", "older"]:
+        """Say what is to be said of a row whose payload is not there."""
+        if is_later:
+            return Finding("superseded", row, right)
+        if row.raw_id == NO_PAYLOAD:
+            return "older"
+        if day_of(row.raw_id) < self._payloads.first_kept_day():
+            return "expired"
+        return Finding("orphaned", row, right)
 
 
 # ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
@@ -3054,8 +3116,19 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
 
 
 @contextlib.asynccontextmanager
-async def opened_store(config: Config) -> AsyncIterator[tuple[PayloadStore, Metrics]]:
-    """Open the data folder, beside a server or without one."""
+async def opened_store(
+    config: Config, *, must_exist: bool = False
+) -> AsyncIterator[tuple[PayloadStore, Metrics]]:
+    """Open the data folder, beside a server or without one.
+
+    Where it `must_exist`, none is made: a command that looks for payloads in a folder of its own
+    making would find that there are none.
+    """
+    if must_exist and not config.raw.dir.is_dir():
+        raise ConfigError(
+            f"there are no payloads, as there is no folder {config.raw.dir}: check "
+            "DROPZONE_RAW_DIR and --config, and that its disk is mounted"
+        )
     metrics = Metrics()
     store = store_of(config, metrics)
     await store.open()
@@ -3067,9 +3140,11 @@ async def opened_store(config: Config) -> AsyncIterator[tuple[PayloadStore, Metr
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[tuple[PayloadStore, Backend, Metrics]]:
+async def opened(
+    config: Config, *, must_exist: bool = False
+) -> AsyncIterator[tuple[PayloadStore, Backend, Metrics]]:
     """Do the same, and make the backend."""
-    async with opened_store(config) as (store, metrics):
+    async with opened_store(config, must_exist=must_exist) as (store, metrics):
         backend = measured(backend_of(config), metrics)
         try:
             yield store, backend, metrics
@@ -3105,42 +3180,125 @@ def on_stop(call: Callable[[], object]) -> None:
 
 
 async def verify(config: Config, args: argparse.Namespace) -> int:
-    """recompute the rows from their payloads; the exit code is 1 where a row is not right"""
-    return await prove(config, args, Proof.findings, {})
+    """recompute the rows from their payloads, say how many are right; 1 where one is not"""
+    return await prove(config, args, lambda proof: proof.findings, {})
 
 
 async def rebuild(config: Config, args: argparse.Namespace) -> int:
     """set the rows right that verify finds wrong; with --dry-run only show them"""
     if args.dry_run:
-        return await prove(config, args, Proof.findings, {})
+        return await prove(config, args, lambda proof: proof.findings, {})
+
+    def way(proof: Proof) -> ProofWay:
+        return functools.partial(proof.rebuild, delete_orphans=args.delete_orphans)
+
     with audited("rebuild", operator_name()) as facts:
-        return await prove(config, args, Proof.rebuild, facts)
-
-
-async def prove(
-    config: Config, args: argparse.Namespace, way: ProofWay, facts: dict[str, object]
-) -> int:
-    counts = Counter[str]()
-    async with opened(config) as (store, backend, _):
-        total = await asyncio.to_thread(store.count_processed)
-        proof = Proof(store.portable(), backend)
-        with upkeep_lock(store), tqdm(total=total, unit=" payloads", disable=None) as bar:
-            async for finding in way(proof, args.since, args.until, bar.update):
-                counts[finding.kind] += 1
-                facts.update(counts)
-                if counts.total() == 1 and not args.json:
-                    bar.write(FINDING.format(*FINDING_HEAD))
-                bar.write(as_line(finding, as_json=args.json))
-    if not args.json:
-        print(
-            ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "all rows are right"
-        )
-    return 1 if counts and args.run is verify else os.EX_OK
+        return await prove(config, args, way, facts)
 
 
 ProofWay = Callable[
-    [Proof, datetime | None, datetime | None, Callable[[int], object]], AsyncIterator[Finding]
+    [datetime | None, datetime | None, Callable[[int], object]], AsyncIterator[Finding]
 ]
+
+
+async def prove(
+    config: Config,
+    args: argparse.Namespace,
+    way_of: Callable[[Proof], ProofWay],
+    facts: dict[str, object],
+) -> int:
+    """Go through all rows and print what is found; return 1 where something is left to be done."""
+    rebuilds = args.run is rebuild and not args.dry_run
+    async with opened(config, must_exist=True) as (store, backend, _):
+        payloads = await asyncio.to_thread(count_readable, store)
+        if rebuilds and payloads == 0:
+            raise ConfigError(
+                f"{config.raw.dir.parent} holds no processed payload, so that no row can be proved "
+                "and none was changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
+            )
+        proof, shown = Proof(store.portable(), backend), 0
+        with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
+            async for finding in way_of(proof)(args.since, args.until, bar.update):
+                shown += 1
+                facts.update((kind, proof.counts[kind]) for kind in FINDING_KINDS)
+                if shown == 1 and not args.json:
+                    bar.write(FINDING.format(*FINDING_HEAD))
+                bar.write(as_line(finding, as_json=args.json))
+        first_kept = await asyncio.to_thread(store.first_kept_day)
+    facts.update((kind, count) for kind, count in proof.counts.items() if count)
+    summary = ProofSummary(
+        str(config.raw.dir.parent),
+        backend_place(config),
+        proof.counts["right"],
+        {kind: proof.counts[kind] for kind in UNPROVED if proof.counts[kind]},
+        first_kept or None,
+        proof.damage,
+    )
+    print(msgspec.json.encode(summary).decode() if args.json else summary.text(rebuilds=rebuilds))
+    left = {*FINDING_KINDS} - ({*PROVED_WRONG} if rebuilds else set())
+    if rebuilds and args.delete_orphans:
+        left -= {"orphaned"}
+    return 1 if proof.damage or any(proof.counts[kind] for kind in left) else os.EX_OK
+
+
+def count_readable(store: PayloadStore) -> int | None:
+    """Return how many payloads are processed, None where damage keeps them from being counted."""
+    try:
+        return store.count_processed()
+    except StorageUnavailable:
+        return None
+
+
+def backend_place(config: Config) -> str:
+    """Return where the rows are, in words that show no password."""
+    if config.storage.backend == "sqlite":
+        return f"sqlite {config.storage.sqlite.path}"
+    return f"{config.storage.backend} {backend_of(config)!r}"
+
+
+FINDING_KINDS = ("missing", "differing", "superseded", "orphaned", "unreadable")
+UNPROVED = {  # all that is not right: what it is, and what to do about it
+    "missing": "payloads make a row that is not there; rebuild adds it",
+    "differing": "not what their payload makes; rebuild sets them right",
+    "superseded": "a later payload should have won; rebuild sets them right",
+    "orphaned": "cannot be checked, as their payload is not in this folder: look for a pack that "
+    "is lost, a disk that is not mounted, or another Dropzone on the same table; "
+    "rebuild --delete-orphans deletes them",
+    "unreadable": "cannot be checked, as the pack of their payload is damaged: restore it",
+    "expired": "cannot be checked, as their payload was deleted after keep_days",
+    "older": "cannot be checked, as they are older than Dropzone",
+}
+
+
+class ProofSummary(Struct, frozen=True):
+    """What `verify` and `rebuild` say at the end; with --json the last line."""
+
+    folder: str
+    backend: str
+    right: int
+    not_right: dict[str, int]
+    payloads_kept_from: str | None
+    damage: list[str]
+
+    def text(self, *, rebuilds: bool) -> str:
+        lines = [f"wrong  {each}" for each in self.damage]
+        lines.append(f"the rows in {self.backend}, by the payloads in {self.folder}:")
+        lines.append(f"{self.right:>11,} right")
+        for kind, count in self.not_right.items():
+            advice = UNPROVED[kind]
+            if rebuilds and kind in PROVED_WRONG:
+                advice = f"{advice.partition(';')[0]}; set right"
+            lines.append(f"{count:>11,} {kind}: {advice}")
+        if self.payloads_kept_from:
+            lines.append(
+                f"payloads of the days before {self.payloads_kept_from} were deleted after "
+                "keep_days: rows of theirs that are missing cannot be noticed"
+            )
+        elif self.right and not (self.not_right or self.damage):
+            lines.append("all rows are right")
+        return "\n".join(lines)
+
+
 FINDING = "{:10}  {:27}  {:36}  {:>23}  {:>23}  {:36}  {:>23}  {:>23}"
 FINDING_HEAD = (
     *("finding", "timestamp_utc", "row: raw_id", "mean", "std_dev"),
@@ -3163,7 +3321,7 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
     code = os.EX_OK
-    async with opened_store(config) as (store, _metrics):
+    async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
             for day in tqdm(store.finished_days(), unit=" days", disable=None):
                 try:
@@ -3182,7 +3340,7 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
 
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: all, or those with a code or a raw_id"""
-    async with opened_store(config) as (store, _metrics):
+    async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
         with audited("retry", operator_name()) as facts:
             facts["retried"] = retried = sum(put_back(store, query) for query in queries)
@@ -3314,6 +3472,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             added[name].add_argument(bound, type=moment, help=f"rows {what} this moment alone")
         added[name].add_argument("--json", action="store_true", help="a JSON object on each line")
     added["rebuild"].add_argument("--dry-run", action="store_true", help="change nothing")
+    added["rebuild"].add_argument(
+        "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
+    )
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     actions = added["key"].add_subparsers(metavar="ACTION")

@@ -23,8 +23,8 @@ __all__ = [
     "Measurement",
     "MeasurementNotFound",
     "create_backend",
-    "differences",
     "edges",
+    "paired",
     "require_utc",
     "same",
     "timestamp_text",
@@ -226,13 +226,12 @@ def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
     return [standing[timestamp] for timestamp in sorted(standing)]
 
 
-async def differences(
+async def paired(
     one: Backend, other: Backend, since: datetime | None = None, until: datetime | None = None
 ) -> AsyncIterator[tuple[Measurement | None, Measurement | None]]:
-    """Yield the rows of each timestamp whose rows differ in two backends, None where one has none.
+    """Yield the rows of each timestamp in two backends, None where one of them has none.
 
-    Both are read side by side, a page at a time, in order of timestamp. Values that differ by
-    rounding alone are the same.
+    Both are read side by side, a page at a time, in order of timestamp.
     """
     rows, others = (_all_rows(backend, since, until) for backend in (one, other))
     row, rival = await anext(rows, None), await anext(others, None)
@@ -244,8 +243,7 @@ async def differences(
             yield None, rival
             rival = await anext(others, None)
         else:
-            if not same(row, rival):
-                yield row, rival
+            yield row, rival
             row, rival = await anext(rows, None), await anext(others, None)
 
 

@@ -17,6 +17,9 @@ class MemoryBackend:
         self._rows: dict[datetime, Measurement] = {}
         self._timestamps: list[datetime] = []
 
+    def __repr__(self) -> str:
+        return f"MemoryBackend({len(self._rows)} rows)"
+
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""
 

@@ -64,6 +64,10 @@ class StorageUnavailable(PayloadStoreError):
     code = "storage_unavailable"
 
 
+class PackDamaged(StorageUnavailable):
+    """A pack, or its index, is not what was written: its payloads cannot be read."""
+
+
 class StorageFull(StorageUnavailable):
     """There is too little room on the disk."""
 
@@ -243,8 +247,11 @@ class Payloads(Protocol):
     def count_processed(self) -> int:
         """Return how many payloads are processed, packed ones included."""
 
-    def is_expired(self, day: str) -> bool:
-        """Say whether the processed payloads of a day were deleted, as `keep_days` asks for."""
+    def first_kept_day(self) -> str:
+        """Return the day before which processed payloads were deleted, as `keep_days` asks for.
+
+        It is empty where none ever were.
+        """
 
     def finished_days(self) -> list[str]:
         """Return the days before today (UTC) that are not packed yet, or not wholly."""

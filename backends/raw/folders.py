@@ -341,7 +341,7 @@ class Folders:
     def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
         """See Payloads.portions."""
         for pack in self.packs():
-            yield f"{pack.path.name} {pack.written}", iter(pack.portions())
+            yield f"{pack.path.name} {pack.written}", pack.portions()
         for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
             if entry.is_dir():
                 name = f"{entry.name} {entry.stat().st_mtime_ns}"
@@ -391,27 +391,25 @@ class Folders:
         packs = self.packs() if self.keep_days else []
         expired = [pack for pack in packs if pack.path.name[:10] < first]
         if expired:
-            self.publish(self._expired, max(self._first_kept(), first).encode())
+            self.publish(self._expired, max(self.first_kept_day(), first).encode())
             sync_file(self._expired)
         for pack in expired:
             pack.remove()
         return [pack.path.name for pack in expired]
 
-    def is_expired(self, day: str) -> bool:
-        """See Payloads.is_expired; a day that is old enough for it need not be deleted.
+    def first_kept_day(self) -> str:
+        """See Payloads.first_kept_day.
 
-        What has landed before a long power cut is old, too, and still to be processed.
+        It is written down: a day that is old enough for it may have landed before a long power
+        cut, and still be processed.
         """
-        return day < self._first_kept()
-
-    def _first_kept(self) -> str:
         with contextlib.suppress(FileNotFoundError):
             return self._expired.read_text()
         return ""
 
     def _is_packed_or_expired(self, raw_id: UUID) -> bool:
         with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
-            return self.is_expired(day_of(raw_id)) or self._packed(raw_id) is not None
+            return day_of(raw_id) < self.first_kept_day() or self._packed(raw_id) is not None
         return False
 
     def _packed(self, raw_id: UUID) -> bytes | None:

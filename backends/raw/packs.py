@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -21,7 +21,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import RawIdUnknown, StorageUnavailable
+from backends.raw import PackDamaged, RawIdUnknown, StorageUnavailable
 from backends.raw.disk import sync_file
 
 PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
@@ -77,7 +77,7 @@ class Pack:
             if not self.path.exists():
                 raise  # it has just expired
             wrong = f"{self.path} has lost its index, restore it from a copy: {error}"
-            raise StorageUnavailable(wrong) from error
+            raise PackDamaged(wrong) from error
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def member(self, number: int) -> dict[UUID, bytes]:
@@ -118,9 +118,10 @@ class Pack:
         self.path.unlink(missing_ok=True)
         Path(f"{self.path}.index").unlink(missing_ok=True)
 
-    def portions(self) -> list[PackPortion]:
-        """Return the members of this pack, each to be read by itself."""
-        return [PackPortion(self, number) for number in range(len(self.index().members))]
+    def portions(self) -> Iterator[PackPortion]:
+        """Yield the members of this pack, each to be read by itself."""
+        for number in range(len(self.index().members)):
+            yield PackPortion(self, number)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]
         return {line.raw_id: line.body() for line in lines}
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         wrong = f"{path} is damaged at byte {starts[number]}, restore it from a copy: {error}"
-        raise StorageUnavailable(wrong) from error
+        raise PackDamaged(wrong) from error
 
 
 def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:

@@ -21,6 +21,7 @@ import pytest
 from msgspec.structs import replace
 from test_cli import (
     AUDIT,
+    CONFIGURATION,
     OK,
     PATIENCE,
     SECRET,
@@ -101,8 +102,9 @@ class Book:
     async def findings(self) -> list[Finding]:
         return [finding async for finding in self.proof().findings()]
 
-    async def rebuild(self) -> list[Finding]:
-        return [finding async for finding in self.proof().rebuild()]
+    async def rebuild(self, *, delete_orphans: bool = False) -> list[Finding]:
+        found = self.proof().rebuild(delete_orphans=delete_orphans)
+        return [finding async for finding in found]
 
     def file(self, raw_id: UUID) -> Path:
         """Return where a processed payload lies."""
@@ -244,7 +246,7 @@ async def test_extreme_values(book: Book):
 
 @memory
 async def test_expired(book: Book):
-    """A row whose payload `keep_days` has deleted is right, unless a later one makes another."""
+    """A row whose payload `keep_days` has deleted stays, unless a later one makes another."""
     book.compact()
     store = RawStore(book.folder.place / "raw", keep_days=1)
     await store.open()
@@ -357,8 +359,8 @@ OF_ROWS = [
     replaced("differing", mean=1e308),
     replaced("differing", std_dev=1 + 1e-12),
     replaced("orphaned", raw_id=arrival(999)),  # unknown, and greater than the right one
-    replaced("orphaned", raw_id=arrival(99)),  # unknown, and smaller
-    replaced("orphaned", raw_id=UUID(int=0)),
+    replaced("superseded", raw_id=arrival(99)),  # unknown, and smaller
+    replaced("superseded", raw_id=UUID(int=0)),  # older than Dropzone
     replaced("differing", raw_id=arrival(0)),  # of another second
     replaced("differing", raw_id=arrival(100 + 19)),
     raw_id_of_the_earlier,
@@ -388,8 +390,12 @@ def at_of(finding: Finding) -> datetime:
     return moment
 
 
+def provable(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.kind != "orphaned"]
+
+
 def mended(rows: Sequence[Measurement], findings: Sequence[Finding]) -> list[Measurement]:
-    """Return the rows after a rebuild."""
+    """Return the rows after a rebuild that set these findings right."""
     rights = {at_of(finding): finding.right for finding in findings}
     table: dict[datetime, Measurement | None] = {row.timestamp_utc: row for row in rows} | rights
     return [row for _, row in sorted(table.items()) if row]
@@ -402,6 +408,10 @@ async def prove_and_rebuild(book: Book, tamperings: Sequence[Tampering]) -> None
     assert await book.findings() == expected
     assert await book.rows() == rows
     assert await book.rebuild() == expected
+    assert await book.rows() == mended(rows, provable(expected))
+    orphans = [finding for finding in expected if finding.kind == "orphaned"]
+    assert await book.findings() == orphans
+    assert await book.rebuild(delete_orphans=True) == orphans
     assert await book.rows() == mended(rows, expected)
     assert await book.findings() == []
 
@@ -696,7 +706,10 @@ async def run(book: Book, program: Program, *arguments: object) -> CompletedProc
 
 
 def in_json(text: str) -> list[Finding]:
-    return [msgspec.json.decode(line, type=Finding) for line in text.splitlines()]
+    """Return the findings; behind them comes a summary."""
+    *lines, summary = text.splitlines()
+    assert {"folder", "backend", "right", "not_right"} <= msgspec.json.decode(summary).keys()
+    return [msgspec.json.decode(line, type=Finding) for line in lines]
 
 
 def assert_silent(done: CompletedProcess[str], code: int) -> None:
@@ -705,7 +718,7 @@ def assert_silent(done: CompletedProcess[str], code: int) -> None:
 
 @databases
 async def test_verify_and_rebuild(book: Book, program: Program):
-    """`verify` exits 1 and shows what `rebuild --dry-run` shows; `rebuild` mends it: exit code 0.
+    """`verify` and `rebuild --dry-run` show the same and exit 1; `rebuild` mends what is proved.
 
     In a pipe nothing is on standard error.
     """
@@ -714,17 +727,27 @@ async def test_verify_and_rebuild(book: Book, program: Program):
     verified = await run(book, program, "verify")
     assert_silent(verified, WRONG)
     dry = await run(book, program, "rebuild", "--dry-run")
-    assert_silent(dry, OK)
+    assert_silent(dry, WRONG)
     assert dry.stdout == verified.stdout
     assert (await book.rows(), files(book)) == (rows, before)
     rebuilt = await run(book, program, "rebuild")
+    assert_silent(rebuilt, WRONG)  # the orphans stay
+    assert findings_in(rebuilt.stdout) == findings_in(verified.stdout)
+    assert await book.rows() == mended(rows, provable(expected))
+    rebuilt = await run(book, program, "rebuild", "--delete-orphans")
     assert_silent(rebuilt, OK)
-    assert rebuilt.stdout == verified.stdout
     assert await book.rows() == mended(rows, expected)
     again = await run(book, program, "verify")
     assert_silent(again, OK)
-    assert again.stdout == "all rows are right\n"
+    assert again.stdout.splitlines()[1:] == [f"{SECONDS:>11} right", "all rows are right"]
     assert files(book) == before
+
+
+def findings_in(text: str) -> list[str]:
+    """Return the lines of a table of findings."""
+    lines = text.splitlines()
+    [end] = [number for number, line in enumerate(lines) if line.startswith("the rows in")]
+    return lines[:end]
 
 
 @sqlite
@@ -733,7 +756,8 @@ async def test_the_table_of_findings(book: Book, program: Program):
     [finding] = await tamper_with_all(book, [invented_row])
     await deleted_row(book, 2)
     await row_of_the_earlier(book, 3)
-    head, *lines, counts = (await run(book, program, "verify")).stdout.splitlines()
+    verified = (await run(book, program, "verify")).stdout
+    head, *lines = findings_in(verified)
     assert head.split()[:2] == ["finding", "timestamp_utc"]
     cells: list[tuple[object, ...]] = [
         ("missing", timestamp_text(at(2)), "-", later(2).raw_id, 26.0, 1.0),
@@ -745,7 +769,14 @@ async def test_the_table_of_findings(book: Book, program: Program):
     ]
     assert [line.split() for line in lines] == [[str(cell) for cell in line] for line in cells]
     assert {line.index(line.split()[1]) for line in lines} == {head.index("timestamp_utc")}
-    assert counts == "1 missing, 1 superseded, 1 orphaned"
+    place, *counts = verified.splitlines()[len(lines) + 1 :]
+    assert str(book.folder.place) in place
+    assert [line.partition(":")[0].split() for line in counts] == [
+        [str(SECONDS - 2), "right"],
+        ["1", "missing"],
+        ["1", "superseded"],
+        ["1", "orphaned"],
+    ]
 
 
 @sqlite
@@ -761,7 +792,7 @@ async def test_bounds_of_the_command_line(book: Book, program: Program):
     assert in_json(rebuilt.stdout) == expected[1:3]
     verified = await run(book, program, "verify", "--json", *bounds)
     assert_silent(verified, OK)
-    assert verified.stdout == ""
+    assert in_json(verified.stdout) == []
     assert await book.findings() == [expected[0], *expected[3:]]
 
 
@@ -798,9 +829,10 @@ async def test_untouched_rows_stay(book: Book, program: Program):
     await run(book, program, "rebuild", "--dry-run")
     assert await versions(book) == before
     await run(book, program, "rebuild")
-    touched = {at_of(finding) for finding in expected}
+    touched = {at_of(finding) for finding in provable(expected)}
     unchanged = {moment for moment, version in await versions(book) if (moment, version) in before}
-    assert unchanged == {at(second) for second in range(SECONDS)} - touched
+    orphans = {at_of(finding) for finding in expected if finding.kind == "orphaned"}
+    assert unchanged == ({at(second) for second in range(SECONDS)} | orphans) - touched
 
 
 async def versions(book: Book) -> set[tuple[datetime, str]]:
@@ -814,7 +846,7 @@ async def versions(book: Book) -> set[tuple[datetime, str]]:
 @sqlite
 @pytest.mark.parametrize("damage", ["cut", "altered", "no index"])
 async def test_a_damaged_pack(book: Book, program: Program, damage: str):
-    """A pack that cannot be read is named, and no row is held against it: exit code 75."""
+    """A pack that cannot be read is named, and its rows stay and cannot be checked: exit code 1."""
     book.compact()
     [_, pack] = [pack.path for pack in book.folder.store.packs()]
     whole = pack.read_bytes()
@@ -826,11 +858,13 @@ async def test_a_damaged_pack(book: Book, program: Program, damage: str):
     else:
         Path(f"{pack}.index").unlink()
     rows = await book.rows()
-    done = await run(book, program, "rebuild")
-    assert (done.returncode, done.stdout) == (TRY_AGAIN, "")
-    assert pack.name in done.stderr
-    assert_explained(done.stderr)
-    assert await book.rows() == rows
+    for command in ("verify", "rebuild"):
+        done = await run(book, program, command)
+        assert_silent(done, WRONG)
+        assert pack.name in done.stdout
+        assert "unreadable" in done.stdout
+        assert "all rows are right" not in done.stdout
+        assert await book.rows() == rows
 
 
 @sqlite
@@ -844,3 +878,123 @@ async def test_whose_reader_has_gone(book: Book, program: Program):
     _, err = await asyncio.to_thread(process.communicate)
     assert process.returncode not in {OK, WRONG}
     assert b"Traceback" not in err
+
+
+# ── Absence of evidence ───────────────────────────────────────────────────────────────────────────
+
+
+@databases
+async def test_an_empty_folder_deletes_nothing(book: Book, program: Program, tmp_path: Path):
+    """With a folder that holds nothing processed `rebuild` refuses, and `verify` finds no proof."""
+    rows = await book.rows()
+    empty = tmp_path / "empty" / "raw"
+    empty.mkdir(parents=True)
+    elsewhere = {**book.variables, "DROPZONE_RAW_DIR": empty}
+    elsewhere.setdefault("DROPZONE_STORAGE_SQLITE_PATH", book.folder.place / "dropzone.sqlite")
+    for arguments in (["rebuild"], ["rebuild", "--delete-orphans"]):
+        done = await asyncio.to_thread(program.run, *arguments, **elsewhere)
+        assert (done.returncode, done.stdout) == (CONFIGURATION, "")
+        assert "DROPZONE_RAW_DIR" in done.stderr
+    done = await asyncio.to_thread(program.run, "verify", **elsewhere)
+    assert done.returncode == WRONG
+    assert f"{SECONDS} orphaned: " in done.stdout
+    assert "all rows are right" not in done.stdout
+    assert await book.rows() == rows
+
+
+@databases
+@pytest.mark.parametrize("command", ["verify", "rebuild", "compact", "retry"])
+async def test_a_folder_that_is_not_there_is_not_made(book: Book, program: Program, command: str):
+    """A command that looks for payloads makes no folder to find none in: exit code 78."""
+    nowhere = program.home / "nowhere"
+    variables = {**book.variables, "DROPZONE_RAW_DIR": nowhere / "raw"}
+    done = await asyncio.to_thread(program.run, command, **variables)
+    assert (done.returncode, done.stdout) == (CONFIGURATION, "")
+    assert str(nowhere) in done.stderr
+    assert not nowhere.exists()
+
+
+@databases
+async def test_a_lost_pack(book: Book, program: Program):
+    """The rows of a pack that was lost stay, and are said to be impossible to check."""
+    book.compact()
+    [first, _] = book.folder.store.packs()
+    rows = await book.rows()
+    first.remove()
+    for command, kept in (("verify", rows), ("rebuild", rows)):
+        done = await run(book, program, command)
+        assert "all rows are right" in done.stdout or done.returncode == WRONG
+        assert await book.rows() == kept
+    [_, second] = [pack.path for pack in [first, *book.folder.store.packs()]]
+    second.unlink()
+    Path(f"{second}.index").unlink()
+    done = await run(book, program, "verify")
+    assert done.returncode == WRONG
+    assert f"{SECONDS} orphaned: " in done.stdout
+
+
+@postgres
+async def test_two_folders_on_one_table(book: Book, program: Program, tmp_path: Path):
+    """A rebuild leaves the rows of another Dropzone alone, unless its own payloads are later."""
+    other = Folder(tmp_path / "other")
+    await other.opened()
+    second_book = Book(other, book.backend, book.overwrite, book.variables)
+    for second in range(SECONDS - 5, SECONDS + 5):  # five of them win against the first's
+        other.put(arrival(500 + second), payload(second, 3))
+    other.put(arrival(50), payload(0, 3))  # and one has lost
+    await second_book.process()
+    rows = await book.rows()
+    assert len(rows) == SECONDS + 5
+    for folder in (book.folder, other):
+        variables = {**book.variables, "DROPZONE_RAW_DIR": folder.place / "raw"}
+        done = await asyncio.to_thread(program.run, "rebuild", **variables)
+        assert done.returncode == WRONG
+        assert "another Dropzone on the same table" in done.stdout
+        assert await book.rows() == rows
+
+
+@databases
+async def test_expired_payloads_are_told(book: Book, program: Program):
+    """Rows whose payloads have expired are not called right, and fail no proof: exit code 0."""
+    book.compact()
+    keep = {**book.variables, "DROPZONE_RAW_KEEP_DAYS": "1"}
+    await asyncio.to_thread(program.run, "compact", **keep)
+    assert book.folder.store.packs() == []
+    await book.overwrite(at(1), replace(later(1), mean=99.0))
+    await book.overwrite(at(2), None)
+    rows = await book.rows()
+    done = await run(book, program, "verify")
+    assert_silent(done, OK)
+    assert f"{SECONDS - 1} expired: cannot be checked" in done.stdout
+    assert "rows of theirs that are missing cannot be noticed" in done.stdout
+    assert "all rows are right" not in done.stdout
+    assert (await run(book, program, "rebuild")).returncode == CONFIGURATION
+    assert await book.rows() == rows
+
+
+@databases
+async def test_rows_that_are_older_than_dropzone(book: Book, program: Program):
+    """Rows with the nil UUID cannot be checked, and stay; where a payload makes one, it wins."""
+    old = [replace(later(second), raw_id=UUID(int=0), mean=9.0) for second in (1, 80)]
+    old[1] = replace(old[1], timestamp_utc=at(80))
+    for row in old:
+        await book.overwrite(row.timestamp_utc, row)
+    done = await run(book, program, "verify")
+    assert done.returncode == WRONG
+    assert "1 superseded: " in done.stdout
+    assert "1 older: cannot be checked" in done.stdout
+    assert (await run(book, program, "rebuild", "--delete-orphans")).returncode == OK
+    assert await book.rows() == [*(later(second) for second in range(SECONDS)), old[1]]
+
+
+@databases
+async def test_what_was_proved_is_named(book: Book, program: Program):
+    """`verify` names the folder and the backend, as text and in JSON, without the password."""
+    text = (await run(book, program, "verify")).stdout
+    summary = msgspec.json.decode((await run(book, program, "verify", "--json")).stdout)
+    assert summary["folder"] == str(book.folder.place)
+    assert (summary["right"], summary["not_right"]) == (SECONDS, {})
+    assert summary["folder"] in text
+    assert summary["backend"] in text
+    url = book.variables.get("DROPZONE_DATABASE_URL", "://:nothing@")
+    assert url.partition("://")[2].partition(":")[2].partition("@")[0] not in text

@@ -1345,7 +1345,8 @@ class Processor:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
         try:
             await self._backend.upsert(rows)
-        except BackendUnavailable:
+        except BackendUnavailable as error:
+            await asyncio.to_thread(note_failed_write, self._payloads.workspace, str(error))
             raise
         except BackendError as error:
             if len(rows) > 1:
@@ -1353,7 +1354,46 @@ class Processor:
                 return await self._upsert(rows[:half]) + await self._upsert(rows[half:])
             [row] = rows
             return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
+        await asyncio.to_thread(forget_failed_write, self._payloads.workspace)
         return []
+
+
+class FailedWrite(Struct, frozen=True):
+    """Rows that could not be written, by whichever process: since when, when last, and why.
+
+    The next success takes it away.
+    """
+
+    since: datetime
+    last: datetime
+    detail: str
+
+
+FAILED_WRITE = "failed_write.json"
+
+
+def failed_write(workspace: Path) -> FailedWrite | None:
+    """Return the write that has failed, None where the last one succeeded."""
+    with contextlib.suppress(OSError, ValueError):
+        return msgspec.json.decode((workspace / FAILED_WRITE).read_bytes(), type=FailedWrite)
+    return None
+
+
+def note_failed_write(workspace: Path, detail: str) -> None:
+    """Note a failure for every process that shows the state of the service."""
+    now = datetime.now(UTC)
+    before = failed_write(workspace)
+    note = FailedWrite(before.since if before else now, now, detail)
+    part = workspace / f"{FAILED_WRITE}.{os.getpid()}.part"
+    with contextlib.suppress(OSError):  # the error itself is raised all the same
+        part.write_bytes(msgspec.json.encode(note))
+        part.rename(workspace / FAILED_WRITE)
+
+
+def forget_failed_write(workspace: Path) -> None:
+    """Take the note away: rows were written again."""
+    with contextlib.suppress(OSError):
+        (workspace / FAILED_WRITE).unlink(missing_ok=True)
 
 
 class Measured:
@@ -1672,7 +1712,8 @@ class Status(Struct, frozen=True):
 
     `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
     how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
-    `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong.
+    `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
+    so of rows that could not be written, until some can.
     """
 
     now: datetime
@@ -1685,6 +1726,7 @@ class Status(Struct, frozen=True):
     free_bytes: int
     reserve_bytes: int
     backend: str
+    failed_write: FailedWrite | None
 
 
 class Summary(Struct, frozen=True):
@@ -1884,6 +1926,7 @@ async def status(request: web.Request) -> web.Response:
             free_bytes=free,
             reserve_bytes=reserve,
             backend=await trouble_of(app[BACKEND]) or "ok",
+            failed_write=await asyncio.to_thread(failed_write, raw.workspace),
         )
     )
 

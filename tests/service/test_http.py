@@ -192,6 +192,19 @@ class Outage(MemoryBackend):
         return await super().find(**options)
 
 
+class ReadOnly(MemoryBackend):
+    """A backend that answers, and whose rows cannot be written while `read_only`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_only = True
+
+    async def upsert(self, measurements: Any) -> None:
+        if self.read_only:
+            raise BackendUnavailable("it accepts no writes")
+        await super().upsert(measurements)
+
+
 class Hanging(MemoryBackend):
     """A backend whose network swallows everything."""
 
@@ -1343,6 +1356,24 @@ async def test_disk_trouble(service: Service) -> None:
     raw.unlink()
     away.rename(raw)
     await service.land({})
+
+
+async def test_failed_writes_are_shown(serve: Serve) -> None:
+    """While rows cannot be written /status says so, since when and why; then no more."""
+    backend = ReadOnly()
+    service = await serve(backend)
+    assert (await service("GET", "/status")).json["failed_write"] is None
+    await service.land(reading("2019-05-01T10:00:00Z"))
+    before = datetime.now(UTC)
+    for _ in range(2):
+        assert (await service("POST", "/process")).status == 503
+    shown = (await service("GET", "/status")).json["failed_write"]
+    assert shown["detail"] == "it accepts no writes"
+    since, last = (datetime.fromisoformat(shown[name]) for name in ("since", "last"))
+    assert before <= since < last <= datetime.now(UTC)
+    backend.read_only = False
+    assert (await service("POST", "/process")).json["processed"] == 1
+    assert (await service("GET", "/status")).json["failed_write"] is None
 
 
 async def test_defect(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

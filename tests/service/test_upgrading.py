@@ -1,5 +1,6 @@
-"""Upgrading: the new code on the data folder that an older version has left, killed under way."""
+"""Upgrading: the new code on data folders that other versions have left, killed under way."""
 
+import json
 import sqlite3
 import tarfile
 from collections.abc import Iterator
@@ -10,35 +11,51 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from test_cli import OK, Program, Server
+from kept.keep import BODIES, keep
+from test_cli import DROPZONE, OK, Program, Server
 
 from backends.raw import uuid_at
 
-KEPT = sorted((Path(__file__).parents[1] / "kept").glob("*.tar.gz"))
-PACKED = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
-SUPERSEDED = UUID("01a213a7-8f7b-70c5-8052-60e09af2c4bb")
-WINNER = UUID("01a213a7-8f83-708d-ad5d-2d42aba91797")
-REJECTED = UUID("01a213a7-8f8b-705e-97d0-27cc5b1d2b32")
-PUT_BACK = UUID("01a213a7-8f92-7360-9a2d-6131793932cf")
-PENDING = UUID("01a213a7-8fae-70d3-bf42-553f42928983")
-IN_THE_JOURNAL = UUID("01a213a7-8fb6-77fc-b1f8-358592c29f58")
-BODIES = {
-    PACKED: b'{"time_stamp": "2023-06-30T03:00:00Z", "data": [2, 4]}\r\n',
-    SUPERSEDED: b'{"time_stamp": "2019-05-01T06:00:00-04:00", "data": [1, 2, 3, 4]}',
-    WINNER: b'{"time_stamp": "2019-05-01T06:00:00-04:00", "data": [5]}',
-    REJECTED: b'{"time_stamp": "2019-05-01T06:00:01-04:00", "data": ["x"]}',
-    PUT_BACK: b'{"time_stamp": "2019-05-01T06:00:02-04:00"}',
-    PENDING: b'{"time_stamp": "2019-05-01T06:00:03-04:00", "data": [7]}',
-    IN_THE_JOURNAL: b'{"time_stamp": "2019-05-01T06:00:04-04:00", "data": [8]}',
+FOLDER = DROPZONE.parent / "tests" / "kept"
+TODAY = "today"
+VERSIONS = [*sorted(path.name.removesuffix(".tar.gz") for path in FOLDER.glob("*.tar.gz")), TODAY]
+STATES = {
+    "packed": "processed",
+    "superseded": "processed",
+    "winner": "processed",
+    "rejected": "rejected",
+    "put back": "pending",
+    "pending": "pending",
+    "line 1": "pending",
+    "line 2": "pending",
+    "in the journal": "pending",
 }
 
 
-@pytest.fixture(params=KEPT, ids=lambda path: path.name.removesuffix(".tar.gz"))
-def program(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Program]:
-    """The new program on a copy of the old folder."""
-    with tarfile.open(request.param) as kept:
-        kept.extractall(tmp_path, filter="data")
-    made = Program(tmp_path)
+class Kept(Program):
+    """The new program on a copy of a kept folder; `raw_ids` are those of its payloads by name."""
+
+    def __init__(self, archive: Path, home: Path) -> None:
+        super().__init__(home)
+        with tarfile.open(archive) as kept:
+            kept.extractall(home, filter="data")
+        payloads = json.loads((home / "payloads.json").read_text())
+        self.raw_ids = {name: UUID(payload["raw_id"]) for name, payload in payloads.items()}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The kept folder of each version, and one that today's code makes."""
+    made = tmp_path_factory.mktemp("kept") / "today.tar.gz"
+    keep(DROPZONE, made)
+    return {version: FOLDER / f"{version}.tar.gz" for version in VERSIONS} | {TODAY: made}
+
+
+@pytest.fixture(params=VERSIONS)
+def program(
+    request: pytest.FixtureRequest, archives: dict[str, Path], tmp_path: Path
+) -> Iterator[Kept]:
+    made = Kept(archives[request.param], tmp_path)
     yield made
     made.close()
 
@@ -49,62 +66,68 @@ def receipt(server: Server, raw_id: UUID) -> dict[str, Any]:
     return found
 
 
-def test_payloads(program: Program):
+def test_check(program: Kept):
+    """`check` finds nothing wrong with the folder before the new version is started on it."""
+    shown = program.run("check").stdout
+    assert "ok     data folder" in shown
+    assert "ok     backend" in shown
+
+
+def test_payloads(program: Kept):
     """Each payload is there, byte for byte and in its state, also what the journal alone had."""
     server = Server(program)
-    for raw_id, body in BODIES.items():
-        assert server.request("GET", f"/raw/{raw_id}/payload")[2] == body
-    states = {raw_id: receipt(server, raw_id)["state"] for raw_id in BODIES}
-    assert states == {
-        PACKED: "processed",
-        SUPERSEDED: "processed",
-        WINNER: "processed",
-        REJECTED: "rejected",
-        PUT_BACK: "pending",
-        PENDING: "pending",
-        IN_THE_JOURNAL: "pending",
-    }
-    assert receipt(server, SUPERSEDED)["superseded_by"] == str(WINNER)
-    assert receipt(server, REJECTED)["rejection"]["code"] == "value_not_numeric"
-    assert receipt(server, PUT_BACK)["rejection"]["retries"] == 1
+    for name, raw_id in program.raw_ids.items():
+        payload = server.request("GET", f"/raw/{raw_id}/payload")
+        assert payload[2] == BODIES[name].encode(), name
+    receipts = {name: receipt(server, raw_id) for name, raw_id in program.raw_ids.items()}
+    assert {name: found["state"] for name, found in receipts.items()} == STATES
+    assert receipts["superseded"]["superseded_by"] == str(program.raw_ids["winner"])
+    assert receipts["rejected"]["rejection"]["code"] == "value_not_numeric"
+    assert receipts["put back"]["rejection"]["retries"] == 1
     assert server.json("GET", "/status")["processed"] == 3
     assert server.stop() == OK
 
 
-def test_rows(program: Program):
+def test_rows(program: Kept):
     """The rows are those of before, right for `verify`, and processing goes on behind them."""
     server = Server(program)
     before = server.json("GET", "/measurements")["measurements"]
     assert [(row["raw_id"], row["mean"]) for row in before] == [
-        (str(WINNER), 5.0),
-        (str(PACKED), 3.0),
+        (str(program.raw_ids["winner"]), 5.0),
+        (str(program.raw_ids["packed"]), 3.0),
     ]
     result = server.json("POST", "/process")
-    assert (result["processed"], result["failed"], result["remaining"]) == (2, 1, 0)
+    assert (result["processed"], result["failed"], result["remaining"]) == (4, 1, 0)
     assert server.stop() == OK
-    assert program.run("verify").returncode == OK
+    proof = program.run("verify")
+    assert proof.returncode == OK, proof.stdout
+    assert "6 right" in proof.stdout
 
 
-def test_raw_ids_go_on(program: Program):
-    """A new payload comes behind all that were landed before, whatever the clock says."""
+def test_raw_ids_go_on(program: Kept):
+    """A new payload comes behind all that were landed, also where the old clock was ahead."""
+    ahead = uuid_at(datetime.now(UTC) + timedelta(hours=1))
+    last = program.home / "data" / "journal" / "last_raw_id"
+    assert UUID(bytes=last.read_bytes()) >= program.raw_ids["in the journal"]
+    last.write_bytes(ahead.bytes)
     server = Server(program)
-    raw_id = UUID(server.json("POST", "/ingest", b"{}")["raw_id"])
-    assert raw_id > max(BODIES)
+    assert UUID(server.json("POST", "/ingest", b"{}")["raw_id"]) > ahead
     assert server.stop() == OK
 
 
-def test_keys(program: Program):
+def test_keys(program: Kept):
     """An Idempotency-Key that is less than a day old still gives its first answer."""
     hour_ago = uuid_at(datetime.now(UTC) - timedelta(hours=1))
     with closing(sqlite3.connect(program.home / "data" / "journal" / "keys.sqlite")) as keys:
-        keys.execute(
-            "INSERT INTO keys (key, digest, raw_ids, landed) "
-            "SELECT 'an hour old', digest, ?, landed FROM keys WHERE key = 'kept'",
-            (hour_ago.bytes,),
-        )
+        keys.row_factory = sqlite3.Row
+        kept = dict(keys.execute("SELECT * FROM keys WHERE key = 'kept'").fetchone())
+        recent = kept | {"key": "recent", "raw_ids": hour_ago.bytes}
+        columns, values = ", ".join(recent), ", ".join("?" * len(recent))
+        keys.execute(f"INSERT INTO keys ({columns}) VALUES ({values})", (*recent.values(),))
         keys.commit()
     server = Server(program)
-    answer = server.json("POST", "/ingest", BODIES[WINNER], Idempotency_Key="an hour old")
+    body = BODIES["winner"].encode()
+    answer = server.json("POST", "/ingest", body, Idempotency_Key="recent")
     assert answer["raw_id"] == str(hour_ago)
-    assert server.request("POST", "/ingest", b"{}", Idempotency_Key="an hour old")[0] == 422
+    assert server.request("POST", "/ingest", b"{}", Idempotency_Key="recent")[0] == 422
     assert server.stop() == OK

@@ -1,5 +1,7 @@
 """README and docs: what they show runs, and what they name exists."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,12 +11,15 @@ from pathlib import Path
 
 import machine
 import pytest
-from test_cli import OK, PATIENCE, Program, Server, closed_port
+from power_cut import wait_for
+from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
+from test_workers import GUNICORN
 
 import dropzone
 
 REPO = Path(__file__).parents[2]
 README = REPO / "README.md"
+API, OPERATING = REPO / "docs" / "api.md", REPO / "docs" / "operating.md"
 PAGES = [README, REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -65,6 +70,8 @@ def test_settings_exist(page: Path):
     """Every variable that a page names is a setting."""
     named = set(re.findall(r"\bDROPZONE_[A-Z][A-Z_]*[A-Z]\b", page.read_text()))
     assert named <= dropzone.VARIABLES.keys() | {"DROPZONE_CONFIG"}
+    keys = re.findall(r"`\[([\w.]+)\] (\w+)", page.read_text())
+    assert {(*path.split("."), key) for path, key in keys} <= set(dropzone.VARIABLES.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,25 +84,110 @@ def test_commands_exist(page: Path):
         assert dropzone.arguments(arguments).run
 
 
-def test_first_session(program: Program):
-    """The commands of the first session land, process and read back a payload of this moment."""
+def shell(program: Program, server: Server, commands: str) -> list[str]:
+    """Run commands for localhost:8080 against a server; return the answers, one of each curl."""
     machine.program("curl", package="curl")
-    server = Server(program)
-    [commands] = blocks(section(README, "A first session"), "sh")
     commands = commands.replace("localhost:8080", server.url.removeprefix("http://"))
     done = subprocess.run(
-        ["sh", "-euc", commands.replace("curl", "curl --silent --fail-with-body")],
+        ["sh", "-euc", commands.replace("curl", "curl --silent --write-out '\\n'")],
         cwd=program.home,
         check=True,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
-    assert '"processed":1' in done.stdout
-    assert '"mean":0.58' in done.stdout
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def likeness(answer: str) -> str:
+    """Return an answer without what differs each time: ids and the present moment."""
+    ids = r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{24}"
+    return re.sub(rf"{ids}|20\d\d-[^\"]*Z", "…", answer)
+
+
+def test_first_session(program: Program):
+    """The first session gives the answers that it shows, and the file's bytes are kept."""
+    server = Server(program)
+    session = section(README, "A first session")
+    [commands], [shown] = blocks(session, "sh"), blocks(session, "json")
+    answers = shell(program, server, commands)
+    assert list(map(likeness, answers)) == list(map(likeness, shown.splitlines()))
     [body] = program.payloads("processed").values()
     assert body == (program.home / "payload.json").read_bytes()
     assert server.stop() == OK
+
+
+def test_reading(program: Program):
+    """The addresses that the page on the API shows lead through the pages, and to CSV."""
+    server = Server(program)
+    for second in (0, 1):
+        body = LINE.replace(b"06:00:00", b"06:00:%02d" % second)
+        server.request("POST", "/ingest", body)
+    server.request("POST", "/process")
+    [pages] = blocks(section(API, "Reading in pages"), "sh")
+    first, second = map(json.loads, shell(program, server, pages))
+    assert [len(page["measurements"]) for page in (first, second)] == [2, 1]
+    [csv] = blocks(section(API, "CSV"), "sh")
+    head, *rows = shell(program, server, csv)
+    assert head == "timestamp_utc,mean,std_dev,raw_id"
+    assert len(rows) == 2
+    assert server.stop() == OK
+
+
+def test_an_error(program: Program):
+    """The page on the API shows an error as it is."""
+    server = Server(program)
+    errors = section(API, "Errors")
+    [command], [shown] = blocks(errors, "sh"), blocks(errors, "json")
+    assert list(map(likeness, shell(program, server, command))) == [likeness(shown.strip())]
+    assert server.stop() == OK
+
+
+def test_operating_commands(program: Program):
+    """The commands of the page on operating succeed in this order, beside a server."""
+    (program.home / "day.ndjson").write_bytes(LINE)
+    with closed_port() as port:
+        pass
+    [commands] = blocks(section(OPERATING, "Commands"), "sh")
+    for line in commands.splitlines():
+        command = line.replace("CODE", "data_missing").replace("NAME", "gateway-7")
+        _, _, *arguments = shlex.split(command, comments=True)
+        if not arguments:
+            Server(program, "serve", DROPZONE_SERVER_PORT=port)
+        elif "--watch" in arguments:
+            watching = program.start(*arguments)
+            wait_for(lambda: not program.payloads(), PATIENCE)
+            watching.terminate()
+            assert watching.wait(PATIENCE) == OK
+        else:
+            done = program.run(*arguments, DROPZONE_SERVER_PORT=port)
+            assert done.returncode == OK, f"{line}: {done.stdout}{done.stderr}"
+    assert len(program.payloads("processed")) == 1
+
+
+def test_operating_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The file of settings of the systemd installation is read as it stands there."""
+    [text] = [block for block in blocks(OPERATING.read_text(), "sh") if "/.env\n" in block]
+    (tmp_path / ".env").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = dropzone.load_config(environ={})
+    assert config.raw.dir == Path("/var/lib/dropzone/raw")
+    assert config.storage.sqlite.path == Path("/var/lib/dropzone/dropzone.sqlite")
+
+
+def test_operating_workers():
+    """The page on operating starts gunicorn as the tests of several workers do."""
+    [command] = blocks(section(OPERATING, "Several workers"), "sh")
+    words = shlex.split(command.replace("\\\n", " "))
+    shown = words[words.index("gunicorn", 3) :]
+    assert shown[:4] == [*GUNICORN[1:5]]
+
+
+def test_exit_codes():
+    """The page on operating has every exit code that a command can end with, and no other."""
+    shown = re.findall(r"^\| (\d+) \|", section(OPERATING, "Commands"), re.MULTILINE)
+    named = re.findall(r"\bos\.(EX_\w+)", (REPO / "dropzone.py").read_text())
+    assert {int(code) for code in shown} == {getattr(os, name) for name in named} | {1, 2, 130}
 
 
 def test_embedding(program: Program):
@@ -122,21 +214,50 @@ def test_embedding(program: Program):
 
 
 def test_routes():
-    """The page on the API has every route, and no other."""
-    table = section(REPO / "docs" / "api.md", "Routes")
+    """The page on the API has every route, and no other, and the scope that opens it."""
     shown = {
         (method, path.partition("?")[0])
-        for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", table)
+        for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", section(API, "Routes"))
     }
-    known = {(route.method, route.path) for route in dropzone.ROUTES if route.answers}
-    assert shown == known
+    known = {(route.method, route.path): route.scope for route in dropzone.ROUTES if route.answers}
+    assert shown == known.keys()
+    scopes = dict(re.findall(r"^\| `?([a-z ]+)`? \| (.*) \|$", section(API, "Keys"), re.MULTILINE))
+    named = {
+        scope: set(re.findall(r"`(GET|POST) (/[^`]*)`", routes)) for scope, routes in scopes.items()
+    }
+    for scope in ("ingest", "process"):
+        assert named[scope] == {route for route, needed in known.items() if needed == scope}
+    assert named["none needed"] == {route for route, needed in known.items() if needed is None}
+    assert named["read"] <= {route for route, needed in known.items() if needed == "read"}
+
+
+def codes_in(source: Path) -> set[str]:
+    """Return the codes that a module gives to errors: as an argument, in a table or a class."""
+    calls = re.findall(r'Error\([^()]*(?:\([^()]*\)[^()]*)*, "(\w+)", \d{3}', source.read_text())
+    tables = re.findall(r'\("(\w+)", \d{3}\)', source.read_text())
+    classes = re.findall(r'^    code(?:, status)? = "(\w+)"', source.read_text(), re.MULTILINE)
+    return {*calls, *tables, *classes}
+
+
+def test_error_codes():
+    """The page on the API has every code that an answer can have."""
+    given = codes_in(REPO / "dropzone.py") | codes_in(REPO / "backends" / "raw" / "__init__.py")
+    given -= {"config_invalid", "payload_store_error", "payload_unreadable"}  # never answers
+    shown = set(re.findall(r"`(\w+)`", section(API, "Errors")))
+    assert len(given) > 20
+    assert given <= shown
 
 
 def test_rejection_codes():
     """The page on the API has every code that the service gives a rejected payload."""
     source = (REPO / "dropzone.py").read_text()
     given = set(re.findall(r'DataQualityError\(\s*"(\w+)"', source))
-    shown = set(
-        re.findall(r"`(\w+)`", section(REPO / "docs" / "api.md", "Why a payload is rejected"))
-    )
+    shown = set(re.findall(r"`(\w+)`", section(API, "Why a payload is rejected")))
     assert given <= shown
+
+
+def test_changelog():
+    """The changelog begins with what is not released yet, and has the version of the package."""
+    [first, *versions] = re.findall(r"^## (.*)$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first == "Unreleased"
+    assert dropzone.__version__ in versions

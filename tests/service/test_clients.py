@@ -8,27 +8,73 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID
 
 import machine
 import pytest
 from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 
-CLIENTS = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
 KEY = "sesam"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 def snippet(language: str, words: str) -> str:
     """Return the one block of the page in a language that has these words."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", CLIENTS, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
     [found] = [block for block in blocks if words in block]
     return str(found)
 
 
 SEND = snippet("sh", "send() {")
-CURL = snippet("sh", "gzip -c")
+CURL = snippet("sh", "gzip --keep")
 PYTHON = snippet("python", "HTTPAdapter")
 MICROPYTHON = snippet("python", "import json, os, requests")
+ARDUINO = snippet("cpp", "HTTPClient.h")
+PATIENT = {"curl": SEND, "python": PYTHON, "arduino": ARDUINO}
+IMPATIENT = {
+    "curl": SEND.replace("--retry 8", "--retry 1"),
+    "python": PYTHON.replace("total=8", "total=1"),
+    "arduino": ARDUINO.replace("pause <= 64", "pause <= 1"),
+}
+# Each sends payload.json, and prints what it was told: the answer, "never" or "later".
+OUTCOMES = {
+    "curl": """
+send payload.json 2>/dev/null || { [ $? = 1 ] && echo never || echo later; }
+""",
+    "python": """
+try:
+    print(send(json.load(open("payload.json"))))
+except requests.HTTPError:
+    print("never")
+except requests.RequestException:
+    print("later")
+""",
+    "arduino": """
+#include <cstdio>
+
+int main(int, char** arguments) {
+  const Sent sent = send(arguments[1], arguments[2], arguments[3], newKey());
+  puts(sent == Sent::now ? HTTPClient::body.c_str() : sent == Sent::never ? "never" : "later");
+}
+""",
+}
+ARDUINO_CORE = Path(__file__).parent / "arduino"  # so much of it that the sketch runs here
+
+
+def command_of(program: Program, client: str, codes: dict[str, str] = PATIENT) -> tuple[str, ...]:
+    """Return the command that sends payload.json by a client of the page."""
+    code = codes[client] + OUTCOMES[client]
+    if client == "curl":
+        return ("sh", "-uc", code)
+    if client == "python":
+        return (sys.executable, "-c", code)
+    sketch = program.home / "sketch"
+    compiler = machine.program("c++", package="g++")
+    options = ("-std=c++17", "-Wall", "-Werror", "-I", ARDUINO_CORE, "-o", sketch, "-x", "c++", "-")
+    subprocess.run((compiler, *options), input=code, text=True, check=True)
+    run_it = f'{sketch} "$DROPZONE" "$DROPZONE_API_KEY" "$(cat payload.json)"'
+    return ("sh", "-uc", run_it)
 
 
 @pytest.fixture
@@ -49,9 +95,9 @@ def start(program: Program, port: int = 0) -> Server:
     return Server(program, "--port", port, DROPZONE_API_KEY=KEY, DROPZONE_BACKEND="memory")
 
 
-async def run(program: Program, url: str, *command: str) -> str:
+async def run(program: Program, url: str, *command: str, key: str = KEY) -> str:
     """Run a client to its end; return what it printed."""
-    clients = {"DROPZONE": url, "DROPZONE_API_KEY": KEY, "PATH": os.environ["PATH"]}
+    clients = {"DROPZONE": url, "DROPZONE_API_KEY": key, "PATH": os.environ["PATH"]}
     done = await asyncio.to_thread(
         subprocess.run,
         command,
@@ -93,35 +139,27 @@ async def busy_at_first(server: Server) -> AsyncIterator[str]:
         assert seen == 3
 
 
-COMMANDS = {
-    "curl": ("sh", "-ec", f"{SEND}\nsend payload.json"),
-    "python": (
-        *(sys.executable, "-c"),
-        f"{PYTHON}\nimport json\nprint(send(json.load(open('payload.json'))))",
-    ),
-}
-
-
 @pytest.mark.linux
-@pytest.mark.parametrize("client", COMMANDS)
+@pytest.mark.parametrize("client", PATIENT)
 async def test_once(program: Program, client: str) -> None:
     """What was refused, then landed without an answer, and was sent again has landed once."""
     server = await asyncio.to_thread(start, program)
     async with busy_at_first(server) as url:
-        printed = await run(program, url, *COMMANDS[client])
+        printed = await run(program, url, *command_of(program, client))
     [raw_id] = program.payloads()
     assert str(raw_id) in printed
 
 
 @pytest.mark.linux
-@pytest.mark.parametrize("client", COMMANDS)
+@pytest.mark.parametrize("client", PATIENT)
 async def test_server_that_comes_later(program: Program, client: str) -> None:
     """A client outlasts the restart of a server: it connects once somebody listens again."""
     with closed_port() as port:
         pass
-    sending = asyncio.create_task(run(program, f"http://127.0.0.1:{port}", *COMMANDS[client]))
+    command = command_of(program, client)
+    sent = asyncio.create_task(run(program, f"http://127.0.0.1:{port}", *command))
     await asyncio.to_thread(start, program, port)
-    await sending
+    await sent
     assert len(program.payloads()) == 1
 
 
@@ -138,6 +176,18 @@ async def test_queue(program: Program) -> None:
     assert not (program.home / "queue.ndjson").exists()
 
 
+async def test_refused_queues(program: Program) -> None:
+    """What the client for MicroPython was refused for good is kept, also a second time."""
+    server = await asyncio.to_thread(start, program)
+    for number in (1, 2):
+        (program.home / "queue.ndjson").write_text(f"{number}, torn\n")
+        call = f"print(send('{server.url}', '{KEY}', {{'n': {number}}}))"
+        assert await run(program, "", sys.executable, "-c", f"{MICROPYTHON}\n{call}") == "False\n"
+    for number in (1, 2):
+        kept = (program.home / f"refused-{number}.ndjson").read_text()
+        assert kept == f'{number}, torn\n{{"n": {number}}}\n'
+
+
 @pytest.mark.linux
 async def test_curl(program: Program) -> None:
     """The commands for curl land one payload plainly, one compressed, and each line of a file."""
@@ -147,20 +197,33 @@ async def test_curl(program: Program) -> None:
 
 
 @pytest.mark.linux
-async def test_refused_for_good(program: Program) -> None:
-    """What will never be taken is sent once, and the shell's client says so by its exit code."""
-    (program.home / "broken.json").write_bytes(b"{")
+@pytest.mark.parametrize("client", PATIENT)
+async def test_refused_for_good(program: Program, client: str) -> None:
+    """What will never be taken as it is was sent once, and the client says that it is final."""
     server = await asyncio.to_thread(start, program)
-    printed = await run(program, server.url, "sh", "-c", f"{SEND}\nsend broken.json; echo $?")
-    assert printed == "1\n"
+    command = command_of(program, client)
+    assert await run(program, server.url, *command, key="wrong") == "never\n"
+    if client != "python":  # which makes its JSON itself
+        (program.home / "payload.json").write_bytes(b"{")
+        assert await run(program, server.url, *command) == "never\n"
     assert server.stop() == OK
-    assert server.log.count("code=payload_not_json") == 1
+    assert server.log.count("code=key_refused") == 1
+    assert server.log.count("code=payload_not_json") == (client != "python")
 
 
 @pytest.mark.linux
-async def test_worth_another_try(program: Program) -> None:
-    """Where nobody listens for good, the shell's client says by its exit code that it gave up."""
-    impatient = SEND.replace("--retry 8", "--retry 1")
+@pytest.mark.parametrize("client", IMPATIENT)
+async def test_worth_another_try(program: Program, client: str) -> None:
+    """Where nobody listens for long, the client gives up, and says that it is worth another try."""
+    assert IMPATIENT[client] != PATIENT[client]
+    command = command_of(program, client, IMPATIENT)
     with closed_port() as port:
-        call = f"{impatient}\nsend payload.json 2>/dev/null; echo $?"
-        assert await run(program, f"http://127.0.0.1:{port}", "sh", "-c", call) == "75\n"
+        assert await run(program, f"http://127.0.0.1:{port}", *command) == "later\n"
+
+
+async def test_not_a_number(program: Program) -> None:
+    """What is no number lands all the same, to be rejected with a reason that a person can see."""
+    (program.home / "payload.json").write_bytes(b'{"data": [NaN]}')
+    server = await asyncio.to_thread(start, program)
+    printed = await run(program, server.url, *command_of(program, "python"))
+    assert program.payloads() == {UUID(printed.strip()): b'{"data": [NaN]}'}

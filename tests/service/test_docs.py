@@ -16,10 +16,13 @@ from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 from test_workers import GUNICORN
 
 import dropzone
+from backends.postgres import CREATE_TABLE, TAKE_OVER
 
 REPO = Path(__file__).parents[2]
 README = REPO / "README.md"
-API, OPERATING = REPO / "docs" / "api.md", REPO / "docs" / "operating.md"
+API = REPO / "docs" / "api.md"
+BACKENDS = REPO / "docs" / "backends.md"
+OPERATING = REPO / "docs" / "operating.md"
 PAGES = [README, REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -183,6 +186,12 @@ def test_operating_workers():
     assert shown[:4] == [*GUNICORN[1:5]]
 
 
+def test_findings():
+    """The page on operating has every kind of row that `verify` counts as not right."""
+    kinds = re.findall(r"^\| `(\w+)` \|", section(OPERATING, "Processing"), re.MULTILINE)
+    assert kinds == list(dropzone.UNPROVED)
+
+
 def test_exit_codes():
     """The page on operating has every exit code that a command can end with, and no other."""
     shown = re.findall(r"^\| (\d+) \|", section(OPERATING, "Commands"), re.MULTILINE)
@@ -211,6 +220,25 @@ def test_embedding(program: Program):
             assert answer.stdout == b'{"status":"ok"}'
         finally:
             outer.terminate()
+
+
+def test_table():
+    """The page on backends shows the statements that make the table and take over an older one."""
+    shown = [block.strip() for block in blocks(section(BACKENDS, "PostgreSQL"), "sql")]
+    assert shown == [CREATE_TABLE.strip(), TAKE_OVER]
+
+
+def test_backend_of_ones_own(program: Program):
+    """The backend that the page shows keeps rows and tells of them, chosen by its name."""
+    [code] = blocks(section(BACKENDS, "A backend of your own"), "python")
+    (program.home / "announcing.py").write_text(code)
+    [name] = re.findall(r"`DROPZONE_BACKEND=([\w:]+)`", BACKENDS.read_text())
+    settings = {"DROPZONE_BACKEND": name, "PYTHONPATH": program.home}
+    raw_id = program.run("ingest", "-", stdin=LINE, **settings).stdout.strip()
+    done = program.run("process", **settings)
+    assert done.returncode == OK, done.stderr
+    assert f'"raw_id":"{raw_id}"' in done.stdout
+    assert "1 right" in program.run("verify", **settings).stdout
 
 
 def test_routes():
@@ -260,4 +288,4 @@ def test_changelog():
     """The changelog begins with what is not released yet, and has the version of the package."""
     [first, *versions] = re.findall(r"^## (.*)$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first == "Unreleased"
-    assert dropzone.__version__ in versions
+    assert re.fullmatch(rf"{dropzone.__version__} - \d{{4}}-\d\d-\d\d", versions[0])

@@ -186,6 +186,18 @@ def test_operating_workers():
     assert shown[:4] == [*GUNICORN[1:5]]
 
 
+def test_log_lines(program: Program):
+    """The page on operating shows the members that lines of the log have, in their order."""
+    [shown] = blocks(section(OPERATING, "Logs"), "json")
+    server = Server(program, "serve", "--port", 0, DROPZONE_LOG_FORMAT="json")
+    assert server.request("POST", "/ingest", b"{")[0] == 400
+    server.json("POST", "/process")
+    assert server.stop() == OK
+    known = {line["logger"]: list(line) for line in map(json.loads, server.log.splitlines())}
+    for line in map(json.loads, shown.splitlines()):
+        assert list(line) == known[line["logger"]]
+
+
 def test_findings():
     """The page on operating has every kind of row that `verify` counts as not right."""
     kinds = re.findall(r"^\| `(\w+)` \|", section(OPERATING, "Processing"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What hostile requests get: the answers that the README documents, from a service that stays."""
+"""What hostile requests get: the answers that docs/security.md tells, from a service that stays."""
 
 import asyncio
 import base64

@@ -311,7 +311,7 @@ async def test_ingest_keeps_apart(service: Service) -> None:
 
 
 async def test_example(service: Service) -> None:
-    """The example payload becomes the row that the README shows."""
+    """The example payload becomes one row, with its mean and its deviation."""
     await service.land(EXAMPLE.read_bytes())
     assert (await service.process())["processed"] == 1
     [row] = (await service("GET", "/measurements")).json["measurements"]

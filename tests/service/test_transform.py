@@ -59,7 +59,7 @@ def code_of(time_stamp: str) -> str:
 
 
 def test_example_payload():
-    """The example gives the mean, the deviation and the UTC time that the README shows."""
+    """The example gives its mean, its deviation and its time in UTC."""
     measurement = transform(RAW_ID, EXAMPLE.read_bytes())
 
     assert measurement.timestamp_utc == datetime(2019, 5, 1, 10, tzinfo=UTC)

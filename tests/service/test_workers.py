@@ -40,7 +40,7 @@ GUNICORN = (
 
 
 class Gunicorn:
-    """`gunicorn "dropzone:create_app()"` as the README starts it, on a data folder of its own."""
+    """`gunicorn "dropzone:create_app()"` as the docs start it, on a data folder of its own."""
 
     def __init__(self, home: Path) -> None:
         self.data = home / "data"

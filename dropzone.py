@@ -1685,24 +1685,30 @@ class Proof:
             return Finding("missing", None, right)
         is_later = right is not None and right.raw_id > row.raw_id
         try:
-            state, body = self._payloads.read(row.raw_id)
+            own = self._made_by_its_payload(row)
         except RawIdUnknown:
             return self._unproved(right, row, is_later=is_later)
-        except (OSError, StorageUnavailable):
+        except (OSError, StorageUnavailable, DataQualityError):
             return Finding("superseded" if is_later else "unreadable", row, right)
-        own = None
-        try:
-            made = transform(row.raw_id, body)
-            own = made if made.timestamp_utc == row.timestamp_utc else None
-        except DataQualityError:
-            if (
-                state != "rejected"
-            ):  # it was fit for a row once, so it says nothing against this one
-                return Finding("superseded" if is_later else "unreadable", row, right)
         best = right if is_later or own is None else own
         if own is None or not same(own, row):
             return Finding("differing", row, best)
         return Finding("superseded", row, right) if is_later else "right"
+
+    def _made_by_its_payload(self, row: Measurement) -> Measurement | None:
+        """Return what the payload that a row names makes for its timestamp, None for nothing.
+
+        Raises `DataQualityError` for a payload that makes no row and is not rejected: as it has
+        made one, it is damaged, and says nothing against the row.
+        """
+        state, body = self._payloads.read(row.raw_id)
+        try:
+            made = transform(row.raw_id, body)
+        except DataQualityError:
+            if state == "rejected":
+                return None
+            raise
+        return made if made.timestamp_utc == row.timestamp_utc else None
 
     def _unproved(
         self, right: Measurement | None, row: Measurement, *, is_later: bool

@@ -1663,15 +1663,19 @@ class Proof:
             if name in finished:
                 continue
             damages_before = self._damages
-            try:
-                await self._workers.spread(portions, derive_portion)
-            except (PackDamaged, OSError) as error:  # an index that is lost, or a folder
-                self._note_damage(sentence_of(error))
+            await self._workers.spread(self._readable(portions), derive_portion)
             if self._damages == damages_before:
                 with done.open("a") as file:
                     file.write(f"{name}\n")
         if self._damages > len(self.damage):
             self.damage.append(f"and {self._damages - len(self.damage)} more")
+
+    def _readable(self, portions: Iterator[Portion]) -> Iterator[Portion]:
+        """Yield portions up to where a lost index or the disk is in the way."""
+        try:
+            yield from portions
+        except (PackDamaged, OSError) as error:
+            self._note_damage(sentence_of(error))
 
     def _note_damage(self, *sentences: str) -> None:
         self._damages += len(sentences)

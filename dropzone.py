@@ -1492,6 +1492,7 @@ def age_of(raw_ids: Sequence[str]) -> float | None:
 
 AT_A_TIME = 1000  # findings that are set right together
 GOES_ON = 86_400  # seconds for which a run that was stopped can be continued
+DAMAGE_SHOWN = 100  # sentences
 
 
 class Finding(Struct, frozen=True):
@@ -1500,7 +1501,8 @@ class Finding(Struct, frozen=True):
     `missing`: payloads make a row, and there is none. `differing`: the row is not what the payload
     that it names makes. `superseded`: a later payload should have won. `orphaned`: the payload that
     the row names is not there, so that nobody can say whether the row is right; `right` is what
-    would stand without it. `unreadable`: that payload lies in a pack that is damaged.
+    would stand without it. `unreadable`: that payload is damaged, or the pack that it lies in, or
+    it makes no row any more, though it was processed.
     """
 
     kind: Literal["missing", "differing", "superseded", "orphaned", "unreadable"]
@@ -1509,11 +1511,37 @@ class Finding(Struct, frozen=True):
 
 
 PROVED_WRONG = ("missing", "differing", "superseded")
+NOTHING_PROCESSED = (
+    "holds no processed payload that makes a row, so that no row can be proved and none was "
+    "changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
+)
+
+
+class Derived(Struct, frozen=True, array_like=True):
+    """What was made of a portion of `checked` payloads, and what of it cannot be read."""
+
+    rows: list[Measurement]
+    damage: list[str]
+    checked: int
+
+
+DERIVED = msgspec.msgpack.Decoder(Derived)
 
 
 def derive(portion: Portion) -> bytes:
-    """Make the rows of a portion of payloads; see `judge`."""
-    return judge(portion.reader(), portion.raw_ids())
+    """Make the rows of a portion of payloads; return `Derived` as MessagePack."""
+    try:
+        judged = JUDGED.decode(judge(portion.reader(), portion.raw_ids()))
+    except (PackDamaged, OSError) as error:
+        return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
+    damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
+    return msgspec.msgpack.encode(Derived(judged.rows, damage, judged.checked))
+
+
+def sentence_of(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return str(error)
 
 
 class Proof:
@@ -1523,9 +1551,10 @@ class Proof:
     stopped goes on, within a day, with the folders and packs that it had not finished, and with
     those to which payloads were added since.
 
-    `counts` has how many rows were found `right`, how many of each kind of finding, and how many
+    `counts` has how many rows are `right` by now, how many of each kind of finding, and how many
     cannot be checked because their payload has `expired` or because they are `older` than Dropzone
-    (their raw_id is the nil UUID). `damage` says what of the payloads cannot be read.
+    (their raw_id is the nil UUID). `set_right` has how many of each kind a rebuild has mended, and
+    `damage` the first sentences on what cannot be read, or makes no row any more.
     """
 
     def __init__(self, payloads: Payloads, backend: Backend) -> None:
@@ -1534,22 +1563,30 @@ class Proof:
         self._workers = Workers()
         self._scratch = payloads.workspace / "derived"
         self.counts = Counter[str]()
+        self.set_right = Counter[str]()
         self.damage: list[str] = []
+        self._damages = 0
 
     async def findings(
         self,
         since: datetime | None = None,
         until: datetime | None = None,
         progress: Callable[[int], object] = tell_nobody,
+        *,
+        refuse_empty: bool = False,
     ) -> AsyncIterator[Finding]:
         """Yield what is wrong with the rows of `since <= timestamp_utc < until`, by timestamp.
 
         Landing and processing may go on meanwhile. `progress` hears how many payloads more were
-        read. Raises `BackendError`, `StorageUnavailable`.
+        read. Raises `BackendError`, `StorageUnavailable`, and with `refuse_empty` `ConfigError`
+        where no payload makes a row.
         """
+        self.counts.clear()
         derived = create_backend("sqlite", path=self._scratch / "rows.sqlite")
         try:
             await self._derive(derived, progress)
+            if refuse_empty and not await derived.find(limit=1):
+                raise ConfigError(f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}")
             async for right, row in paired(derived, self._backend, since, until):
                 if right and row and same(right, row):
                     self.counts["right"] += 1
@@ -1577,27 +1614,22 @@ class Proof:
 
         A row whose payload is not there stays, unless `delete_orphans`. Where rows had to be
         deleted it looks again: a payload that was processed just before may have lost against such
-        a row.
+        a row. Raises `ConfigError` where no payload makes a row.
         """
         kinds = {*PROVED_WRONG, "orphaned"} if delete_orphans else {*PROVED_WRONG}
-        found, again = list[Finding](), True
-        before = Counter[str]()
+        is_first = again = True
         while again:
-            again = False
-            self.counts.clear()
-            async for finding in self.findings(since, until, progress):
+            again, found = False, list[Finding]()
+            async for finding in self.findings(since, until, progress, refuse_empty=True):
+                if finding.kind in kinds or is_first:
+                    yield finding
                 if finding.kind in kinds:
                     found.append(finding)
-                if finding.kind in kinds or not before:
-                    yield finding
                 if len(found) == AT_A_TIME:
                     again |= await self._set_right(found)
                     found = []
             again |= await self._set_right(found)
-            found = []
-            for kind in kinds:
-                self.counts[kind] += before[kind]
-            before = self.counts.copy()
+            is_first = False
 
     async def _set_right(self, findings: Sequence[Finding]) -> bool:
         """Upsert the right rows; delete first those that would win against them, if any."""
@@ -1605,26 +1637,24 @@ class Proof:
         wrong = [row for row, right in pairs if row and not (right and right.raw_id >= row.raw_id)]
         await self._backend.delete(wrong)
         await self._backend.upsert([right for _, right in pairs if right])
+        for finding in findings:
+            self.set_right[finding.kind] += 1
+            self.counts[finding.kind] -= 1
+            self.counts["right"] += finding.right is not None
         return bool(wrong)
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"
-        damaged = False
 
         async def derive_portion(portion: Portion) -> None:
-            nonlocal damaged
-            try:
-                judged = JUDGED.decode(await self._workers.run(derive, portion))
-            except PackDamaged as error:
-                damaged = True
-                self.damage.append(str(error))
-                return
-            await derived.upsert(judged.rows)
-            progress(judged.checked)
+            made = DERIVED.decode(await self._workers.run(derive, portion))
+            await derived.upsert(made.rows)
+            self._note_damage(*made.damage)
+            progress(made.checked)
 
         if not done.exists() or time.time() - done.stat().st_mtime > GOES_ON:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
-        self.damage.clear()
+        self.damage, self._damages = [], 0
         await derived.open()
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         if finished:
@@ -1632,15 +1662,24 @@ class Proof:
         for name, portions in self._payloads.portions():
             if name in finished:
                 continue
-            damaged = False
-            try:
-                await self._workers.spread(portions, derive_portion)
-            except PackDamaged as error:
-                damaged = True
-                self.damage.append(str(error))
-            if not damaged:
+            damages_before = self._damages
+            await self._workers.spread(self._readable(portions), derive_portion)
+            if self._damages == damages_before:
                 with done.open("a") as file:
                     file.write(f"{name}\n")
+        if self._damages > len(self.damage):
+            self.damage.append(f"and {self._damages - len(self.damage)} more")
+
+    def _readable(self, portions: Iterator[Portion]) -> Iterator[Portion]:
+        """Yield portions up to where a lost index or the disk is in the way."""
+        try:
+            yield from portions
+        except (PackDamaged, OSError) as error:
+            self._note_damage(sentence_of(error))
+
+    def _note_damage(self, *sentences: str) -> None:
+        self._damages += len(sentences)
+        self.damage += sentences[: DAMAGE_SHOWN - len(self.damage)]
 
     def _verdict(
         self, right: Measurement | None, row: Measurement | None
@@ -1650,19 +1689,30 @@ class Proof:
             return Finding("missing", None, right)
         is_later = right is not None and right.raw_id > row.raw_id
         try:
-            _, body = self._payloads.read(row.raw_id)
-        except PackDamaged:
-            return Finding("superseded" if is_later else "unreadable", row, right)
+            own = self._made_by_its_payload(row)
         except RawIdUnknown:
             return self._unproved(right, row, is_later=is_later)
-        own = None
-        with contextlib.suppress(DataQualityError):
-            made = transform(row.raw_id, body)
-            own = made if made.timestamp_utc == row.timestamp_utc else None
+        except (OSError, StorageUnavailable, DataQualityError):
+            return Finding("superseded" if is_later else "unreadable", row, right)
         best = right if is_later or own is None else own
         if own is None or not same(own, row):
             return Finding("differing", row, best)
         return Finding("superseded", row, right) if is_later else "right"
+
+    def _made_by_its_payload(self, row: Measurement) -> Measurement | None:
+        """Return what the payload that a row names makes for its timestamp, None for nothing.
+
+        Raises `DataQualityError` for a payload that makes no row and is not rejected: as it has
+        made one, it is damaged, and says nothing against the row.
+        """
+        state, body = self._payloads.read(row.raw_id)
+        try:
+            made = transform(row.raw_id, body)
+        except DataQualityError:
+            if state == "rejected":
+                return None
+            raise
+        return made if made.timestamp_utc == row.timestamp_utc else None
 
     def _unproved(
         self, right: Measurement | None, row: Measurement, *, is_later: bool
@@ -3184,11 +3234,11 @@ async def opened_store(
 
 @contextlib.asynccontextmanager
 async def opened(
-    config: Config, *, must_exist: bool = False
+    config: Config, given: Backend | None = None, *, must_exist: bool = False
 ) -> AsyncIterator[tuple[PayloadStore, Backend, Metrics]]:
-    """Do the same, and make the backend."""
+    """Do the same, and make the backend unless it is given."""
     async with opened_store(config, must_exist=must_exist) as (store, metrics):
-        backend = measured(backend_of(config), metrics)
+        backend = measured(given or backend_of(config), metrics)
         try:
             yield store, backend, metrics
         finally:
@@ -3224,19 +3274,19 @@ def on_stop(call: Callable[[], object]) -> None:
 
 async def verify(config: Config, args: argparse.Namespace) -> int:
     """recompute the rows from their payloads, say how many are right; 1 where one is not"""
-    return await prove(config, args, lambda proof: proof.findings, {})
+    return await prove(config, args, lambda proof: proof.findings, backend_to_look_at(config), {})
 
 
 async def rebuild(config: Config, args: argparse.Namespace) -> int:
     """set the rows right that verify finds wrong; with --dry-run only show them"""
     if args.dry_run:
-        return await prove(config, args, lambda proof: proof.findings, {})
+        return await verify(config, args)
 
     def way(proof: Proof) -> ProofWay:
         return functools.partial(proof.rebuild, delete_orphans=args.delete_orphans)
 
     with audited("rebuild", operator_name()) as facts:
-        return await prove(config, args, way, facts)
+        return await prove(config, args, way, backend_of(config), facts)
 
 
 ProofWay = Callable[
@@ -3248,96 +3298,115 @@ async def prove(
     config: Config,
     args: argparse.Namespace,
     way_of: Callable[[Proof], ProofWay],
+    backend: Backend,
     facts: dict[str, object],
 ) -> int:
     """Go through all rows and print what is found; return 1 where something is left to be done."""
-    rebuilds = args.run is rebuild and not args.dry_run
-    async with opened(config, must_exist=True) as (store, backend, _):
+    async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
-        if rebuilds and payloads == 0:
-            raise ConfigError(
-                f"{config.raw.dir.parent} holds no processed payload, so that no row can be proved "
-                "and none was changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
-            )
-        proof, shown = Proof(store.portable(), backend), 0
+        proof, is_first = Proof(store.portable(), timed_backend), True
         with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
-            async for finding in way_of(proof)(args.since, args.until, bar.update):
-                shown += 1
-                facts.update((kind, proof.counts[kind]) for kind in FINDING_KINDS)
-                if shown == 1 and not args.json:
-                    bar.write(FINDING.format(*FINDING_HEAD))
-                bar.write(as_line(finding, as_json=args.json))
+            try:
+                async for finding in way_of(proof)(args.since, args.until, bar.update):
+                    if is_first and not args.json:
+                        bar.write(FINDING.format(*FINDING_HEAD))
+                    is_first = False
+                    bar.write(as_line(finding, as_json=args.json))
+            finally:
+                facts.update(proof.set_right)
         first_kept = await asyncio.to_thread(store.first_kept_day)
-    facts.update((kind, count) for kind, count in proof.counts.items() if count)
     summary = ProofSummary(
-        str(config.raw.dir.parent),
-        backend_place(config),
-        proof.counts["right"],
-        {kind: proof.counts[kind] for kind in UNPROVED if proof.counts[kind]},
-        first_kept or None,
-        proof.damage,
+        folder=str(config.raw.dir.parent),
+        backend=place_of_rows(config, backend),
+        right=proof.counts["right"],
+        wrong={kind: proof.counts[kind] for kind in WRONG if proof.counts[kind]},
+        unprovable={kind: proof.counts[kind] for kind in UNPROVABLE if proof.counts[kind]},
+        set_right=dict(proof.set_right),
+        is_all=args.since is None and args.until is None,
+        payloads_kept_from=first_kept or None,
+        damage=proof.damage,
     )
-    print(msgspec.json.encode(summary).decode() if args.json else summary.text(rebuilds=rebuilds))
-    left = {*FINDING_KINDS} - ({*PROVED_WRONG} if rebuilds else set())
-    if rebuilds and args.delete_orphans:
-        left -= {"orphaned"}
-    return 1 if proof.damage or any(proof.counts[kind] for kind in left) else os.EX_OK
+    print(msgspec.json.encode(summary).decode() if args.json else summary.text())
+    return 1 if summary.is_amiss() else os.EX_OK
 
 
 def count_readable(store: PayloadStore) -> int | None:
     """Return how many payloads are processed, None where damage keeps them from being counted."""
     try:
         return store.count_processed()
-    except StorageUnavailable:
+    except (OSError, StorageUnavailable):
         return None
 
 
-def backend_place(config: Config) -> str:
+def backend_to_look_at(config: Config) -> Backend:
+    """Return the configured backend; for a SQLite file that is not there, which stays so, none."""
+    if config.storage.backend == "sqlite" and not config.storage.sqlite.path.exists():
+        return create_backend("memory")
+    return backend_of(config)
+
+
+def place_of_rows(config: Config, backend: Backend) -> str:
     """Return where the rows are, in words that show no password."""
+    path = config.storage.sqlite.path
     if config.storage.backend == "sqlite":
-        return f"sqlite {config.storage.sqlite.path}"
-    return f"{config.storage.backend} {backend_of(config)!r}"
+        return f"sqlite {path}" if path.exists() else f"sqlite {path} (which is not there)"
+    place = getattr(backend, "place", "")
+    return f"{config.storage.backend} {place}".rstrip()
 
 
-FINDING_KINDS = ("missing", "differing", "superseded", "orphaned", "unreadable")
-UNPROVED = {  # all that is not right: what it is, and what to do about it
+WRONG = {  # what each kind of wrong row is, and what to do about it
     "missing": "payloads make a row that is not there; rebuild adds it",
     "differing": "not what their payload makes; rebuild sets them right",
     "superseded": "a later payload should have won; rebuild sets them right",
+}
+UNPROVABLE = {  # the same for rows that stand, as no payload says anything about them
     "orphaned": "cannot be checked, as their payload is not in this folder: look for a pack that "
     "is lost, a disk that is not mounted, or another Dropzone on the same table; "
     "rebuild --delete-orphans deletes them",
-    "unreadable": "cannot be checked, as the pack of their payload is damaged: restore it",
-    "expired": "cannot be checked, as their payload was deleted after keep_days",
-    "older": "cannot be checked, as they are older than Dropzone",
+    "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
+    "restore it from a copy",
+    "expired": "cannot be checked, as their payload was deleted after keep_days; they stay",
+    "older": "cannot be checked, as they are older than Dropzone and name no payload; they stay",
 }
+HARMLESS = {"expired", "older"}
 
 
-class ProofSummary(Struct, frozen=True):
-    """What `verify` and `rebuild` say at the end; with --json the last line."""
+class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
+    """What `verify` and `rebuild` say at the end; with --json the last line, of `kind` summary.
+
+    The numbers are those of rows, by kind where there are several: how they are now, and how many
+    were `set_right` for that. Without `is_all` only those between two moments were looked at.
+    """
 
     folder: str
     backend: str
     right: int
-    not_right: dict[str, int]
+    wrong: dict[str, int]
+    unprovable: dict[str, int]
+    set_right: dict[str, int]
+    is_all: bool
     payloads_kept_from: str | None
     damage: list[str]
 
-    def text(self, *, rebuilds: bool) -> str:
+    def is_amiss(self) -> bool:
+        """Say whether somebody has to do something."""
+        return bool(self.damage or self.wrong or self.unprovable.keys() - HARMLESS)
+
+    def text(self) -> str:
+        """Tell it to a person."""
+        wrong, unprovable = sum(self.wrong.values()), sum(self.unprovable.values())
         lines = [f"wrong  {each}" for each in self.damage]
         lines.append(f"the rows in {self.backend}, by the payloads in {self.folder}:")
-        lines.append(f"{self.right:>11,} right")
-        for kind, count in self.not_right.items():
-            advice = UNPROVED[kind]
-            if rebuilds and kind in PROVED_WRONG:
-                advice = f"{advice.partition(';')[0]}; set right"
-            lines.append(f"{count:>11,} {kind}: {advice}")
+        lines += [f"{count:>11} {kind} before, set right" for kind, count in self.set_right.items()]
+        lines.append(f"{self.right:>11} right, {wrong} wrong, {unprovable} that cannot be checked")
+        for kind, count in (self.wrong | self.unprovable).items():
+            lines.append(f"{count:>11} {kind}: {(WRONG | UNPROVABLE)[kind]}")
         if self.payloads_kept_from:
             lines.append(
                 f"payloads of the days before {self.payloads_kept_from} were deleted after "
                 "keep_days: rows of theirs that are missing cannot be noticed"
             )
-        elif self.right and not (self.not_right or self.damage):
+        elif self.is_all and self.right and not (wrong or unprovable or self.damage):
             lines.append("all rows are right")
         return "\n".join(lines)
 
@@ -3345,7 +3414,7 @@ class ProofSummary(Struct, frozen=True):
 FINDING = "{:10}  {:27}  {:36}  {:>23}  {:>23}  {:36}  {:>23}  {:>23}"
 FINDING_HEAD = (
     *("finding", "timestamp_utc", "row: raw_id", "mean", "std_dev"),
-    *("should be: raw_id", "mean", "std_dev"),
+    *("by the payloads: raw_id", "mean", "std_dev"),
 )
 
 
@@ -3513,8 +3582,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("verify", "rebuild"):
         for bound, what in (("--since", "from"), ("--until", "before")):
             added[name].add_argument(bound, type=moment, help=f"rows {what} this moment alone")
-        added[name].add_argument("--json", action="store_true", help="a JSON object on each line")
-    added["rebuild"].add_argument("--dry-run", action="store_true", help="change nothing")
+        text = "a JSON object on each line, the summary last"
+        added[name].add_argument("--json", action="store_true", help=text)
+    added["rebuild"].add_argument("--dry-run", action="store_true", help="do as verify does")
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
     )
@@ -3576,7 +3646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR
     except (BackendError, DropzoneError, PayloadStoreError) as error:
-        print(f"dropzone: {error}", file=sys.stderr)
+        sys.stderr.write(f"dropzone: {error}\n")  # at once: an audit line may come in between
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
 
 

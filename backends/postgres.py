@@ -219,6 +219,11 @@ class PostgresBackend:
         self._heard: dict[int, float] = {}  # when a connection answered last, by its number
         self._renewed = float("-inf")
 
+    @property
+    def place(self) -> str:
+        """Where the rows lie, to be shown: the host, its port and the database."""
+        return self._place
+
     def __repr__(self) -> str:
         return f"PostgresBackend({self._place!r})"
 

@@ -177,7 +177,10 @@ class Portion(Protocol):
         """Return the raw_ids of these payloads, in order of arrival."""
 
     def reader(self) -> Callable[[UUID], bytes]:
-        """Return a function that reads one of them; it raises `RawIdUnknown` for one that left."""
+        """Return a function that reads one of them.
+
+        It raises `RawIdUnknown` for one that left, and `PayloadUnreadable`.
+        """
 
 
 class Payloads(Protocol):

@@ -521,7 +521,11 @@ class FolderPortion:
         """See Portion.reader."""
 
         def read(raw_id: UUID) -> bytes:
-            _, body = self.folders.read(raw_id)
+            try:
+                _, body = self.folders.read(raw_id)
+            except OSError as error:
+                wrong = f"{error.filename} cannot be read: {error.strerror}"
+                raise PayloadUnreadable(wrong) from error
             return body
 
         return read

@@ -223,22 +223,22 @@ class Interleavings(RuleBasedStateMachine):
                 self.run(self.backend.upsert([other]))
             self.tampered = True
 
-    @precondition(lambda self: self.left)
-    @rule(most=st.none() | st.integers(0, 2))
-    def rebuild(self, most: int | None) -> None:
+    @precondition(lambda self: self.left and self.folder.store.count_processed())
+    @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans())
+    def rebuild(self, most: int | None, *, delete_orphans: bool) -> None:
         """A rebuild runs to its end, or is killed after some findings."""
         self.left -= 1
 
         async def work() -> None:
             found = 0
             proof = Proof(self.folder.store.portable(), self.backend)
-            rebuild = proof.rebuild(delete_orphans=True)  # some tamperings make rows of nothing
+            rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
                     await rebuild.aclose()
                     return
                 found += 1
-            self.tampered = False
+            self.tampered = proof.counts["orphaned"] > 0  # some tamperings make rows of nothing
 
         try:
             self.run(work())
@@ -260,7 +260,7 @@ class Interleavings(RuleBasedStateMachine):
             self.process([], [None, None], 3)
             if self.tampered:
                 self.left += 1
-                self.rebuild(None)
+                self.rebuild(None, delete_orphans=True)
             assert self.run(self.backend.find()) == computed(self.payloads)
             bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
             assert self.folder.names("raw") == []
@@ -372,7 +372,7 @@ class Chaos:
         await client.execute(statement)
         await client.close()
 
-    async def until(self, holds: Callable[[], bool]) -> None:
+    async def until(self, holds: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
             while not holds():
                 await asyncio.sleep(0.002)
@@ -397,6 +397,8 @@ async def test_everything_at_once(tmp_path: Path, postgres_url: str):
         folder = await Folder(tmp_path / "data").opened()
         chaos = Chaos(program, folder, postgres_url, seed)
         steps = [*[chaos.arrive] * 2, *[chaos.kill] * 3, chaos.refuse, chaos.retry, chaos.compact]
+        await chaos.arrive()
+        await chaos.until(folder.store.count_processed)  # a rebuild refuses to work from nothing
         ends = time.monotonic() + RUN_SECONDS
         while time.monotonic() < ends:
             await chaos.chance.choice([*steps, chaos.lose_rows])()

@@ -9,9 +9,10 @@ import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import CompletedProcess
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -38,10 +39,10 @@ from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
-from dropzone import Finding, Proof
+from dropzone import UNPROVABLE, WRONG, Finding, Proof, ProofSummary
 
 STATES = ("raw", "processed", "rejected")
-WRONG = 1  # the exit code of `verify` where a row is not right
+AMISS = 1  # the exit code of `verify` where a row is not right
 INTERRUPTED = 128 + signal.SIGINT
 DAY = 86_400_000  # milliseconds
 SECONDS = 20  # of which a `Book` has a row
@@ -206,7 +207,6 @@ async def test_nothing_to_find_in_nothing(book: Book, tmp_path: Path):
     """An empty folder and an empty table agree, and a proof leaves nothing behind."""
     empty = in_memory(await Folder(tmp_path / "empty").opened())
     assert await empty.findings() == []
-    assert await empty.rebuild() == []
     await book.findings()
     assert not (book.folder.place / "journal" / "derived").exists()
 
@@ -334,13 +334,28 @@ async def edited_time_stamp(book: Book, second: int) -> list[Finding]:
 async def edited_to_no_json(book: Book, second: int) -> list[Finding]:
     file = book.file(later(second).raw_id)
     file.write_bytes(file.read_bytes()[:-1])
-    return [Finding("differing", later(second), earlier(second))]
+    return [Finding("unreadable", later(second), earlier(second))]
 
 
 async def emptied_payloads(book: Book, second: int) -> list[Finding]:
     for row in (earlier(second), later(second)):
         book.file(row.raw_id).write_bytes(b"")
-    return [Finding("differing", later(second), None)]
+    return [Finding("unreadable", later(second), None)]
+
+
+async def payload_that_cannot_be_read(book: Book, second: int) -> list[Finding]:
+    file = book.file(later(second).raw_id)
+    file.unlink()
+    file.mkdir()
+    return [Finding("unreadable", later(second), earlier(second))]
+
+
+async def row_of_a_rejected_payload(book: Book, second: int) -> list[Finding]:
+    raw_id = arrival(300 + second)
+    (book.folder.place / "rejected" / f"{raw_id}.json").write_bytes(b"no JSON")
+    row = replace(later(second), raw_id=raw_id)
+    await book.overwrite(at(second), row)
+    return [Finding("differing", row, later(second))]
 
 
 async def deleted_payload(book: Book, second: int) -> list[Finding]:
@@ -374,6 +389,8 @@ OF_PAYLOADS = [
     edited_time_stamp,
     edited_to_no_json,
     emptied_payloads,
+    payload_that_cannot_be_read,
+    row_of_a_rejected_payload,
     deleted_payload,
     deleted_payloads,
 ]
@@ -390,8 +407,12 @@ def at_of(finding: Finding) -> datetime:
     return moment
 
 
+def of_kinds(findings: Sequence[Finding], *kinds: str) -> list[Finding]:
+    return [finding for finding in findings if finding.kind in kinds]
+
+
 def provable(findings: Sequence[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.kind != "orphaned"]
+    return of_kinds(findings, *WRONG)
 
 
 def mended(rows: Sequence[Measurement], findings: Sequence[Finding]) -> list[Measurement]:
@@ -409,11 +430,12 @@ async def prove_and_rebuild(book: Book, tamperings: Sequence[Tampering]) -> None
     assert await book.rows() == rows
     assert await book.rebuild() == expected
     assert await book.rows() == mended(rows, provable(expected))
-    orphans = [finding for finding in expected if finding.kind == "orphaned"]
-    assert await book.findings() == orphans
-    assert await book.rebuild(delete_orphans=True) == orphans
-    assert await book.rows() == mended(rows, expected)
-    assert await book.findings() == []
+    standing = of_kinds(expected, *UNPROVABLE)
+    assert await book.findings() == standing
+    assert await book.rebuild(delete_orphans=True) == standing
+    deleted = of_kinds(expected, *WRONG, "orphaned")
+    assert await book.rows() == mended(rows, deleted)
+    assert await book.findings() == of_kinds(expected, "unreadable")
 
 
 async def test_rows(book: Book):
@@ -423,7 +445,10 @@ async def test_rows(book: Book):
 
 @memory
 async def test_payloads(book: Book):
-    """A row whose payload somebody changed is found; a rebuild makes what the payloads say now."""
+    """A row whose payload somebody changed is found; a rebuild makes what the payloads say now.
+
+    Where they say nothing, since they are gone or damaged, the row stands.
+    """
     await prove_and_rebuild(book, OF_PAYLOADS)
 
 
@@ -700,15 +725,22 @@ def is_worker(process: psutil.Process) -> bool:
 # ── The command line ──────────────────────────────────────────────────────────────────────────────
 
 
-async def run(book: Book, program: Program, *arguments: object) -> CompletedProcess[str]:
+async def run(
+    book: Book, program: Program, *arguments: object, **more: object
+) -> CompletedProcess[str]:
     """Run the command line on the book's table while the loop goes on."""
-    return await asyncio.to_thread(program.run, *arguments, **book.variables)
+    return await asyncio.to_thread(program.run, *arguments, **(book.variables | more))
+
+
+def summary_of(done: CompletedProcess[str]) -> ProofSummary:
+    """Return the last line of `--json`."""
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=ProofSummary)
 
 
 def in_json(text: str) -> list[Finding]:
     """Return the findings; behind them comes a summary."""
     *lines, summary = text.splitlines()
-    assert {"folder", "backend", "right", "not_right"} <= msgspec.json.decode(summary).keys()
+    assert msgspec.json.decode(summary, type=ProofSummary)
     return [msgspec.json.decode(line, type=Finding) for line in lines]
 
 
@@ -725,13 +757,13 @@ async def test_verify_and_rebuild(book: Book, program: Program):
     expected = await tamper_with_all(book, OF_ROWS)
     rows, before = await book.rows(), files(book)
     verified = await run(book, program, "verify")
-    assert_silent(verified, WRONG)
+    assert_silent(verified, AMISS)
     dry = await run(book, program, "rebuild", "--dry-run")
-    assert_silent(dry, WRONG)
+    assert_silent(dry, AMISS)
     assert dry.stdout == verified.stdout
     assert (await book.rows(), files(book)) == (rows, before)
     rebuilt = await run(book, program, "rebuild")
-    assert_silent(rebuilt, WRONG)  # the orphans stay
+    assert_silent(rebuilt, AMISS)  # the orphans stay
     assert findings_in(rebuilt.stdout) == findings_in(verified.stdout)
     assert await book.rows() == mended(rows, provable(expected))
     rebuilt = await run(book, program, "rebuild", "--delete-orphans")
@@ -739,7 +771,8 @@ async def test_verify_and_rebuild(book: Book, program: Program):
     assert await book.rows() == mended(rows, expected)
     again = await run(book, program, "verify")
     assert_silent(again, OK)
-    assert again.stdout.splitlines()[1:] == [f"{SECONDS:>11} right", "all rows are right"]
+    numbers = f"{SECONDS:>11} right, 0 wrong, 0 that cannot be checked"
+    assert again.stdout.splitlines()[1:] == [numbers, "all rows are right"]
     assert files(book) == before
 
 
@@ -772,7 +805,7 @@ async def test_the_table_of_findings(book: Book, program: Program):
     place, *counts = verified.splitlines()[len(lines) + 1 :]
     assert str(book.folder.place) in place
     assert [line.partition(":")[0].split() for line in counts] == [
-        [str(SECONDS - 2), "right"],
+        f"{SECONDS - 2} right, 2 wrong, 1 that cannot be checked".split(),
         ["1", "missing"],
         ["1", "superseded"],
         ["1", "orphaned"],
@@ -785,7 +818,7 @@ async def test_bounds_of_the_command_line(book: Book, program: Program):
     expected = await tamper_with_all(book, [deleted_row] * 5)
     bounds = ("--since", "2019-05-01T14:00:02+02:00", "--until", "2019-05-01T12:00:04Z")
     verified = await run(book, program, "verify", "--json", *bounds)
-    assert_silent(verified, WRONG)
+    assert_silent(verified, AMISS)
     assert in_json(verified.stdout) == expected[1:3]
     rebuilt = await run(book, program, "rebuild", "--json", *bounds)
     assert_silent(rebuilt, OK)
@@ -849,7 +882,7 @@ async def test_a_damaged_pack(book: Book, program: Program, damage: str):
     """A pack that cannot be read is named, and its rows stay and cannot be checked: exit code 1."""
     book.compact()
     [_, pack] = [pack.path for pack in book.folder.store.packs()]
-    whole = pack.read_bytes()
+    whole, index = pack.read_bytes(), Path(f"{pack}.index").read_bytes()
     if damage == "cut":
         pack.write_bytes(whole[: len(whole) // 2])
     elif damage == "altered":
@@ -857,14 +890,27 @@ async def test_a_damaged_pack(book: Book, program: Program, damage: str):
         pack.write_bytes(gzip.compress(text, 6, mtime=0))
     else:
         Path(f"{pack}.index").unlink()
+    newest = made(88, 3, arrival(2 * DAY))
+    book.folder.put(newest.raw_id, payload(88, 3))
+    await book.process()
     rows = await book.rows()
+    await book.overwrite(newest.timestamp_utc, None)
     for command in ("verify", "rebuild"):
-        done = await run(book, program, command)
-        assert_silent(done, WRONG)
-        assert pack.name in done.stdout
-        assert "unreadable" in done.stdout
-        assert "all rows are right" not in done.stdout
-        assert await book.rows() == rows
+        done = await run(book, program, command, "--json")
+        assert_silent(done, AMISS)
+        found = [(finding.kind, finding.row) for finding in in_json(done.stdout)]
+        assert found == [*(("unreadable", row) for row in rows[:-1]), ("missing", None)]
+        assert any(pack.name in sentence for sentence in summary_of(done).damage)
+    assert await book.rows() == rows
+    done = await run(book, program, "verify")
+    assert_silent(done, AMISS)
+    assert pack.name in done.stdout
+    assert "all rows are right" not in done.stdout
+    pack.write_bytes(whole)
+    Path(f"{pack}.index").write_bytes(index)
+    done = await run(book, program, "verify")
+    assert_silent(done, OK)
+    assert "all rows are right" in done.stdout
 
 
 @sqlite
@@ -876,27 +922,39 @@ async def test_whose_reader_has_gone(book: Book, program: Program):
     process.stdout.close()
     process.stdout = None
     _, err = await asyncio.to_thread(process.communicate)
-    assert process.returncode not in {OK, WRONG}
+    assert process.returncode not in {OK, AMISS}
     assert b"Traceback" not in err
 
 
 # ── Absence of evidence ───────────────────────────────────────────────────────────────────────────
 
 
+def elsewhere(book: Book, raw: Path) -> dict[str, object]:
+    """Return the variables for the book's table and another data folder."""
+    file = book.folder.place / "dropzone.sqlite"
+    return {"DROPZONE_STORAGE_SQLITE_PATH": file, **book.variables, "DROPZONE_RAW_DIR": raw}
+
+
 @databases
 async def test_an_empty_folder_deletes_nothing(book: Book, program: Program, tmp_path: Path):
     """With a folder that holds nothing processed `rebuild` refuses, and `verify` finds no proof."""
     rows = await book.rows()
-    empty = tmp_path / "empty" / "raw"
-    empty.mkdir(parents=True)
-    elsewhere = {**book.variables, "DROPZONE_RAW_DIR": empty}
-    elsewhere.setdefault("DROPZONE_STORAGE_SQLITE_PATH", book.folder.place / "dropzone.sqlite")
-    for arguments in (["rebuild"], ["rebuild", "--delete-orphans"]):
-        done = await asyncio.to_thread(program.run, *arguments, **elsewhere)
+    raw = tmp_path / "empty" / "raw"
+    raw.mkdir(parents=True)
+    variables = elsewhere(book, raw)
+    arguments: list[list[str]] = [[], ["--delete-orphans"], ["--since", "2019-05-01T00:00:00Z"]]
+    for number, each in enumerate(arguments):
+        done = await asyncio.to_thread(program.run, "rebuild", *each, **variables)
         assert (done.returncode, done.stdout) == (CONFIGURATION, "")
+        assert str(raw.parent) in done.stderr
         assert "DROPZONE_RAW_DIR" in done.stderr
-    done = await asyncio.to_thread(program.run, "verify", **elsewhere)
-    assert done.returncode == WRONG
+        foreign = raw.parent / "processed" / f"2026-01-0{number + 1}"
+        foreign.mkdir()
+        (foreign / "notes.txt").write_text("no payload")
+        (foreign / f"{arrival(number)}.json").write_bytes(b"")
+    done = await asyncio.to_thread(program.run, "verify", **variables)
+    assert done.returncode == AMISS
+    assert f"0 right, 0 wrong, {SECONDS} that cannot be checked" in done.stdout
     assert f"{SECONDS} orphaned: " in done.stdout
     assert "all rows are right" not in done.stdout
     assert await book.rows() == rows
@@ -906,70 +964,142 @@ async def test_an_empty_folder_deletes_nothing(book: Book, program: Program, tmp
 @pytest.mark.parametrize("command", ["verify", "rebuild", "compact", "retry"])
 async def test_a_folder_that_is_not_there_is_not_made(book: Book, program: Program, command: str):
     """A command that looks for payloads makes no folder to find none in: exit code 78."""
+    rows = await book.rows()
     nowhere = program.home / "nowhere"
-    variables = {**book.variables, "DROPZONE_RAW_DIR": nowhere / "raw"}
-    done = await asyncio.to_thread(program.run, command, **variables)
-    assert (done.returncode, done.stdout) == (CONFIGURATION, "")
-    assert str(nowhere) in done.stderr
-    assert not nowhere.exists()
+    for _ in range(2):
+        done = await run(book, program, command, DROPZONE_RAW_DIR=nowhere / "raw")
+        assert (done.returncode, done.stdout) == (CONFIGURATION, "")
+        assert str(nowhere) in done.stderr
+        assert_explained(done.stderr)
+        assert not nowhere.exists()
+    assert await book.rows() == rows
+
+
+def test_nothing_at_all(program: Program):
+    """Where there are neither rows nor payloads nothing is called right, and nothing is made."""
+    for command in ("verify", "rebuild"):
+        assert program.run(command).returncode == CONFIGURATION
+    assert not (program.home / "data").exists()
+    program.run("ingest", "-", stdin=payload(1, 1))
+    done = program.run("verify")
+    assert_silent(done, OK)
+    assert "0 right, 0 wrong, 0 that cannot be checked" in done.stdout
+    assert "all rows are right" not in done.stdout
+    assert not (program.home / "data" / "dropzone.sqlite").exists()
+
+
+@sqlite
+async def test_a_sqlite_file_that_is_not_there(book: Book, program: Program):
+    """All of its rows are missing; `verify` does not make it, and `rebuild` does."""
+    rows = await book.rows()
+    await book.backend.close()
+    file = program.home / "data" / "dropzone.sqlite"
+    for path in file.parent.glob("dropzone.sqlite*"):
+        path.unlink()
+    for command in (["verify"], ["rebuild", "--dry-run"]):
+        done = await run(book, program, *command)
+        assert_silent(done, AMISS)
+        assert f"0 right, {SECONDS} wrong, 0 that cannot be checked" in done.stdout
+        assert f"{file} (which is not there)" in done.stdout
+        assert not file.exists()
+    done = await run(book, program, "rebuild")
+    assert_silent(done, OK)
+    assert f"{SECONDS} missing before, set right" in done.stdout
+    assert "all rows are right" in done.stdout
+    made_again = SqliteBackend(file)
+    assert await made_again.find() == rows
+    await made_again.close()
 
 
 @databases
 async def test_a_lost_pack(book: Book, program: Program):
-    """The rows of a pack that was lost stay, and are said to be impossible to check."""
+    """The rows of a pack that was lost stay, also where an earlier payload is still there."""
     book.compact()
-    [first, _] = book.folder.store.packs()
     rows = await book.rows()
-    first.remove()
-    for command, kept in (("verify", rows), ("rebuild", rows)):
-        done = await run(book, program, command)
-        assert "all rows are right" in done.stdout or done.returncode == WRONG
-        assert await book.rows() == kept
-    [_, second] = [pack.path for pack in [first, *book.folder.store.packs()]]
-    second.unlink()
-    Path(f"{second}.index").unlink()
-    done = await run(book, program, "verify")
-    assert done.returncode == WRONG
-    assert f"{SECONDS} orphaned: " in done.stdout
+    [_, lost] = [pack.path for pack in book.folder.store.packs()]
+    index = Path(f"{lost}.index")
+    copy = lost.read_bytes(), index.read_bytes()
+    lost.unlink()
+    index.unlink()
+    await book.overwrite(at(0), None)  # the first pack has an earlier payload for it
+    done = await run(book, program, "rebuild", "--json")
+    assert_silent(done, AMISS)
+    summary = summary_of(done)
+    assert (summary.right, summary.wrong, summary.set_right) == (1, {}, {"missing": 1})
+    assert summary.unprovable == {"orphaned": SECONDS - 1}
+    assert await book.rows() == [earlier(0), *rows[1:]]
+    lost.write_bytes(copy[0])
+    index.write_bytes(copy[1])
+    done = await run(book, program, "rebuild", "--json")
+    assert_silent(done, OK)
+    assert summary_of(done).set_right == {"superseded": 1}
+    assert await book.rows() == rows
 
 
-@postgres
+@databases
 async def test_two_folders_on_one_table(book: Book, program: Program, tmp_path: Path):
-    """A rebuild leaves the rows of another Dropzone alone, unless its own payloads are later."""
-    other = Folder(tmp_path / "other")
-    await other.opened()
-    second_book = Book(other, book.backend, book.overwrite, book.variables)
-    for second in range(SECONDS - 5, SECONDS + 5):  # five of them win against the first's
-        other.put(arrival(500 + second), payload(second, 3))
-    other.put(arrival(50), payload(0, 3))  # and one has lost
-    await second_book.process()
+    """Of two Dropzones that write to one table, neither deletes or replaces the other's rows."""
     rows = await book.rows()
-    assert len(rows) == SECONDS + 5
-    for folder in (book.folder, other):
-        variables = {**book.variables, "DROPZONE_RAW_DIR": folder.place / "raw"}
-        done = await asyncio.to_thread(program.run, "rebuild", **variables)
-        assert done.returncode == WRONG
-        assert "another Dropzone on the same table" in done.stdout
-        assert await book.rows() == rows
+    variables = elsewhere(book, tmp_path / "other" / "raw")
+    both_have = (1, 2)  # where the other's payloads are later
+    lines = b"\n".join(payload(second, 7) for second in (*both_have, SECONDS, SECONDS + 1))
+    await asyncio.to_thread(program.run, "ingest", "-", stdin=lines, **variables)
+    await asyncio.to_thread(program.run, "process", **variables)
+    both = await book.rows()
+    assert len(both) == len(rows) + 2
+    for folder, mine in ((book.variables, SECONDS - len(both_have)), (variables, 4)):
+        done = await asyncio.to_thread(program.run, "rebuild", "--json", **folder)
+        assert_silent(done, AMISS)
+        summary = summary_of(done)
+        assert (summary.right, summary.wrong, summary.set_right) == (mine, {}, {})
+        assert summary.unprovable == {"orphaned": len(both) - mine}
+        assert await book.rows() == both
+    done = await asyncio.to_thread(program.run, "verify", **variables)
+    assert "another Dropzone on the same table" in done.stdout
+
+
+@databases
+async def test_a_later_payload_of_ones_own(book: Book, program: Program):
+    """The last arrival wins also against rows whose payloads are not there."""
+    rows = await book.rows()
+    for number, row in enumerate(rows):
+        await book.overwrite(
+            row.timestamp_utc, replace(row, mean=99.0, raw_id=arrival(50 + number))
+        )
+    done = await run(book, program, "rebuild", "--json")
+    assert_silent(done, OK)
+    assert summary_of(done).set_right == {"superseded": SECONDS}
+    assert await book.rows() == rows
 
 
 @databases
 async def test_expired_payloads_are_told(book: Book, program: Program):
-    """Rows whose payloads have expired are not called right, and fail no proof: exit code 0."""
+    """Rows whose payloads have expired are never called right, and fail no proof: exit code 0."""
     book.compact()
-    keep = {**book.variables, "DROPZONE_RAW_KEEP_DAYS": "1"}
-    await asyncio.to_thread(program.run, "compact", **keep)
+    await run(book, program, "ingest", "-", stdin=payload(SECONDS, 3))
+    await run(book, program, "process")
+    await run(book, program, "compact", DROPZONE_RAW_KEEP_DAYS=2)
     assert book.folder.store.packs() == []
-    await book.overwrite(at(1), replace(later(1), mean=99.0))
-    await book.overwrite(at(2), None)
-    rows = await book.rows()
+    for second in range(3):
+        await book.overwrite(at(second), replace(later(second), mean=99.0))
+    for second in range(3, 6):
+        await book.overwrite(at(second), None)
+    changed = await book.rows()
+    day = f"{datetime.now(UTC) - timedelta(days=2):%Y-%m-%d}"
+    for command in ("verify", "rebuild"):
+        done = await run(book, program, command)
+        assert_silent(done, OK)
+        assert f"1 right, 0 wrong, {SECONDS - 3} that cannot be checked" in done.stdout
+        assert f"{SECONDS - 3} expired: cannot be checked" in done.stdout
+        assert f"payloads of the days before {day} were deleted" in done.stdout
+        assert "all rows are right" not in done.stdout
+    assert await book.rows() == changed
+    await book.backend.delete(changed[:-1])
     done = await run(book, program, "verify")
     assert_silent(done, OK)
-    assert f"{SECONDS - 1} expired: cannot be checked" in done.stdout
-    assert "rows of theirs that are missing cannot be noticed" in done.stdout
+    assert "1 right, 0 wrong, 0 that cannot be checked" in done.stdout
+    assert f"payloads of the days before {day} were deleted" in done.stdout
     assert "all rows are right" not in done.stdout
-    assert (await run(book, program, "rebuild")).returncode == CONFIGURATION
-    assert await book.rows() == rows
 
 
 @databases
@@ -980,21 +1110,67 @@ async def test_rows_that_are_older_than_dropzone(book: Book, program: Program):
     for row in old:
         await book.overwrite(row.timestamp_utc, row)
     done = await run(book, program, "verify")
-    assert done.returncode == WRONG
+    assert_silent(done, AMISS)
     assert "1 superseded: " in done.stdout
     assert "1 older: cannot be checked" in done.stdout
     assert (await run(book, program, "rebuild", "--delete-orphans")).returncode == OK
     assert await book.rows() == [*(later(second) for second in range(SECONDS)), old[1]]
 
 
+@postgres
+@pytest.mark.parametrize("column", ["uuid", f"uuid NOT NULL DEFAULT '{UUID(int=0)}'"])
+async def test_a_table_of_before(book: Book, program: Program, column: str):
+    """Rows of a table that had no raw_id stay, whether they have none or that of no payload."""
+    rows = await book.rows()
+    client = await asyncpg.connect(book.variables["DROPZONE_DATABASE_URL"])
+    await client.execute("ALTER TABLE measurements DROP COLUMN raw_id")
+    await client.execute(f"ALTER TABLE measurements ADD COLUMN raw_id {column}")
+    await client.execute(
+        "INSERT INTO measurements (timestamp_utc, mean, std_dev) "
+        "SELECT timestamp_utc - interval '1 year', mean, std_dev FROM measurements"
+    )
+    await client.close()
+    done = await run(book, program, "rebuild", "--delete-orphans", "--json")
+    assert_silent(done, OK)
+    summary = summary_of(done)
+    assert summary.set_right == {"superseded": SECONDS}
+    assert (summary.right, summary.unprovable) == (SECONDS, {"older": SECONDS})
+    old, new = (await book.rows())[:SECONDS], (await book.rows())[SECONDS:]
+    assert new == rows
+    assert {row.raw_id for row in old} == {UUID(int=0)}
+    done = await run(book, program, "verify")
+    assert_silent(done, OK)
+    assert f"{SECONDS} right, 0 wrong, {SECONDS} that cannot be checked" in done.stdout
+
+
+@sqlite
+async def test_a_payload_that_was_emptied(book: Book, program: Program):
+    """A payload that is there and says nothing is named, and its row stays."""
+    rows = await book.rows()
+    book.file(later(1).raw_id).write_bytes(b"")
+    book.file(earlier(2).raw_id).write_bytes(b"")  # which had lost anyway
+    for flags in ([], ["--delete-orphans"]):
+        done = await run(book, program, "rebuild", *flags)
+        assert_silent(done, AMISS)
+        for row in (later(1), earlier(2)):
+            assert f"wrong  {row.raw_id} was processed, but: " in done.stdout
+        assert "1 unreadable: cannot be checked" in done.stdout
+    assert await book.rows() == rows
+
+
 @databases
 async def test_what_was_proved_is_named(book: Book, program: Program):
     """`verify` names the folder and the backend, as text and in JSON, without the password."""
     text = (await run(book, program, "verify")).stdout
-    summary = msgspec.json.decode((await run(book, program, "verify", "--json")).stdout)
-    assert summary["folder"] == str(book.folder.place)
-    assert (summary["right"], summary["not_right"]) == (SECONDS, {})
-    assert summary["folder"] in text
-    assert summary["backend"] in text
-    url = book.variables.get("DROPZONE_DATABASE_URL", "://:nothing@")
-    assert url.partition("://")[2].partition(":")[2].partition("@")[0] not in text
+    summary = summary_of(await run(book, program, "verify", "--json"))
+    assert summary.folder == str(book.folder.place)
+    assert (summary.right, summary.wrong, summary.unprovable) == (SECONDS, {}, {})
+    assert f"the rows in {summary.backend}, by the payloads in {summary.folder}:" in text
+    url = urlsplit(book.variables.get("DROPZONE_DATABASE_URL", ""))
+    place = f"postgres {url.hostname}:{url.port}/" if url.port else "sqlite /"
+    assert summary.backend.startswith(place)
+    assert url.password is None or url.password not in text
+    assert "all rows are right" in text
+    part = await run(book, program, "verify", "--since", "2019-05-01T12:00:10Z")
+    assert f"{SECONDS - 10} right, 0 wrong, 0 that cannot be checked" in part.stdout
+    assert "all rows are right" not in part.stdout  # those before were not looked at

@@ -172,7 +172,7 @@ class ProcessorBusy(DropzoneError):
 
 
 class DataQualityError(DropzoneError):
-    """A payload that cannot become a measurement; `code` is one of the table in the README."""
+    """A payload that cannot become a measurement; `code` is one of `REJECTION_CODES`."""
 
     status = 422
 
@@ -181,6 +181,15 @@ class DataQualityError(DropzoneError):
 
     def __reduce__(self) -> tuple[type[DataQualityError], tuple[str, str]]:
         return type(self), (self.code, self.detail)
+
+
+REJECTION_CODES = (  # why a payload is rejected
+    *("payload_not_json", "payload_not_object", "payload_unreadable"),
+    *("time_stamp_missing", "time_stamp_invalid"),
+    *("time_stamp_without_offset", "time_stamp_out_of_range"),
+    *("data_missing", "data_not_array", "data_empty"),
+    *("value_not_numeric", "value_not_finite", "backend_refused"),
+)
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────
@@ -775,7 +784,6 @@ class Metrics:
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
-        gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
         route = ["method", "route"]
         self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
         self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
@@ -792,12 +800,40 @@ class Metrics:
         of = ["operation"]
         self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
+        self._begin_at_zero()
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
         self._in_flight = gauge("dropzone_in_flight_bytes", "Bodies that are not answered yet")
         self.pending = gauge("dropzone_payloads_pending", "Payloads that wait to be processed")
         self.oldest = gauge(
             "dropzone_oldest_pending_age_seconds", "Time since the oldest of them arrived"
         )
+        self.last_landed = gauge(
+            "dropzone_last_landed_timestamp_seconds", "When the last payload landed, 0 for never"
+        )
         self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
+        self.reserve = gauge("dropzone_data_reserve_bytes", "Below this payloads are refused")
+        self.backend_up = gauge("dropzone_backend_up", "1 if the backend answers, 0 if not")
+        gauge("dropzone_build_info", "What runs here", ["version"]).labels(__version__).set(1)
+        prometheus.ProcessCollector(registry=self._gauges)  # of the process that answers
+
+    def _begin_at_zero(self) -> None:
+        """Show a counter before there is something to count.
+
+        Prometheus sees no increase in one that appears with its first value.
+        """
+        for code in REJECTION_CODES:
+            self.rejected.labels(code)
+        for code in REFUSAL_CODES:
+            self.refusals.labels(code)
+        for route in ROUTES:
+            for status in route.statuses():
+                self._requests.labels(route.method, route.path, str(status))
+        for name, call in vars(Backend).items():
+            if inspect.iscoroutinefunction(call):
+                self.backend_errors.labels(name)
 
     def answered(self, request: web.Request, status: int, seconds: float) -> None:
         """Count a request."""
@@ -1875,6 +1911,11 @@ class Route:
     query: type[Struct] | None = None  # the checked query is the handler's second argument
     handler: Handler = field(init=False)
 
+    def statuses(self) -> list[int]:
+        """Return the statuses that its answers may have, in order."""
+        guarded = (401, 403, 429, 503) if self.scope else ()
+        return sorted({*self.answers, *self.problems, *guarded, *([400] if self.query else ())})
+
     def __call__(self, handler: Handler) -> Handler:
         self.handler = handler
         ROUTES.append(self)
@@ -2145,8 +2186,12 @@ async def metrics(request: web.Request) -> web.Response:
     shown.pending.set(count)
     shown.oldest.set(age_of(oldest) or 0)
     with disk_errors():
-        free, _ = await asyncio.to_thread(app[RAW].room)
+        activity = await asyncio.to_thread(app[RAW].activity)
+        free, reserve = await asyncio.to_thread(app[RAW].room)
+    shown.last_landed.set(activity.last_landed / 1000)
     shown.free.set(free)
+    shown.reserve.set(reserve)
+    shown.backend_up.set(await trouble_of(app[BACKEND]) is None)
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -2578,6 +2623,15 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     return response
 
 
+REFUSAL_CODES = (  # of problem documents
+    *("header_invalid", "query_invalid", "body_broken", "body_too_slow", "encoding_unsupported"),
+    *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
+    *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
+    *("not_found", "method_not_allowed", "expectation_failed"),
+    *("raw_id_unknown", "measurement_not_found"),
+    *("draining", "overloaded", "processor_busy", "storage_full", "storage_unavailable"),
+    *("backend_unavailable", "backend_error", "internal_error"),
+)
 ERRORS_BELOW: dict[type[Exception], tuple[str, int]] = {  # the first that fits counts
     BackendUnavailable: ("backend_unavailable", 503),
     MeasurementNotFound: ("measurement_not_found", 404),
@@ -2794,9 +2848,7 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    guarded = (401, 403, 429, 503) if route.scope else ()
-    statuses = {*route.problems, *guarded, *([400] if route.query else ())}
-    answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
+    answers = {status: route.answers.get(status, (Problem,)) for status in route.statuses()}
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
         "summary": route.handler.__doc__,

@@ -195,7 +195,7 @@ def exposed(program: Program) -> set[str]:
     text = server.request("GET", "/metrics")[2].decode()
     assert server.stop() == OK
     names = set()
-    for name, kind in re.findall(r"(?m)^# TYPE (\w+) (\w+)$", text):
+    for name, kind in re.findall(r"(?m)^# TYPE (dropzone_\w+) (\w+)$", text):
         parts = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
         names |= {name + part for part in parts}
     return names
@@ -206,7 +206,7 @@ def test_dashboard_and_alerts_ask_for_what_exists(program: Program, compose: Any
     dashboard = json.loads(content(compose, "dashboard"))
     asked = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     shown = {name for expression in asked for name in re.findall(r"dropzone_\w+", expression)}
-    groups = yaml.safe_load(content(compose, "alerts"))["groups"]
+    groups = yaml.safe_load((REPO / compose["configs"]["alerts"]["file"]).read_text())["groups"]
     rules = [rule["expr"] for group in groups for rule in group["rules"]]
     watched = {name for rule in rules for name in re.findall(r"dropzone_\w+", rule)}
     there = exposed(program)
@@ -219,7 +219,8 @@ def test_prometheus_and_grafana_find_each_other(compose: Any):
     """Prometheus scrapes Dropzone with its key, and the dashboard reads from that Prometheus."""
     [job] = yaml.safe_load(content(compose, "prometheus"))["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["dropzone:8080"]}]
-    assert "DROPZONE_API_KEY" in compose["configs"]["prometheus"]["content"]
+    [name] = re.findall(r"credentials: \"\${(\w+):-}", compose["configs"]["prometheus"]["content"])
+    assert name == "PROMETHEUS_KEY"
     [source] = yaml.safe_load(content(compose, "datasource"))["datasources"]
     dashboard = json.loads(content(compose, "dashboard"))
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}

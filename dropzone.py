@@ -2366,7 +2366,7 @@ class Tokens:
         self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
         self._judged = dict[str, tuple[float, Caller]]()  # until when: a signature takes 0.2 ms
         self._fetched = -math.inf
-        self._trouble = ""
+        self._trouble: str | None = None
         self._lock = asyncio.Lock()
 
     def outdated(self) -> Tokens:
@@ -2428,15 +2428,22 @@ class Tokens:
 
     async def fetch(self) -> None:
         """Fetch the keys of the issuer; where that fails, those known before stay."""
+        trouble = await self.trouble()
+        if trouble:
+            log.warning("%s", trouble)
+
+    async def trouble(self) -> str | None:
+        """Do the same, and return why it failed, None if it did not."""
         place = self._config.jwks
         try:
             self._keys = self._parsed(await _content(place))
             self._judged.clear()
-            self._trouble = ""
+            self._trouble = None
         except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
-            self._trouble = str(error) or f"no answer within {FETCH_PATIENCE} s"
-            log.warning("auth.jwt.jwks: %s gives no keys: %s", place, self._trouble)
+            reason = str(error) or f"no answer within {FETCH_PATIENCE} s"
+            self._trouble = f"auth.jwt.jwks: {place} gives no keys: {reason}"
         self._fetched = time.monotonic()
+        return self._trouble
 
     def _parsed(self, text: bytes) -> dict[str | None, tuple[Any, Sequence[str]]]:
         if text.lstrip().startswith(b"-----BEGIN"):
@@ -2444,7 +2451,7 @@ class Tokens:
             return {None: (serialization.load_pem_public_key(text), ALGORITHMS)}
         keys = dict[str | None, tuple[Any, Sequence[str]]]()
         for each in msgspec.json.decode(text, type=JwkSet).keys:
-            with contextlib.suppress(self._jwt.PyJWTError):  # a kind that is not known here
+            with contextlib.suppress(self._jwt.PyJWTError, TypeError):  # no kind that is known here
                 key = self._jwt.PyJWK(each)
                 if each.get("use", "sig") == "sig" and key.algorithm_name in ALGORITHMS:
                     algorithms = [key.algorithm_name] if "alg" in each else ALGORITHMS
@@ -3498,7 +3505,7 @@ async def check(config: Config, _: argparse.Namespace) -> int:
         f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
         "clock": problems["clock"],
         "file descriptors": [descriptor_trouble()],
-        "keys": [config_trouble(Guard, config)],
+        "keys": [await key_trouble(config)],
         "TLS": [config_trouble(tls_context, config.server)],
     }
     await backend.close()
@@ -3522,6 +3529,15 @@ def config_trouble(use: Callable[..., object], config: Section) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+async def key_trouble(config: Config) -> str | None:
+    """Return what is wrong with the API keys, or with those of the issuer, which are fetched."""
+    try:
+        tokens = Guard(config).tokens
+    except ConfigError as error:
+        return str(error)
+    return await tokens.trouble() if tokens else None
 
 
 async def storage_trouble(config: Config, backend: Backend) -> str | None:

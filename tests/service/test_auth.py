@@ -799,12 +799,66 @@ def test_wrong_settings(config_of: Any, jwt_config: JwtConfig, named: str):
         create_app(config_of(jwt=jwt_config))
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"keys": []}', "-----BEGIN PUBLIC KEY-----\nx"])
+BROKEN_KEYS = ["", "{}", '{"keys": []}', '{"keys": 5}', "-----BEGIN PUBLIC KEY-----\nx", "\xff"]
+
+
+@pytest.mark.parametrize("content", BROKEN_KEYS)
 async def test_broken_key_file(serve: Serve, config_of: Any, tmp_path: Path, content: str):
     """A key file without a key is named in the log, and tokens are to be tried again."""
     (tmp_path / "keys").write_text(content)
     service = await serve(config_of(jwt=trusting(tmp_path / "keys")))
     assert await service.token(token()) == (503, "issuer_unavailable")
+
+
+async def checked(folder: Path, jwks: object) -> "subprocess.CompletedProcess[str]":
+    """Run `check` with an issuer whose keys lie somewhere."""
+    text = f"[auth.jwt]\nissuer = '{ISSUER}'\naudience = '{AUDIENCE}'\njwks = '{jwks}'"
+    (folder / "config.toml").write_text(text)
+    return await asyncio.to_thread(run, folder, "check")
+
+
+async def test_check_is_content_with_an_issuer(file: Path, issuer: Issuer, jwks_file: Path):
+    """`check` fetches the keys of the issuer, once, from its address or from a file."""
+    for place in (issuer.url, jwks_file, "jwks.json"):
+        done = await checked(file.parent, place)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert "ok     keys" in done.stdout
+    assert issuer.asked == 1
+
+
+@pytest.mark.parametrize("content", [None, *BROKEN_KEYS])
+async def test_check_names_a_key_file_without_keys(file: Path, content: str | None):
+    """A key file that is missing or broken is wrong for `check`, which names it, once."""
+    path = file.parent / "keys.json"
+    if content is not None:
+        path.write_text(content)
+    done = await checked(file.parent, "keys.json")
+    assert done.returncode == 78
+    [line] = [line for line in (done.stdout + done.stderr).splitlines() if str(path) in line]
+    assert line.startswith("wrong  keys: auth.jwt.jwks: ")
+
+
+@pytest.mark.parametrize("trouble", ["away", "status", "hangs", "no keys"])
+async def test_check_names_an_issuer_in_trouble(file: Path, issuer: Issuer, trouble: str):
+    """An issuer that cannot be reached, fails or has no keys is wrong for `check`, in seconds."""
+    issuer.status = 503 if trouble == "status" else 200
+    issuer.keys = [] if trouble == "no keys" else issuer.keys
+    if trouble == "hangs":
+        issuer.answering.clear()
+    url = f"http://127.0.0.1:{unused_port()}/jwks" if trouble == "away" else issuer.url
+    done = await checked(file.parent, url)
+    assert done.returncode == 78
+    assert f"wrong  keys: auth.jwt.jwks: {url} gives no keys: " in done.stdout
+    assert "ok     TLS" in done.stdout
+
+
+async def test_an_odd_key_beside_good_ones(serve: Serve, config_of: Any, jwks_file: Path):
+    """A key of the issuer that makes no sense is left aside, the others hold."""
+    odd = [jwk(RSA, "odd") | {"kid": ["a"]}, jwk(RSA, "odd") | {"kty": []}, {"kty": "RSA"}]
+    keys = json.loads(jwks_file.read_text())["keys"]
+    jwks_file.write_text(json.dumps({"keys": odd + keys}))
+    service = await serve(config_of(jwt=trusting(jwks_file)))
+    assert await service.token(token("ec", "ES256", EC)) == (200, "")
 
 
 async def test_private_key_is_no_key_file(serve: Serve, config_of: Any, tmp_path: Path):

@@ -125,7 +125,15 @@ from backends.raw import (
     day_of,
     raw_id_of,
 )
-from backends.raw.disk import disk_errors, storage_error, write_all, writing_trouble
+from backends.raw.disk import (
+    disk_errors,
+    locked,
+    make_folder,
+    storage_error,
+    sync_file,
+    write_all,
+    writing_trouble,
+)
 from backends.raw.landing import RawStore
 
 try:
@@ -318,12 +326,13 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    A configuration that was loaded knows the file that is its `source`, all `files` that it depends
-    on, whether they exist or not, the one that keys are added to first; and how to `reload` itself.
-    One that a program has made by itself has none of these.
+    A configuration that was loaded knows the file that is its `source`, the `keys_file` that holds
+    further keys, all `files` that it depends on, whether they exist or not, and how to `reload`
+    itself. One that a program has made by itself has none of these.
     """
 
     source: ClassVar[Path | None] = None
+    keys_file: ClassVar[Path | None] = None
     files: ClassVar[Sequence[Path]] = ()
     reload: ClassVar[functools.partial[Config]]
 
@@ -397,8 +406,11 @@ def load_config(
     config = _with_all(Config(), [defaults, *given])
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    if not any(each.setting == AUTH_KEYS and isinstance(each.value, str) for each in given):
+        config.__dict__["keys_file"] = keys_file_of(config)
     config.__dict__["source"] = file
-    config.__dict__["files"] = ((file,) if file else _places("config.toml")) + _places(".env")
+    files = ((file,) if file else _places("config.toml")) + _places(".env")
+    config.__dict__["files"] = (*files, keys_file_of(config))
     config.__dict__["reload"] = functools.partial(
         load_config, file, environ=environ, overrides=overrides
     )
@@ -406,6 +418,28 @@ def load_config(
 
 
 CONFIG_FILE: Setting = ("DROPZONE_CONFIG",)
+AUTH_KEYS: Setting = ("auth", "keys")
+
+
+def keys_file_of(config: Config) -> Path:
+    """Return the file of the keys that `key new` makes.
+
+    It lies beside the payloads: the service's own user may write there, also in a container, and
+    git tracks nothing of it.
+    """
+    return config.raw.dir.parent / "keys.toml"
+
+
+def kept_keys(file: Path) -> tuple[KeyConfig, ...]:
+    """Return the keys that such a file holds, none where there is no file."""
+    if not os.path.exists(file):
+        return ()
+    given = _in_file(file)
+    for each in given:
+        if each.setting != AUTH_KEYS:
+            wrong = f"{file} holds keys alone: move {'.'.join(each.setting)} to config.toml"
+            raise ConfigError(wrong)
+    return _with_all(Config(), given).auth.keys
 
 
 def _places(name: str) -> tuple[Path, ...]:
@@ -502,7 +536,7 @@ def _with(config: Config, given: Given) -> Config:
 
     try:
         value = given.value
-        if given.setting == ("auth", "keys") and isinstance(value, str):  # a variable
+        if given.setting == AUTH_KEYS and isinstance(value, str):  # a variable
             value = msgspec.json.decode(value)
         for key in reversed(given.setting):
             value = {key: value}
@@ -2305,7 +2339,7 @@ class Guard:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.callers = callers_of(config.auth)
+        self.callers = callers_of(config)
         self.tokens = Tokens(config.auth.jwt) if config.auth.jwt != JwtConfig() else None
 
     @property
@@ -2315,6 +2349,8 @@ class Guard:
     def reload(self) -> None:
         """Read the keys again; whatever is wrong with them raises, and changes nothing."""
         config = self._config.reload()
+        if config.keys_file and self._config.keys_file:  # another raw.dir waits for the next start
+            config.__dict__["keys_file"] = self._config.keys_file
         fresh = Guard(config)
         if fresh.is_open and not self.is_open:  # an editor may just have emptied the file
             raise ConfigError("no key is left: restart if the API is meant to be open to everyone")
@@ -2331,14 +2367,15 @@ class Guard:
 GUARD = web.AppKey("GUARD", Guard)
 
 
-def callers_of(auth: AuthConfig) -> dict[bytes, Caller]:
+def callers_of(config: Config) -> dict[bytes, Caller]:
     """Return the name and scopes of each key, by its digest; raises `ConfigError`."""
     callers = dict[bytes, Caller]()
-    key = auth.api_key.reveal()
+    key = config.auth.api_key.reveal()
     if key:
         callers[hash_of(key)] = ("api_key", SCOPES)
     names = {"api_key"}
-    for each in auth.keys:
+    kept = kept_keys(config.keys_file) if config.keys_file else ()
+    for each in (*config.auth.keys, *kept):
         match = KEY_HASH.fullmatch(each.hash.reveal())
         digest = bytes.fromhex(match[1]) if match else b""
         if each.name in names:
@@ -3451,48 +3488,126 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
 
 
 async def new_key(config: Config, args: argparse.Namespace) -> int:
-    """print a new API key, this once, and add its hash to the configuration file"""
-    names = {"api_key", *(name for name, _ in callers_of(config.auth).values())}
-    if args.name in names:
-        raise ConfigError(f"the name {args.name} is taken: `key list` shows all of them")
-    key, file = f"dz_{secrets.token_hex(20)}", config.files[0]  # a scanner for secrets can find it
-    scopes = json.dumps(list(dict.fromkeys(args.scope)))
-    table = KEY_TABLE.format(args.name, hash_of(key).hex(), scopes)
+    """print a new API key, this once, and keep its hash beside the payloads"""
+    key = f"dz_{secrets.token_hex(20)}"  # a scanner for secrets can find it
+    made = KeyConfig(args.name, Secret(f"sha256:{hash_of(key).hex()}"), tuple(args.scope))
+    file, was_open = keys_file_of(config), Guard(config).is_open
     try:
-        append_key(file, table, 1 + len(config.auth.keys))
+        with changing_keys(file):
+            if args.name in {"api_key", *names_of(config)}:
+                raise ConfigError(f"the name {args.name} is taken: `key list` shows all of them")
+            if config.keys_file is None:
+                raise ValueError("DROPZONE_AUTH_KEYS goes before it")
+            write_keys(file, [*kept_keys(file), made])
     except (OSError, ValueError) as error:
-        wrong = f"{file} was left as it is ({error}): add this to the keys yourself"
         print(key)
-        print(f"dropzone: {wrong}\n{table}", file=sys.stderr)
+        wrong = f"{file} was left as it is ({error}): add this to the keys yourself"
+        print(f"dropzone: {wrong}\n{table_of(made)}", file=sys.stderr)
         return os.EX_CANTCREAT
     audit("key new", operator_name(), name=args.name)
     print(key)
     print(f"{args.name} was added to {file}, which servers read within seconds", file=sys.stderr)
+    if was_open:
+        print("it is the first: from now on every request needs a key", file=sys.stderr)
     return os.EX_OK
 
 
+async def revoke_key(config: Config, args: argparse.Namespace) -> int:
+    """take an API key back: servers refuse it within seconds"""
+    file = keys_file_of(config)
+    with disk_errors():
+        known = args.name in {each.name for each in kept_keys(file)}
+        if known:
+            take_out(config, args.name)
+            audit("key revoke", operator_name(), name=args.name)
+            print(f"{args.name} was taken out of {file}: servers refuse it within seconds")
+    if args.name in names_of(config):
+        place = place_of_key(config, args.name)
+        print(f"dropzone: {args.name} stands in {place}: remove it there", file=sys.stderr)
+        return os.EX_CANTCREAT
+    if not known:
+        raise ConfigError(f"no key is named {args.name}: `key list` shows all of them")
+    return os.EX_OK
+
+
+def take_out(config: Config, name: str) -> None:
+    """Take a key out of the file; raises `ConfigError` where that would open the API."""
+    file = keys_file_of(config)
+    with changing_keys(file):
+        others = {*names_of(config)} - {name}
+        if config.keys_file and not others and config.auth.jwt == JwtConfig():
+            wrong = f"{name} is the last key, without which the API is open to everyone"
+            raise ConfigError(f"{wrong}: make another one first")
+        write_keys(file, [each for each in kept_keys(file) if each.name != name])
+
+
+def names_of(config: Config) -> list[str]:
+    """Return the names of the keys that hold."""
+    return [name for name, _ in callers_of(config).values()]
+
+
+def place_of_key(config: Config, name: str) -> str:
+    """Say where a key stands that `key new` has not made."""
+    if name == "api_key":
+        return "DROPZONE_API_KEY, or as auth.api_key in the configuration file"
+    if config.keys_file is None:
+        return "DROPZONE_AUTH_KEYS"
+    return f"{config.source}, as a table [[auth.keys]]"
+
+
+KEYS_HEAD = "# Made by `key new` and `key revoke`; each other change is undone by their next run.\n"
 KEY_TABLE = """
 [[auth.keys]]
 name = "{}"
-hash = "sha256:{}"
+hash = "{}"
 scopes = {}
 """
 
 
-def append_key(file: Path, table: str, count: int) -> None:
-    """Append a key; raises `ValueError` where the file would then not hold that many, or breaks."""
-    before = file.read_text("utf-8") if file.exists() else ""
-    added = table if not before or before.endswith("\n") else f"\n{table}"
-    if len(tomllib.loads(before + added)["auth"]["keys"]) != count:
-        raise ValueError("DROPZONE_AUTH_KEYS goes before it")
-    with file.open("a", encoding="utf-8") as out:
-        out.write(added)
+def table_of(key: KeyConfig) -> str:
+    scopes = json.dumps(list(dict.fromkeys(key.scopes)))
+    return KEY_TABLE.format(key.name, key.hash.reveal(), scopes)
+
+
+@contextlib.contextmanager
+def changing_keys(file: Path) -> Iterator[None]:
+    """Let nobody else change the file of the keys meanwhile."""
+    make_folder(file.parent)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        os.close(folder)
+
+
+def write_keys(file: Path, keys: Iterable[KeyConfig]) -> None:
+    """Replace the file of the keys at once; only the owner of its folder, the service, reads it."""
+    beside = file.with_suffix(".part")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        write_all(descriptor, (KEYS_HEAD + "".join(map(table_of, keys))).encode())
+        folder = file.parent.stat()
+        if os.getuid() == 0:
+            os.fchown(descriptor, folder.st_uid, folder.st_gid)
+        os.fsync(descriptor)
+        os.rename(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_file(file.parent)
 
 
 async def list_keys(config: Config, _: argparse.Namespace) -> int:
     """list the API keys by name and scopes; `key new NAME --scope …` makes one"""
-    for name, scopes in callers_of(config.auth).values():
+    for name, scopes in callers_of(config).values():
         print(name, *scopes)
+    if Guard(config).is_open:
+        print("there is no key, the API is open to everyone: `key new NAME --scope …` makes one")
+    elif not callers_of(config):
+        print(f"there is no key, only tokens of {config.auth.jwt.issuer} are let in")
     return os.EX_OK
 
 
@@ -3589,10 +3704,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     actions = added["key"].add_subparsers(metavar="ACTION")
-    for name, run in (("list", list_keys), ("new", new_key)):
+    for name, run in (("list", list_keys), ("new", new_key), ("revoke", revoke_key)):
         added[name] = actions.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
-    added["new"].add_argument("name", type=key_name, metavar="NAME")
+    for name in ("new", "revoke"):
+        added[name].add_argument("name", type=key_name, metavar="NAME")
     many: dict[str, Any] = {"action": "append", "required": True, "choices": SCOPES}
     added["new"].add_argument("--scope", help="what the key opens; may be repeated", **many)
     return parser.parse_args(argv)

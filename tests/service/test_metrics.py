@@ -240,7 +240,7 @@ def name_of(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
-async def test_zeros_outlive_a_restart(program: Program):
+def test_zeros_outlive_a_restart(program: Program):
     """A code that was never seen is there after a restart, and one that was goes on."""
     for rejected in (0, 1):
         server = Server(program)

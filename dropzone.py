@@ -3633,6 +3633,48 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
 
 
+async def ask_ready(config: Config, _: argparse.Namespace) -> int:
+    """ask the server that these settings describe whether it can land payloads: a health check"""
+    server = config.server
+    host = server.host or "localhost"  # 0.0.0.0 and :: lead to this machine, too
+    try:
+        async with asyncio.timeout(READY_PATIENCE):
+            if server.tls_client_ca:
+                text, is_ready = await shake_hands(host, server.port), True
+            else:
+                text, is_ready = await readiness(host, server)
+    except (ClientError, OSError, TimeoutError) as error:  # also of TLS
+        reason = str(error) or f"no answer within {READY_PATIENCE} s"
+        print(f"dropzone: {host}, port {server.port} is not ready: {reason}", file=sys.stderr)
+        return os.EX_UNAVAILABLE
+    print(text)
+    return os.EX_OK if is_ready else os.EX_UNAVAILABLE
+
+
+READY_PATIENCE = 2 * PING_PATIENCE  # seconds: the server asks its backend, too
+
+
+async def readiness(host: str, server: ServerConfig) -> tuple[str, bool]:
+    """Return what a server says of itself; its certificate may be for another name than `host`."""
+    scheme = "https" if server.tls_cert else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}/ready"
+    async with ClientSession() as session, session.get(url, ssl=False) as response:
+        return await response.text(), response.status == 200
+
+
+async def shake_hands(host: str, port: int) -> str:
+    """Return where a server answers that lets in only clients with a certificate.
+
+    In TLS 1.3 it has spoken before it asks for that.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _, writer = await asyncio.open_connection(host, port, ssl=context)
+    writer.transport.abort()
+    return "it answers; more it tells only clients that have a certificate"
+
+
 def settings_source(config: Config) -> str:
     """Return the file that settings were read from, in words."""
     return str(config.source or "no file: what no variable sets has its default")
@@ -3684,7 +3726,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
-    runs |= {"key": list_keys}
+    runs |= {"key": list_keys, "ready": ask_ready}
     added = {}
     for name, run in runs.items():
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)

@@ -16,7 +16,7 @@ import pytest
 import test_cli
 import yaml
 from power_cut import REPO, wait_for
-from test_cli import CONFIGURATION, LINE, OK, PATIENCE, Program, Server
+from test_cli import CONFIGURATION, LINE, OK, PATIENCE, UNAVAILABLE, Program, Server
 
 import dropzone
 
@@ -77,8 +77,8 @@ def environment_of_image(app: Path) -> dict[str, str]:
 def test_what_the_image_holds_is_enough(image: Path):
     """The files of the image and its settings serve; its health check sees that, and the end."""
     _, command = only("HEALTHCHECK").split("CMD")
-    python, *arguments = json.loads(command)
-    assert python == "python"
+    assert json.loads(command) == ["python", "/app/dropzone.py", "ready"]
+    arguments = [image / "dropzone.py", "ready"]
     settings = environment_of_image(image)
     assert settings["DROPZONE_SERVER_HOST"] == "0.0.0.0"
     settings |= {"DROPZONE_SERVER_HOST": "127.0.0.1", "DROPZONE_SERVER_PORT": "0"}
@@ -97,11 +97,11 @@ def test_what_the_image_holds_is_enough(image: Path):
                     break
             checked = clean | {"DROPZONE_SERVER_PORT": port}
             check = [sys.executable, *arguments]
-            assert subprocess.run(check, env=checked, check=False).returncode == OK
+            assert subprocess.run(check, cwd=image, env=checked, check=False).returncode == OK
             served.terminate()
             assert served.wait(PATIENCE) == OK
-            gone = subprocess.run(check, env=checked, check=False, stderr=subprocess.DEVNULL)
-            assert gone.returncode == 1
+            gone = subprocess.run(check, cwd=image, env=checked, check=False, capture_output=True)
+            assert gone.returncode == UNAVAILABLE
         finally:
             served.kill()
     data = image.parent / "data"
@@ -177,6 +177,19 @@ def test_compose_is_a_valid_configuration(compose: Any):
     assert config.process.every == 10
     password = compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"]
     assert password in given["DROPZONE_DATABASE_URL"]
+
+
+def test_compose_hands_prometheus_a_key_to_read_alone(compose: Any):
+    """Neither the key for everything nor the database's password reaches Prometheus or Grafana."""
+    named = re.compile(r"\$\{(\w+)")
+    secrets = {"DROPZONE_API_KEY", "DROPZONE_AUTH_KEYS", "POSTGRES_PASSWORD"}
+    assert secrets <= set(named.findall(json.dumps(compose["services"]["dropzone"])))
+    for name in ("prometheus", "grafana"):
+        assert not secrets & set(named.findall(json.dumps(compose["services"][name])))
+    assert not secrets & set(named.findall(json.dumps(compose["configs"])))
+    top = (REPO / "compose.yaml").read_text().partition("\nservices:")[0]
+    for name in set(named.findall((REPO / "compose.yaml").read_text())):
+        assert f"#   {name} " in top
 
 
 def test_compose_opens_nothing_to_the_network(compose: Any):

@@ -267,6 +267,7 @@ class RawConfig(Section, frozen=True):
     rejected_dir: Path | None = None
     min_free_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
     keep_days: Annotated[int, Meta(ge=0)] = 0
+    compact: bool = False
 
 
 class ProcessConfig(Section, frozen=True):
@@ -1747,6 +1748,73 @@ class Proof:
         return Finding("orphaned", row, right)
 
 
+# ── Upkeep: finished days become packs ────────────────────────────────────────────────────────────
+
+UPKEEP_FIRST = 5.0  # seconds after the start
+UPKEEP_PAUSE = 3600.0  # seconds until it is looked again whether a new day has begun
+
+
+def upkeep_lock(workspace: Path) -> FileLock:
+    """Return what one run at a time holds that works on all of the processed payloads.
+
+    A second one raises `Timeout` at once.
+    """
+    return FileLock(workspace / "upkeep.lock", timeout=0)
+
+
+async def compact_daily(payloads: Payloads) -> NoReturn:
+    """Pack finished days once a day (UTC): soon after the start, then within an hour of midnight.
+
+    What goes wrong is logged, and tried again an hour later. The pauses differ, so that not all
+    begin at once.
+    """
+    done = ""
+    pause = UPKEEP_FIRST
+    while True:
+        await asyncio.sleep(pause * uniform(0.2, 1))  # noqa: S311 (no secret)
+        pause = UPKEEP_PAUSE
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        if today == done:
+            continue
+        try:
+            await compact_by_itself(payloads)
+            done = today
+        except Timeout:
+            log.info("compact waits for another run, next try within the hour")
+        except Exception as error:  # else no day would ever be packed again
+            defect = None if isinstance(error, PayloadStoreError | OSError) else error
+            log.warning("compact failed, next try within the hour: %s", error, exc_info=defect)
+
+
+async def compact_by_itself(payloads: Payloads) -> None:
+    """Pack finished days, and delete what has expired, in a process that gives way to landing.
+
+    One bad day does not stop the rest; it is raised at the end.
+    """
+    workers, bad = Workers(1), list[Exception]()
+    with upkeep_lock(payloads.workspace):
+        process = 0
+        try:
+            for day in await asyncio.to_thread(payloads.finished_days):
+                try:
+                    process = await workers.run(os.getpid)
+                    with audited("compact", "timer", day=day) as facts:
+                        facts["packed"] = await workers.run(payloads.compact, day)
+                except (OSError, StorageUnavailable) as error:
+                    bad.append(error)
+            for pack in await asyncio.to_thread(payloads.expire):
+                audit("expire", "timer", pack=pack)
+        except asyncio.CancelledError:  # a pack may take minutes, and stands a kill
+            if process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+            raise
+        finally:
+            await workers.close()
+    if bad:
+        raise bad[0]
+
+
 # ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
 
 
@@ -3018,6 +3086,8 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         every = app[CONFIG].process.every
         if every:
             tasks.append(asyncio.create_task(app[PROCESSOR].process_forever(every)))
+        if app[CONFIG].raw.compact:
+            tasks.append(asyncio.create_task(compact_daily(store.portable())))
         try:
             yield
         finally:
@@ -3238,7 +3308,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
         processor = Processor(store.portable(), backend, batch=batch, metrics=metrics)
         try:
             if args.watch:
-                await processor.process_forever(config.process.every or 1.0)
+                await watch(config, processor, store.portable())
             with tqdm(unit=" payloads", disable=None) as bar:
 
                 def show(done: int, total: int) -> None:
@@ -3252,6 +3322,14 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
             await processor.close()
     print(msgspec.json.format(msgspec.json.encode(result)).decode())
     return os.EX_OK
+
+
+async def watch(config: Config, processor: Processor, payloads: Payloads) -> None:
+    """Process until stopped, and pack finished days where that is asked for."""
+    async with asyncio.TaskGroup() as tasks:
+        if config.raw.compact:
+            tasks.create_task(compact_daily(payloads))
+        await processor.process_forever(config.process.every or 1.0)
 
 
 @contextlib.asynccontextmanager
@@ -3289,14 +3367,6 @@ async def opened(
             yield store, backend, metrics
         finally:
             await backend.close()
-
-
-def upkeep_lock(store: PayloadStore) -> FileLock:
-    """Return what one command at a time holds that works on all of the processed payloads.
-
-    A second one raises `Timeout` at once.
-    """
-    return FileLock(store.workspace / "upkeep.lock", timeout=0)
 
 
 async def until_stopped(command: Coroutine[Any, Any, int]) -> int:
@@ -3356,7 +3426,7 @@ async def prove(
                 "and none was changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
             )
         proof, shown = Proof(store.portable(), backend), 0
-        with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
+        with upkeep_lock(store.workspace), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             async for finding in way_of(proof)(args.since, args.until, bar.update):
                 shown += 1
                 facts.update((kind, proof.counts[kind]) for kind in FINDING_KINDS)
@@ -3461,7 +3531,7 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
-        with upkeep_lock(store):
+        with upkeep_lock(store.workspace):
             for day in tqdm(store.finished_days(), unit=" days", disable=None):
                 try:
                     with audited("compact", operator_name(), day=day) as facts:

@@ -110,6 +110,7 @@ SPECIAL = {
     "log.format": "json",
     "log.level": "debug",
     "log.requests": "true",
+    "raw.compact": "true",
     "storage.backend": "memory",
 }
 

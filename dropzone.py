@@ -1754,12 +1754,12 @@ UPKEEP_FIRST = 5.0  # seconds after the start
 UPKEEP_PAUSE = 3600.0  # seconds until it is looked again whether a new day has begun
 
 
-def upkeep_lock(workspace: Path) -> FileLock:
+def upkeep_lock(payloads: Payloads) -> FileLock:
     """Return what one run at a time holds that works on all of the processed payloads.
 
     A second one raises `Timeout` at once.
     """
-    return FileLock(workspace / "upkeep.lock", timeout=0)
+    return FileLock(payloads.workspace / "upkeep.lock", timeout=0)
 
 
 async def compact_daily(payloads: Payloads) -> NoReturn:
@@ -1792,7 +1792,7 @@ async def compact_by_itself(payloads: Payloads) -> None:
     One bad day does not stop the rest; it is raised at the end.
     """
     workers, bad = Workers(1), list[Exception]()
-    with upkeep_lock(payloads.workspace):
+    with upkeep_lock(payloads):
         process = 0
         try:
             for day in await asyncio.to_thread(payloads.finished_days):
@@ -3426,7 +3426,7 @@ async def prove(
                 "and none was changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
             )
         proof, shown = Proof(store.portable(), backend), 0
-        with upkeep_lock(store.workspace), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
+        with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             async for finding in way_of(proof)(args.since, args.until, bar.update):
                 shown += 1
                 facts.update((kind, proof.counts[kind]) for kind in FINDING_KINDS)
@@ -3531,7 +3531,7 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     """pack the finished days of processed payloads, delete those that are older than keep_days"""
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
-        with upkeep_lock(store.workspace):
+        with upkeep_lock(store):
             for day in tqdm(store.finished_days(), unit=" days", disable=None):
                 try:
                     with audited("compact", operator_name(), day=day) as facts:

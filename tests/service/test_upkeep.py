@@ -198,7 +198,7 @@ async def test_one_at_a_time(folder: Folder, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     processed = folder.place / "processed"
     put(processed, LONG_AGO)
-    with upkeep_lock(folder.store.workspace):
+    with upkeep_lock(folder.store):
         task = asyncio.create_task(compact_daily(folder.store.portable()))
         await until(lambda: "compact waits for another run" in caplog.text)
         assert not pack_of(processed, LONG_AGO).exists()

@@ -378,6 +378,9 @@ VARIABLES: dict[str, Setting] = {
 # Kubernetes sets these in every container beside a service that is named dropzone.
 KUBERNETES_VARIABLE = re.compile(r"DROPZONE_(PORT|PORT_\d.*|SERVICE_HOST|SERVICE_PORT(_.*)?)")
 
+# Some tools leave a variable as it stands: as a key it would be one that everybody knows.
+NOT_FILLED_IN = re.compile(r"\$\{\w+[^}]*\}")
+
 
 def load_config(
     path: str | Path | None = None,
@@ -494,6 +497,9 @@ def _leaves(table: Table, prefix: Setting = ()) -> Iterator[tuple[Setting, objec
 
 
 def _variables(variables: Mapping[str, str | None], home: Path) -> list[Given]:
+    for name, text in variables.items():
+        if name.startswith("DROPZONE_") and text and NOT_FILLED_IN.fullmatch(text):
+            raise ConfigError(f"{name} is {text}: the program that sets it has not filled it in")
     return [
         Given(name, home, VARIABLES.get(name, (name,)), text)
         for name, text in variables.items()

@@ -21,8 +21,7 @@ VOLUME /data
 EXPOSE 8080
 
 # Whether it can land payloads. A container that runs another command has no health to check.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", \
-    "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['DROPZONE_SERVER_PORT'] + '/ready')"]
+HEALTHCHECK --interval=15s --timeout=10s --start-period=60s CMD ["python", "/app/dropzone.py", "ready"]
 
 # The program itself is what signals reach: SIGTERM ends it in order, with exit code 0.
 ENTRYPOINT ["python", "/app/dropzone.py"]

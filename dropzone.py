@@ -125,7 +125,15 @@ from backends.raw import (
     day_of,
     raw_id_of,
 )
-from backends.raw.disk import disk_errors, storage_error, write_all, writing_trouble
+from backends.raw.disk import (
+    disk_errors,
+    locked,
+    make_folder,
+    storage_error,
+    sync_file,
+    write_all,
+    writing_trouble,
+)
 from backends.raw.landing import RawStore
 
 try:
@@ -172,7 +180,7 @@ class ProcessorBusy(DropzoneError):
 
 
 class DataQualityError(DropzoneError):
-    """A payload that cannot become a measurement; `code` is one of the table in the README."""
+    """A payload that cannot become a measurement; `code` is one of `REJECTION_CODES`."""
 
     status = 422
 
@@ -181,6 +189,15 @@ class DataQualityError(DropzoneError):
 
     def __reduce__(self) -> tuple[type[DataQualityError], tuple[str, str]]:
         return type(self), (self.code, self.detail)
+
+
+REJECTION_CODES = (  # why a payload is rejected
+    *("payload_not_json", "payload_not_object", "payload_unreadable"),
+    *("time_stamp_missing", "time_stamp_invalid"),
+    *("time_stamp_without_offset", "time_stamp_out_of_range"),
+    *("data_missing", "data_not_array", "data_empty"),
+    *("value_not_numeric", "value_not_finite", "backend_refused"),
+)
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────
@@ -250,6 +267,7 @@ class RawConfig(Section, frozen=True):
     rejected_dir: Path | None = None
     min_free_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
     keep_days: Annotated[int, Meta(ge=0)] = 0
+    compact: bool = False
 
 
 class ProcessConfig(Section, frozen=True):
@@ -309,12 +327,13 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    A configuration that was loaded knows the file that is its `source`, all `files` that it depends
-    on, whether they exist or not, the one that keys are added to first; and how to `reload` itself.
-    One that a program has made by itself has none of these.
+    A configuration that was loaded knows the file that is its `source`, the `keys_file` that holds
+    further keys, all `files` that it depends on, whether they exist or not, and how to `reload`
+    itself. One that a program has made by itself has none of these.
     """
 
     source: ClassVar[Path | None] = None
+    keys_file: ClassVar[Path | None] = None
     files: ClassVar[Sequence[Path]] = ()
     reload: ClassVar[functools.partial[Config]]
 
@@ -359,6 +378,9 @@ VARIABLES: dict[str, Setting] = {
 # Kubernetes sets these in every container beside a service that is named dropzone.
 KUBERNETES_VARIABLE = re.compile(r"DROPZONE_(PORT|PORT_\d.*|SERVICE_HOST|SERVICE_PORT(_.*)?)")
 
+# Some tools leave a variable as it stands: as a key it would be one that everybody knows.
+NOT_FILLED_IN = re.compile(r"\$\{\w+[^}]*\}")
+
 
 def load_config(
     path: str | Path | None = None,
@@ -388,8 +410,11 @@ def load_config(
     config = _with_all(Config(), [defaults, *given])
     if config.storage.backend == "postgres" and not config.storage.postgres.url:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    if not any(each.setting == AUTH_KEYS and isinstance(each.value, str) for each in given):
+        config.__dict__["keys_file"] = keys_file_of(config)
     config.__dict__["source"] = file
-    config.__dict__["files"] = ((file,) if file else _places("config.toml")) + _places(".env")
+    files = ((file,) if file else _places("config.toml")) + _places(".env")
+    config.__dict__["files"] = (*files, keys_file_of(config))
     config.__dict__["reload"] = functools.partial(
         load_config, file, environ=environ, overrides=overrides
     )
@@ -397,6 +422,28 @@ def load_config(
 
 
 CONFIG_FILE: Setting = ("DROPZONE_CONFIG",)
+AUTH_KEYS: Setting = ("auth", "keys")
+
+
+def keys_file_of(config: Config) -> Path:
+    """Return the file of the keys that `key new` makes.
+
+    It lies beside the payloads: the service's own user may write there, also in a container, and
+    git tracks nothing of it.
+    """
+    return config.raw.dir.parent / "keys.toml"
+
+
+def kept_keys(file: Path) -> tuple[KeyConfig, ...]:
+    """Return the keys that such a file holds, none where there is no file."""
+    if not os.path.exists(file):
+        return ()
+    given = _in_file(file)
+    for each in given:
+        if each.setting != AUTH_KEYS:
+            wrong = f"{file} holds keys alone: move {'.'.join(each.setting)} to config.toml"
+            raise ConfigError(wrong)
+    return _with_all(Config(), given).auth.keys
 
 
 def _places(name: str) -> tuple[Path, ...]:
@@ -450,6 +497,9 @@ def _leaves(table: Table, prefix: Setting = ()) -> Iterator[tuple[Setting, objec
 
 
 def _variables(variables: Mapping[str, str | None], home: Path) -> list[Given]:
+    for name, text in variables.items():
+        if name.startswith("DROPZONE_") and text and NOT_FILLED_IN.fullmatch(text):
+            raise ConfigError(f"{name} is {text}: the program that sets it has not filled it in")
     return [
         Given(name, home, VARIABLES.get(name, (name,)), text)
         for name, text in variables.items()
@@ -493,7 +543,7 @@ def _with(config: Config, given: Given) -> Config:
 
     try:
         value = given.value
-        if given.setting == ("auth", "keys") and isinstance(value, str):  # a variable
+        if given.setting == AUTH_KEYS and isinstance(value, str):  # a variable
             value = msgspec.json.decode(value)
         for key in reversed(given.setting):
             value = {key: value}
@@ -775,7 +825,6 @@ class Metrics:
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
-        gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
         route = ["method", "route"]
         self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
         self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
@@ -792,12 +841,40 @@ class Metrics:
         of = ["operation"]
         self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
+        self._begin_at_zero()
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        gauge = functools.partial(prometheus.Gauge, registry=self._gauges)
         self._in_flight = gauge("dropzone_in_flight_bytes", "Bodies that are not answered yet")
         self.pending = gauge("dropzone_payloads_pending", "Payloads that wait to be processed")
         self.oldest = gauge(
             "dropzone_oldest_pending_age_seconds", "Time since the oldest of them arrived"
         )
+        self.last_landed = gauge(
+            "dropzone_last_landed_timestamp_seconds", "When the last payload landed, 0 for never"
+        )
         self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
+        self.reserve = gauge("dropzone_data_reserve_bytes", "Below this payloads are refused")
+        self.backend_up = gauge("dropzone_backend_up", "1 if the backend answers, 0 if not")
+        gauge("dropzone_build_info", "What runs here", ["version"]).labels(__version__).set(1)
+        prometheus.ProcessCollector(registry=self._gauges)  # of the process that answers
+
+    def _begin_at_zero(self) -> None:
+        """Show a counter before there is something to count.
+
+        Prometheus sees no increase in one that appears with its first value.
+        """
+        for code in REJECTION_CODES:
+            self.rejected.labels(code)
+        for code in REFUSAL_CODES:
+            self.refusals.labels(code)
+        for route in ROUTES:
+            for status in route.statuses():
+                self._requests.labels(route.method, route.path, str(status))
+        for name, call in vars(Backend).items():
+            if inspect.iscoroutinefunction(call):
+                self.backend_errors.labels(name)
 
     def answered(self, request: web.Request, status: int, seconds: float) -> None:
         """Count a request."""
@@ -1727,6 +1804,73 @@ class Proof:
         return Finding("orphaned", row, right)
 
 
+# ── Upkeep: finished days become packs ────────────────────────────────────────────────────────────
+
+UPKEEP_FIRST = 5.0  # seconds after the start
+UPKEEP_PAUSE = 3600.0  # seconds until it is looked again whether a new day has begun
+
+
+def upkeep_lock(payloads: Payloads) -> FileLock:
+    """Return what one run at a time holds that works on all of the processed payloads.
+
+    A second one raises `Timeout` at once.
+    """
+    return FileLock(payloads.workspace / "upkeep.lock", timeout=0)
+
+
+async def compact_daily(payloads: Payloads) -> NoReturn:
+    """Pack finished days once a day (UTC): soon after the start, then within an hour of midnight.
+
+    What goes wrong is logged, and tried again an hour later. The pauses differ, so that not all
+    begin at once.
+    """
+    done = ""
+    pause = UPKEEP_FIRST
+    while True:
+        await asyncio.sleep(pause * uniform(0.2, 1))  # noqa: S311 (no secret)
+        pause = UPKEEP_PAUSE
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        if today == done:
+            continue
+        try:
+            await compact_by_itself(payloads)
+            done = today
+        except Timeout:
+            log.info("compact waits for another run, next try within the hour")
+        except Exception as error:  # else no day would ever be packed again
+            defect = None if isinstance(error, PayloadStoreError | OSError) else error
+            log.warning("compact failed, next try within the hour: %s", error, exc_info=defect)
+
+
+async def compact_by_itself(payloads: Payloads) -> None:
+    """Pack finished days, and delete what has expired, in a process that gives way to landing.
+
+    One bad day does not stop the rest; it is raised at the end.
+    """
+    workers, bad = Workers(1), list[Exception]()
+    with upkeep_lock(payloads):
+        process = 0
+        try:
+            for day in await asyncio.to_thread(payloads.finished_days):
+                try:
+                    process = await workers.run(os.getpid)
+                    with audited("compact", "timer", day=day) as facts:
+                        facts["packed"] = await workers.run(payloads.compact, day)
+                except (OSError, StorageUnavailable) as error:
+                    bad.append(error)
+            for pack in await asyncio.to_thread(payloads.expire):
+                audit("expire", "timer", pack=pack)
+        except asyncio.CancelledError:  # a pack may take minutes, and stands a kill
+            if process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+            raise
+        finally:
+            await workers.close()
+    if bad:
+        raise bad[0]
+
+
 # ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
 
 
@@ -1924,6 +2068,11 @@ class Route:
     problems: tuple[int, ...] = ()  # besides those of every route with a scope or a query
     query: type[Struct] | None = None  # the checked query is the handler's second argument
     handler: Handler = field(init=False)
+
+    def statuses(self) -> list[int]:
+        """Return the statuses that its answers may have, in order."""
+        guarded = (401, 403, 429, 503) if self.scope else ()
+        return sorted({*self.answers, *self.problems, *guarded, *([400] if self.query else ())})
 
     def __call__(self, handler: Handler) -> Handler:
         self.handler = handler
@@ -2195,8 +2344,12 @@ async def metrics(request: web.Request) -> web.Response:
     shown.pending.set(count)
     shown.oldest.set(age_of(oldest) or 0)
     with disk_errors():
-        free, _ = await asyncio.to_thread(app[RAW].room)
+        activity = await asyncio.to_thread(app[RAW].activity)
+        free, reserve = await asyncio.to_thread(app[RAW].room)
+    shown.last_landed.set(activity.last_landed / 1000)
     shown.free.set(free)
+    shown.reserve.set(reserve)
+    shown.backend_up.set(await trouble_of(app[BACKEND]) is None)
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await asyncio.to_thread(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -2310,7 +2463,7 @@ class Guard:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.callers = callers_of(config.auth)
+        self.callers = callers_of(config)
         self.tokens = Tokens(config.auth.jwt) if config.auth.jwt != JwtConfig() else None
 
     @property
@@ -2320,6 +2473,8 @@ class Guard:
     def reload(self) -> None:
         """Read the keys again; whatever is wrong with them raises, and changes nothing."""
         config = self._config.reload()
+        if config.keys_file and self._config.keys_file:  # another raw.dir waits for the next start
+            config.__dict__["keys_file"] = self._config.keys_file
         fresh = Guard(config)
         if fresh.is_open and not self.is_open:  # an editor may just have emptied the file
             raise ConfigError("no key is left: restart if the API is meant to be open to everyone")
@@ -2336,14 +2491,15 @@ class Guard:
 GUARD = web.AppKey("GUARD", Guard)
 
 
-def callers_of(auth: AuthConfig) -> dict[bytes, Caller]:
+def callers_of(config: Config) -> dict[bytes, Caller]:
     """Return the name and scopes of each key, by its digest; raises `ConfigError`."""
     callers = dict[bytes, Caller]()
-    key = auth.api_key.reveal()
+    key = config.auth.api_key.reveal()
     if key:
         callers[hash_of(key)] = ("api_key", SCOPES)
     names = {"api_key"}
-    for each in auth.keys:
+    kept = kept_keys(config.keys_file) if config.keys_file else ()
+    for each in (*config.auth.keys, *kept):
         match = KEY_HASH.fullmatch(each.hash.reveal())
         digest = bytes.fromhex(match[1]) if match else b""
         if each.name in names:
@@ -2371,7 +2527,7 @@ class Tokens:
         self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
         self._judged = dict[str, tuple[float, Caller]]()  # until when: a signature takes 0.2 ms
         self._fetched = -math.inf
-        self._trouble = ""
+        self._trouble: str | None = None
         self._lock = asyncio.Lock()
 
     def outdated(self) -> Tokens:
@@ -2433,15 +2589,22 @@ class Tokens:
 
     async def fetch(self) -> None:
         """Fetch the keys of the issuer; where that fails, those known before stay."""
+        trouble = await self.trouble()
+        if trouble:
+            log.warning("%s", trouble)
+
+    async def trouble(self) -> str | None:
+        """Do the same, and return why it failed, None if it did not."""
         place = self._config.jwks
         try:
             self._keys = self._parsed(await _content(place))
             self._judged.clear()
-            self._trouble = ""
+            self._trouble = None
         except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
-            self._trouble = str(error) or f"no answer within {FETCH_PATIENCE} s"
-            log.warning("auth.jwt.jwks: %s gives no keys: %s", place, self._trouble)
+            reason = str(error) or f"no answer within {FETCH_PATIENCE} s"
+            self._trouble = f"auth.jwt.jwks: {place} gives no keys: {reason}"
         self._fetched = time.monotonic()
+        return self._trouble
 
     def _parsed(self, text: bytes) -> dict[str | None, tuple[Any, Sequence[str]]]:
         if text.lstrip().startswith(b"-----BEGIN"):
@@ -2449,7 +2612,7 @@ class Tokens:
             return {None: (serialization.load_pem_public_key(text), ALGORITHMS)}
         keys = dict[str | None, tuple[Any, Sequence[str]]]()
         for each in msgspec.json.decode(text, type=JwkSet).keys:
-            with contextlib.suppress(self._jwt.PyJWTError):  # a kind that is not known here
+            with contextlib.suppress(self._jwt.PyJWTError, TypeError):  # no kind that is known here
                 key = self._jwt.PyJWK(each)
                 if each.get("use", "sig") == "sig" and key.algorithm_name in ALGORITHMS:
                     algorithms = [key.algorithm_name] if "alg" in each else ALGORITHMS
@@ -2628,6 +2791,15 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     return response
 
 
+REFUSAL_CODES = (  # of problem documents
+    *("header_invalid", "query_invalid", "body_broken", "body_too_slow", "encoding_unsupported"),
+    *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
+    *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
+    *("not_found", "method_not_allowed", "expectation_failed"),
+    *("raw_id_unknown", "measurement_not_found"),
+    *("draining", "overloaded", "processor_busy", "storage_full", "storage_unavailable"),
+    *("backend_unavailable", "backend_error", "internal_error"),
+)
 ERRORS_BELOW: dict[type[Exception], tuple[str, int]] = {  # the first that fits counts
     BackendUnavailable: ("backend_unavailable", 503),
     MeasurementNotFound: ("measurement_not_found", 404),
@@ -2844,9 +3016,7 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    guarded = (401, 403, 429, 503) if route.scope else ()
-    statuses = {*route.problems, *guarded, *([400] if route.query else ())}
-    answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
+    answers = {status: route.answers.get(status, (Problem,)) for status in route.statuses()}
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
         "summary": route.handler.__doc__,
@@ -2972,6 +3142,8 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         every = app[CONFIG].process.every
         if every:
             tasks.append(asyncio.create_task(app[PROCESSOR].process_forever(every)))
+        if app[CONFIG].raw.compact:
+            tasks.append(asyncio.create_task(compact_daily(store.portable())))
         try:
             yield
         finally:
@@ -3192,7 +3364,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
         processor = Processor(store.portable(), backend, batch=batch, metrics=metrics)
         try:
             if args.watch:
-                await processor.process_forever(config.process.every or 1.0)
+                await watch(config, processor, store.portable())
             with tqdm(unit=" payloads", disable=None) as bar:
 
                 def show(done: int, total: int) -> None:
@@ -3206,6 +3378,14 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
             await processor.close()
     print(msgspec.json.format(msgspec.json.encode(result)).decode())
     return os.EX_OK
+
+
+async def watch(config: Config, processor: Processor, payloads: Payloads) -> None:
+    """Process until stopped, and pack finished days where that is asked for."""
+    async with asyncio.TaskGroup() as tasks:
+        if config.raw.compact:
+            tasks.create_task(compact_daily(payloads))
+        await processor.process_forever(config.process.every or 1.0)
 
 
 @contextlib.asynccontextmanager
@@ -3243,14 +3423,6 @@ async def opened(
             yield store, backend, metrics
         finally:
             await backend.close()
-
-
-def upkeep_lock(store: PayloadStore) -> FileLock:
-    """Return what one command at a time holds that works on all of the processed payloads.
-
-    A second one raises `Timeout` at once.
-    """
-    return FileLock(store.workspace / "upkeep.lock", timeout=0)
 
 
 async def until_stopped(command: Coroutine[Any, Any, int]) -> int:
@@ -3461,48 +3633,126 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
 
 
 async def new_key(config: Config, args: argparse.Namespace) -> int:
-    """print a new API key, this once, and add its hash to the configuration file"""
-    names = {"api_key", *(name for name, _ in callers_of(config.auth).values())}
-    if args.name in names:
-        raise ConfigError(f"the name {args.name} is taken: `key list` shows all of them")
-    key, file = f"dz_{secrets.token_hex(20)}", config.files[0]  # a scanner for secrets can find it
-    scopes = json.dumps(list(dict.fromkeys(args.scope)))
-    table = KEY_TABLE.format(args.name, hash_of(key).hex(), scopes)
+    """print a new API key, this once, and keep its hash beside the payloads"""
+    key = f"dz_{secrets.token_hex(20)}"  # a scanner for secrets can find it
+    made = KeyConfig(args.name, Secret(f"sha256:{hash_of(key).hex()}"), tuple(args.scope))
+    file, was_open = keys_file_of(config), Guard(config).is_open
     try:
-        append_key(file, table, 1 + len(config.auth.keys))
+        with changing_keys(file):
+            if args.name in {"api_key", *names_of(config)}:
+                raise ConfigError(f"the name {args.name} is taken: `key list` shows all of them")
+            if config.keys_file is None:
+                raise ValueError("DROPZONE_AUTH_KEYS goes before it")
+            write_keys(file, [*kept_keys(file), made])
     except (OSError, ValueError) as error:
-        wrong = f"{file} was left as it is ({error}): add this to the keys yourself"
         print(key)
-        print(f"dropzone: {wrong}\n{table}", file=sys.stderr)
+        wrong = f"{file} was left as it is ({error}): add this to the keys yourself"
+        print(f"dropzone: {wrong}\n{table_of(made)}", file=sys.stderr)
         return os.EX_CANTCREAT
     audit("key new", operator_name(), name=args.name)
     print(key)
     print(f"{args.name} was added to {file}, which servers read within seconds", file=sys.stderr)
+    if was_open:
+        print("it is the first: from now on every request needs a key", file=sys.stderr)
     return os.EX_OK
 
 
+async def revoke_key(config: Config, args: argparse.Namespace) -> int:
+    """take an API key back: servers refuse it within seconds"""
+    file = keys_file_of(config)
+    with disk_errors():
+        known = args.name in {each.name for each in kept_keys(file)}
+        if known:
+            take_out(config, args.name)
+            audit("key revoke", operator_name(), name=args.name)
+            print(f"{args.name} was taken out of {file}: servers refuse it within seconds")
+    if args.name in names_of(config):
+        place = place_of_key(config, args.name)
+        print(f"dropzone: {args.name} stands in {place}: remove it there", file=sys.stderr)
+        return os.EX_CANTCREAT
+    if not known:
+        raise ConfigError(f"no key is named {args.name}: `key list` shows all of them")
+    return os.EX_OK
+
+
+def take_out(config: Config, name: str) -> None:
+    """Take a key out of the file; raises `ConfigError` where that would open the API."""
+    file = keys_file_of(config)
+    with changing_keys(file):
+        others = {*names_of(config)} - {name}
+        if config.keys_file and not others and config.auth.jwt == JwtConfig():
+            wrong = f"{name} is the last key, without which the API is open to everyone"
+            raise ConfigError(f"{wrong}: make another one first")
+        write_keys(file, [each for each in kept_keys(file) if each.name != name])
+
+
+def names_of(config: Config) -> list[str]:
+    """Return the names of the keys that hold."""
+    return [name for name, _ in callers_of(config).values()]
+
+
+def place_of_key(config: Config, name: str) -> str:
+    """Say where a key stands that `key new` has not made."""
+    if name == "api_key":
+        return "DROPZONE_API_KEY, or as auth.api_key in the configuration file"
+    if config.keys_file is None:
+        return "DROPZONE_AUTH_KEYS"
+    return f"{config.source}, as a table [[auth.keys]]"
+
+
+KEYS_HEAD = "# Made by `key new` and `key revoke`; each other change is undone by their next run.\n"
 KEY_TABLE = """
 [[auth.keys]]
 name = "{}"
-hash = "sha256:{}"
+hash = "{}"
 scopes = {}
 """
 
 
-def append_key(file: Path, table: str, count: int) -> None:
-    """Append a key; raises `ValueError` where the file would then not hold that many, or breaks."""
-    before = file.read_text("utf-8") if file.exists() else ""
-    added = table if not before or before.endswith("\n") else f"\n{table}"
-    if len(tomllib.loads(before + added)["auth"]["keys"]) != count:
-        raise ValueError("DROPZONE_AUTH_KEYS goes before it")
-    with file.open("a", encoding="utf-8") as out:
-        out.write(added)
+def table_of(key: KeyConfig) -> str:
+    scopes = json.dumps(list(dict.fromkeys(key.scopes)))
+    return KEY_TABLE.format(key.name, key.hash.reveal(), scopes)
+
+
+@contextlib.contextmanager
+def changing_keys(file: Path) -> Iterator[None]:
+    """Let nobody else change the file of the keys meanwhile."""
+    make_folder(file.parent)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        os.close(folder)
+
+
+def write_keys(file: Path, keys: Iterable[KeyConfig]) -> None:
+    """Replace the file of the keys at once; only the owner of its folder, the service, reads it."""
+    beside = file.with_suffix(".part")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        write_all(descriptor, (KEYS_HEAD + "".join(map(table_of, keys))).encode())
+        folder = file.parent.stat()
+        if os.getuid() == 0:
+            os.fchown(descriptor, folder.st_uid, folder.st_gid)
+        os.fsync(descriptor)
+        os.rename(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_file(file.parent)
 
 
 async def list_keys(config: Config, _: argparse.Namespace) -> int:
     """list the API keys by name and scopes; `key new NAME --scope …` makes one"""
-    for name, scopes in callers_of(config.auth).values():
+    for name, scopes in callers_of(config).values():
         print(name, *scopes)
+    if Guard(config).is_open:
+        print("there is no key, the API is open to everyone: `key new NAME --scope …` makes one")
+    elif not callers_of(config):
+        print(f"there is no key, only tokens of {config.auth.jwt.issuer} are let in")
     return os.EX_OK
 
 
@@ -3515,7 +3765,7 @@ async def check(config: Config, _: argparse.Namespace) -> int:
         f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
         "clock": problems["clock"],
         "file descriptors": [descriptor_trouble()],
-        "keys": [config_trouble(Guard, config)],
+        "keys": [await key_trouble(config)],
         "TLS": [config_trouble(tls_context, config.server)],
     }
     await backend.close()
@@ -3526,6 +3776,48 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
+
+
+async def ask_ready(config: Config, _: argparse.Namespace) -> int:
+    """ask the server that these settings describe whether it can land payloads: a health check"""
+    server = config.server
+    host = server.host or "localhost"  # 0.0.0.0 and :: lead to this machine, too
+    try:
+        async with asyncio.timeout(READY_PATIENCE):
+            if server.tls_client_ca:
+                text, is_ready = await shake_hands(host, server.port), True
+            else:
+                text, is_ready = await readiness(host, server)
+    except (ClientError, OSError, TimeoutError) as error:  # also of TLS
+        reason = str(error) or f"no answer within {READY_PATIENCE} s"
+        print(f"dropzone: {host}, port {server.port} is not ready: {reason}", file=sys.stderr)
+        return os.EX_UNAVAILABLE
+    print(text)
+    return os.EX_OK if is_ready else os.EX_UNAVAILABLE
+
+
+READY_PATIENCE = 2 * PING_PATIENCE  # seconds: the server asks its backend, too
+
+
+async def readiness(host: str, server: ServerConfig) -> tuple[str, bool]:
+    """Return what a server says of itself; its certificate may be for another name than `host`."""
+    scheme = "https" if server.tls_cert else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}/ready"
+    async with ClientSession() as session, session.get(url, ssl=False) as response:
+        return await response.text(), response.status == 200
+
+
+async def shake_hands(host: str, port: int) -> str:
+    """Return where a server answers that lets in only clients with a certificate.
+
+    In TLS 1.3 it has spoken before it asks for that.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _, writer = await asyncio.open_connection(host, port, ssl=context)
+    writer.transport.abort()
+    return "it answers; more it tells only clients that have a certificate"
 
 
 def settings_source(config: Config) -> str:
@@ -3539,6 +3831,15 @@ def config_trouble(use: Callable[..., object], config: Section) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+async def key_trouble(config: Config) -> str | None:
+    """Return what is wrong with the API keys, or with those of the issuer, which are fetched."""
+    try:
+        tokens = Guard(config).tokens
+    except ConfigError as error:
+        return str(error)
+    return await tokens.trouble() if tokens else None
 
 
 async def storage_trouble(config: Config, backend: Backend) -> str | None:
@@ -3570,7 +3871,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
-    runs |= {"key": list_keys}
+    runs |= {"key": list_keys, "ready": ask_ready}
     added = {}
     for name, run in runs.items():
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
@@ -3591,10 +3892,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     actions = added["key"].add_subparsers(metavar="ACTION")
-    for name, run in (("list", list_keys), ("new", new_key)):
+    for name, run in (("list", list_keys), ("new", new_key), ("revoke", revoke_key)):
         added[name] = actions.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
-    added["new"].add_argument("name", type=key_name, metavar="NAME")
+    for name in ("new", "revoke"):
+        added[name].add_argument("name", type=key_name, metavar="NAME")
     many: dict[str, Any] = {"action": "append", "required": True, "choices": SCOPES}
     added["new"].add_argument("--scope", help="what the key opens; may be repeated", **many)
     return parser.parse_args(argv)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import machine
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
@@ -268,31 +270,123 @@ def run(folder: Path, *arguments: str, **options: Any) -> "subprocess.CompletedP
     )
 
 
+def kept(file: Path) -> Path:
+    """Return the file that `key new` adds to, beside the payloads."""
+    return file.parent / "data" / "keys.toml"
+
+
 async def test_key_new(file: Path, serve: Serve):
-    """`key new` prints a key once, which works with its scopes; the file holds its hash alone."""
-    file.write_text("[log]\nlevel = 'info'")  # and no line end
+    """`key new` prints a key once, which works with its scopes; a file holds its hash alone."""
+    file.write_text("[log]\nlevel = 'info'")
     done = run(file.parent, "key", "new", "gateway-7", "--scope", "read", "--scope", "process")
     assert done.returncode == 0, done.stderr
     key = done.stdout.strip()
     assert key.startswith("dz_")
     assert len(key) >= 3 + 128 // 4
-    assert str(file) in done.stderr
-    assert key not in done.stderr + file.read_text()
+    assert str(kept(file)) in done.stderr
+    assert "from now on every request needs a key" in done.stderr
+    assert key not in done.stderr + kept(file).read_text()
     service = await serve(load_config(environ={}))
     assert (await service(x_api_key=key))[0] == 200
     assert (await service("/ingest", "POST", x_api_key=key))[0] == 403
     assert run(file.parent, "key", "list").stdout == "gateway-7 read process\n"
 
 
-def test_key_new_in_another_file(file: Path):
-    """The key is added to the file that is read, which may be another than config.toml."""
+def test_key_new_leaves_the_settings_alone(file: Path):
+    """Keys lie beside the payloads, for their owner's eyes alone, not in what git may track."""
+    text = table("older", "x", "read")
+    file.write_text(text)
+    for name in ("one", "two"):
+        done = run(file.parent, "key", "new", name, "--scope", "ingest")
+        assert "needs a key" not in done.stderr
+    assert file.read_text() == text
+    assert {path.name for path in kept(file).parent.iterdir()} == {"keys.toml"}
+    assert kept(file).stat().st_mode & 0o777 == 0o600
+    listed = run(file.parent, "key", "list").stdout
+    assert listed == "older read\none ingest\ntwo ingest\n"
+
+
+def test_git_does_not_notice_a_new_key(tmp_path: Path):
+    """A new key leaves nothing that git would track or show."""
+    for name in (".gitignore", "config.toml", "dropzone.py", "backends"):
+        copy = shutil.copytree if (DROPZONE.parent / name).is_dir() else shutil.copy
+        copy(DROPZONE.parent / name, tmp_path / name)
+    git = [machine.program("git", package="git"), "-C", tmp_path]
+    for command in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run([*git, *command], check=True)
+    clean = {n: text for n, text in os.environ.items() if not n.startswith("DROPZONE_")}
+    new_key = [sys.executable, tmp_path / "dropzone.py", "key", "new", "one", "--scope", "read"]
+    subprocess.run(new_key, cwd=tmp_path, env=clean, check=True, timeout=PATIENCE)
+    assert (tmp_path / "data" / "keys.toml").exists()
+    for command in (["diff", "--name-only"], ["ls-files", "--others", "--exclude-standard"]):
+        assert not subprocess.run([*git, *command], check=True, capture_output=True).stdout
+
+
+def test_key_new_with_another_configuration(file: Path):
+    """The key belongs to the data folder, whatever the configuration file is called."""
     other = file.with_name("other.toml")
-    for text in (file, other):
-        text.touch()
+    other.write_text("[raw]\ndir = 'elsewhere/raw'")
     done = run(file.parent, "--config", "other.toml", "key", "new", "a", "--scope", "read")
     assert done.returncode == 0
-    assert 'name = "a"' in other.read_text()
-    assert not file.read_text()
+    assert 'name = "a"' in (file.parent / "elsewhere" / "keys.toml").read_text()
+    assert run(file.parent, "--config", "other.toml", "key", "list").stdout == "a read\n"
+    assert "a read" not in run(file.parent, "key", "list").stdout
+
+
+@pytest.mark.linux
+def test_key_new_by_root_is_the_service_s(file: Path):
+    """A key that root makes can be read by the owner of the folder, the service."""
+    file.touch()
+    if os.getuid() != 0:
+        done = run(file.parent, "key", "new", "one", "--scope", "read")  # nobody else to give it to
+        assert done.returncode == 0
+        assert kept(file).stat().st_uid == os.getuid()
+        return
+    kept(file).parent.mkdir()
+    os.chown(kept(file).parent, 10001, 10002)
+    for name in ("one", "two"):
+        assert run(file.parent, "key", "new", name, "--scope", "read").returncode == 0
+    assert (kept(file).stat().st_uid, kept(file).stat().st_gid) == (10001, 10002)
+
+
+def test_keys_made_at_once(file: Path):
+    """Of keys that are made at the same time none is lost."""
+    file.touch()
+    names = [f"key-{number}" for number in range(6)]
+    making = [
+        subprocess.Popen(
+            [sys.executable, DROPZONE, "key", "new", name, "--scope", "read"],
+            cwd=file.parent,
+            env={n: text for n, text in os.environ.items() if not n.startswith("DROPZONE_")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for name in names
+    ]
+    assert [process.wait(PATIENCE) for process in making] == [0] * len(names)
+    listed = run(file.parent, "key", "list").stdout.splitlines()
+    assert sorted(listed) == [f"{name} read" for name in names]
+
+
+@pytest.mark.parametrize("text", ["[log]\nlevel = 'info'", "[[auth.keys]]\nname = 5", "x ="])
+def test_file_of_keys_that_is_broken(file: Path, text: str):
+    """A file of keys that holds anything else is refused by name, and so opens no API."""
+    file.touch()
+    kept(file).parent.mkdir()
+    kept(file).write_text(text)
+    for command in (("key", "list"), ("check",), ("--port", "0")):
+        done = run(file.parent, *command)
+        assert done.returncode == 78
+        assert str(kept(file)) in done.stdout + done.stderr
+
+
+def test_no_key_to_list(file: Path):
+    """Where there is no key, `key list` says so, and what it means."""
+    file.touch()
+    assert "open to everyone" in run(file.parent, "key", "list").stdout
+    jwt_section = f"[auth.jwt]\nissuer = '{ISSUER}'\naudience = 'x'\njwks = '/nowhere'"
+    file.write_text(jwt_section)
+    assert ISSUER in run(file.parent, "key", "list").stdout
 
 
 @pytest.mark.parametrize("name", ["one", "api_key"])
@@ -321,26 +415,83 @@ def no_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        ("", {"preexec_fn": no_writes}),
-        ("auth = {keys = []}", {}),
-        ("[auth]\nkeys = []", {}),
-        ("", {"variables": {"DROPZONE_AUTH_KEYS": json.dumps([])}}),
-    ],
-    ids=["full", "inline table", "inline list", "variable"],
+    "options",
+    [{"preexec_fn": no_writes}, {"variables": {"DROPZONE_AUTH_KEYS": json.dumps([])}}],
+    ids=["full", "variable"],
 )
-def test_key_new_that_cannot_be_added(file: Path, text: str, options: dict[str, Any]):
+def test_key_new_that_cannot_be_added(file: Path, options: dict[str, Any]):
     """Where the file cannot take a key, its table is printed to be pasted; the exit code is 73."""
-    file.write_text(text)
-    if "variables" in options:
-        file.write_text(table("hidden", "x", "read"))
-    before = file.read_text()
+    file.touch()
+    kept(file).parent.mkdir()
+    kept(file).write_text(table("hidden", "x", "read"))
+    before = kept(file).read_text()
     done = run(file.parent, "key", "new", "a", "--scope", "read", **options)
     digest = hashlib.sha256(done.stdout.strip().encode()).hexdigest()
     assert done.returncode == 73, done.stderr
     assert f'hash = "sha256:{digest}"' in done.stderr
-    assert str(file) in done.stderr
+    assert str(kept(file)) in done.stderr
+    assert kept(file).read_text() == before
+    assert {path.name for path in kept(file).parent.iterdir()} == {"keys.toml"}
+
+
+# ── Taking keys back ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_key_revoke(file: Path, serve: Serve):
+    """A key that is revoked is refused within seconds and for good; the others go on."""
+    file.touch()
+    keys = [
+        run(file.parent, "key", "new", name, "--scope", "read").stdout.strip() for name in "abc"
+    ]
+    service = await serve(load_config(environ={}))
+    assert (await service(x_api_key=keys[1]))[0] == 200
+    done = run(file.parent, "key", "revoke", "b")
+    assert done.returncode == 0, done.stderr
+    assert "b was taken out of" in done.stdout
+    assert 'action="key revoke"' in done.stderr
+    await service.until(401, x_api_key=keys[1])
+    for key in (keys[0], keys[2]):
+        assert (await service(x_api_key=key))[0] == 200
+    assert run(file.parent, "key", "list").stdout == "a read\nc read\n"
+    assert run(file.parent, "key", "revoke", "b").returncode == 78
+
+
+def test_key_revoke_of_the_last_key(file: Path):
+    """The last key is not taken back, since without one the API would be open to everyone."""
+    file.touch()
+    run(file.parent, "key", "new", "one", "--scope", "read")
+    done = run(file.parent, "key", "revoke", "one")
+    assert (done.returncode, "last key" in done.stderr) == (78, True)
+    assert run(file.parent, "key", "list").stdout == "one read\n"
+    run(file.parent, "key", "new", "two", "--scope", "read")
+    assert run(file.parent, "key", "revoke", "one").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "place"),
+    [
+        ("in-file", {}, "config.toml"),
+        ("api_key", {"DROPZONE_API_KEY": "sesam"}, "DROPZONE_API_KEY"),
+        (
+            "by-variable",
+            {
+                "DROPZONE_AUTH_KEYS": json.dumps(
+                    [{"name": "by-variable", "hash": "sha256:" + "0" * 64, "scopes": ["read"]}]
+                )
+            },
+            "DROPZONE_AUTH_KEYS",
+        ),
+    ],
+)
+def test_key_revoke_of_a_key_that_a_person_keeps(
+    file: Path, name: str, variables: dict[str, str], place: str
+):
+    """Of a key that stands elsewhere `key revoke` says where to remove it, and changes nothing."""
+    file.write_text(table("in-file", "one", "read"))
+    before = file.read_text()
+    done = run(file.parent, "key", "revoke", name, variables=variables)
+    assert (done.returncode, done.stdout) == (73, "")
+    assert place in done.stderr
     assert file.read_text() == before
 
 
@@ -359,6 +510,26 @@ async def test_rotation(serve: Serve, file: Path, caplog: Any):
     await service.until(401, x_api_key="one")
     assert (await service(x_api_key="two"))[0] == 200
     assert "two" not in caplog.text
+
+
+async def test_a_new_key_counts_at_once(serve: Serve, file: Path):
+    """A key that `key new` has made counts without a restart, also the first of all."""
+    file.touch()
+    service = await serve(load_config(environ={}))
+    assert (await service())[0] == 200
+    done = await asyncio.to_thread(run, file.parent, "key", "new", "one", "--scope", "read")
+    await service.until(401)
+    assert (await service(x_api_key=done.stdout.strip()))[0] == 200
+
+
+async def test_another_data_folder_in_the_settings_takes_no_key_away(serve: Serve, file: Path):
+    """Where raw.dir is changed for the next start, the keys of the folder in use go on to hold."""
+    file.touch()
+    key = run(file.parent, "key", "new", "one", "--scope", "read").stdout.strip()
+    service = await serve(load_config(environ={}))
+    replace(file, "[raw]\ndir = 'elsewhere/raw'\n" + table("two", "two", "read"))
+    await service.until(200, x_api_key="two")
+    assert (await service(x_api_key=key))[0] == 200
 
 
 async def test_rotation_of_the_key_for_everything(serve: Serve, file: Path):
@@ -799,12 +970,66 @@ def test_wrong_settings(config_of: Any, jwt_config: JwtConfig, named: str):
         create_app(config_of(jwt=jwt_config))
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"keys": []}', "-----BEGIN PUBLIC KEY-----\nx"])
+BROKEN_KEYS = ["", "{}", '{"keys": []}', '{"keys": 5}', "-----BEGIN PUBLIC KEY-----\nx", "\xff"]
+
+
+@pytest.mark.parametrize("content", BROKEN_KEYS)
 async def test_broken_key_file(serve: Serve, config_of: Any, tmp_path: Path, content: str):
     """A key file without a key is named in the log, and tokens are to be tried again."""
     (tmp_path / "keys").write_text(content)
     service = await serve(config_of(jwt=trusting(tmp_path / "keys")))
     assert await service.token(token()) == (503, "issuer_unavailable")
+
+
+async def checked(folder: Path, jwks: object) -> "subprocess.CompletedProcess[str]":
+    """Run `check` with an issuer whose keys lie somewhere."""
+    text = f"[auth.jwt]\nissuer = '{ISSUER}'\naudience = '{AUDIENCE}'\njwks = '{jwks}'"
+    (folder / "config.toml").write_text(text)
+    return await asyncio.to_thread(run, folder, "check")
+
+
+async def test_check_is_content_with_an_issuer(file: Path, issuer: Issuer, jwks_file: Path):
+    """`check` fetches the keys of the issuer, once, from its address or from a file."""
+    for place in (issuer.url, jwks_file, "jwks.json"):
+        done = await checked(file.parent, place)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert "ok     keys" in done.stdout
+    assert issuer.asked == 1
+
+
+@pytest.mark.parametrize("content", [None, *BROKEN_KEYS])
+async def test_check_names_a_key_file_without_keys(file: Path, content: str | None):
+    """A key file that is missing or broken is wrong for `check`, which names it, once."""
+    path = file.parent / "keys.json"
+    if content is not None:
+        path.write_text(content)
+    done = await checked(file.parent, "keys.json")
+    assert done.returncode == 78
+    [line] = [line for line in (done.stdout + done.stderr).splitlines() if str(path) in line]
+    assert line.startswith("wrong  keys: auth.jwt.jwks: ")
+
+
+@pytest.mark.parametrize("trouble", ["away", "status", "hangs", "no keys"])
+async def test_check_names_an_issuer_in_trouble(file: Path, issuer: Issuer, trouble: str):
+    """An issuer that cannot be reached, fails or has no keys is wrong for `check`, in seconds."""
+    issuer.status = 503 if trouble == "status" else 200
+    issuer.keys = [] if trouble == "no keys" else issuer.keys
+    if trouble == "hangs":
+        issuer.answering.clear()
+    url = f"http://127.0.0.1:{unused_port()}/jwks" if trouble == "away" else issuer.url
+    done = await checked(file.parent, url)
+    assert done.returncode == 78
+    assert f"wrong  keys: auth.jwt.jwks: {url} gives no keys: " in done.stdout
+    assert "ok     TLS" in done.stdout
+
+
+async def test_an_odd_key_beside_good_ones(serve: Serve, config_of: Any, jwks_file: Path):
+    """A key of the issuer that makes no sense is left aside, the others hold."""
+    odd = [jwk(RSA, "odd") | {"kid": ["a"]}, jwk(RSA, "odd") | {"kty": []}, {"kty": "RSA"}]
+    keys = json.loads(jwks_file.read_text())["keys"]
+    jwks_file.write_text(json.dumps({"keys": odd + keys}))
+    service = await serve(config_of(jwt=trusting(jwks_file)))
+    assert await service.token(token("ec", "ES256", EC)) == (200, "")
 
 
 async def test_private_key_is_no_key_file(serve: Serve, config_of: Any, tmp_path: Path):

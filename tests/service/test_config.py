@@ -110,6 +110,7 @@ SPECIAL = {
     "log.format": "json",
     "log.level": "debug",
     "log.requests": "true",
+    "raw.compact": "true",
     "storage.backend": "memory",
 }
 
@@ -617,3 +618,14 @@ def test_shipped_file_shows_where_folders_lie_by_default():
 
     assert shown["raw.processed_dir"] == str(siblings / "processed")
     assert shown["raw.rejected_dir"] == str(siblings / "rejected")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["DROPZONE_API_KEY", "DROPZONE_AUTH_KEYS", "DROPZONE_SERVER_PORT"])
+@pytest.mark.parametrize("text", ["${DROPZONE_API_KEY:-}", "${KEY}", "${KEY-x}"])
+def test_a_variable_that_nobody_has_filled_in(name: str, text: str):
+    """A setting that is still the name of a variable is refused, and becomes no key."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(environ={name: text})
+    assert str(caught.value).startswith(f"{name} is {text}: ")
+    assert load_config(environ={"DROPZONE_API_KEY": "a${b}"}).auth.api_key

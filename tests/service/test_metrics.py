@@ -1,9 +1,12 @@
 """What GET /metrics shows, and that it is right with several processes, restarts and outages."""
 
+import ast
 import asyncio
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from test_cli import LINE, OK, Program, Server
 from test_http import Defective, Outage, Serve, Service, reading
 from test_processing import Folder
 
-from backends.raw import StorageUnavailable, next_raw_id, uuid_at
-from dropzone import age_of, look_at_pending
+import dropzone
+from backends.raw import PayloadUnreadable, StorageUnavailable, next_raw_id, uuid_at
+from dropzone import ERRORS_BELOW, DropzoneError, PayloadNotJson, age_of, look_at_pending
 
 serve, service, program = test_http.serve, test_http.service, test_cli.program
 
@@ -45,6 +49,11 @@ async def scraped(service: Service) -> Samples:
 
 def value(samples: Samples, name: str, *labels: str) -> float:
     return samples.get(f"dropzone_{name}", {}).get(labels, 0)
+
+
+def counted(samples: Samples, name: str) -> dict[tuple[str, ...], float]:
+    """Return the samples of a counter that have counted something."""
+    return {labels: count for labels, count in samples[f"dropzone_{name}"].items() if count}
 
 
 # ── What is counted ───────────────────────────────────────────────────────────────────────────────
@@ -112,7 +121,7 @@ async def test_requests_are_counted_by_template(service: Service):
     await service("HEAD", "/health")
     await service("BREW", "/ingest")
     await service("DELETE", "/ingest")
-    seen = (await scraped(service))["dropzone_requests_total"]
+    seen = counted(await scraped(service), "requests_total")
     assert seen == {
         ("POST", "/ingest", "202"): 1,
         ("GET", "/raw/{raw_id}", "200"): 1,
@@ -133,7 +142,7 @@ async def test_refusals_are_counted_by_reason(serve: Serve):
     await service("GET", "/measurements?limit=0")
     await service("GET", "/measurements")
     seen = await scraped(service)
-    assert seen["dropzone_refusals_total"] == {
+    assert counted(seen, "refusals_total") == {
         ("payload_not_json",): 1,
         ("payload_too_large",): 1,
         ("query_invalid",): 1,
@@ -141,7 +150,6 @@ async def test_refusals_are_counted_by_reason(serve: Serve):
     }
     assert value(seen, "backend_errors_total", "find") == 1
     assert value(seen, "backend_duration_seconds_count", "find") == 1
-    assert value(seen, "backend_errors_total", "ping") == 0
 
 
 async def test_defects_of_a_backend_are_counted_and_missing_rows_are_not(serve: Serve):
@@ -150,7 +158,7 @@ async def test_defects_of_a_backend_are_counted_and_missing_rows_are_not(serve: 
     await service("GET", "/measurements")
     await service("GET", "/measurements/2019-05-01T10:00:00Z")
     seen = await scraped(service)
-    assert seen["dropzone_backend_errors_total"] == {("find",): 1}
+    assert counted(seen, "backend_errors_total") == {("find",): 1}
     assert value(seen, "refusals_total", "internal_error") == 1
     assert value(seen, "backend_duration_seconds_count", "get") == 1
 
@@ -183,8 +191,98 @@ async def test_open_metrics(service: Service):
     assert names
     plain = (await service("GET", "/metrics")).body.decode()
     assert names == {family.name for family in plain_text(plain)}
-    assert all(name.startswith("dropzone_") for name in names)
+    assert all(name.startswith(("dropzone_", "process_")) for name in names)
     assert not any(name.endswith(("_ms", "_milliseconds", "_kb", "_created")) for name in names)
+
+
+async def test_every_code_starts_at_zero(service: Service):
+    """Before anything was rejected or refused, each code that can come is there with 0.
+
+    Prometheus sees no increase in a counter that appears with its first value.
+    """
+    seen = await scraped(service)
+    assert seen["dropzone_payloads_rejected_total"] == dict.fromkeys(rejection_codes(), 0)
+    assert seen["dropzone_refusals_total"] == dict.fromkeys(refusal_codes(), 0)
+    assert value(seen, "requests_total", "POST", "/ingest", "503") == 0
+    for labels in (("POST", "/ingest", "503"), ("GET", "/measurements", "401")):
+        assert seen["dropzone_requests_total"][labels] == 0
+    assert {"upsert", "find", "ping"} <= {name for (name,) in seen["dropzone_backend_errors_total"]}
+
+
+def rejection_codes() -> set[tuple[str, ...]]:
+    """Return the codes with which the program rejects payloads, read from its text."""
+    codes = {PayloadNotJson.code, PayloadUnreadable.code}
+    for call in calls_in(dropzone.__file__):
+        place = {"DataQualityError": 0, "Rejection": 1}.get(name_of(call))
+        if place is not None and isinstance(call.args[place], ast.Constant):
+            codes.add(call.args[place].value)
+    codes |= {"time_stamp_out_of_range"}  # which is chosen beforehand
+    return {(code,) for code in codes}
+
+
+def refusal_codes() -> set[tuple[str, ...]]:
+    """Return the codes with which the program refuses requests, read from its text."""
+    raised = {DropzoneError, PayloadNotJson, dropzone.ProcessorBusy}
+    codes = {kind.code for kind in raised} | {code for code, _ in ERRORS_BELOW.values()}
+    for call in calls_in(dropzone.__file__):
+        if name_of(call) == "DropzoneError":
+            codes |= {each.value for each in call.args[1:2] if isinstance(each, ast.Constant)}
+    codes |= {"not_found", "method_not_allowed", "expectation_failed"}  # of aiohttp
+    return {(code,) for code in codes}
+
+
+def calls_in(file: str) -> Iterator[ast.Call]:
+    tree = ast.parse(Path(file).read_text())
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def test_zeros_outlive_a_restart(program: Program):
+    """A code that was never seen is there after a restart, and one that was goes on."""
+    for rejected in (0, 1):
+        server = Server(program)
+        seen = counts(server)["dropzone_payloads_rejected_total"]
+        assert seen["data_missing",] == rejected
+        assert seen["data_empty",] == 0
+        server.request("POST", "/ingest", b'{"time_stamp": "2019-05-01T10:00:00Z"}')
+        server.request("POST", "/process")
+        assert server.stop() == OK
+
+
+async def test_what_runs(service: Service):
+    """The version is a label; on Linux the process that answers shows what it takes."""
+    seen = await scraped(service)
+    assert value(seen, "build_info", dropzone.__version__) == 1
+    if sys.platform == "linux":
+        assert seen["process_resident_memory_bytes"][()] > 1e6
+        assert seen["process_open_fds"][()] > 3
+        assert 0 < time.time() - seen["process_start_time_seconds"][()] < 86_400
+
+
+async def test_last_landed(service: Service):
+    """When the last payload landed is shown, 0 before the first."""
+    assert value(await scraped(service), "last_landed_timestamp_seconds") == 0
+    await service.land(b"1")
+    last = value(await scraped(service), "last_landed_timestamp_seconds")
+    assert last == pytest.approx(time.time(), abs=60)
+
+
+async def test_backend_up(serve: Serve):
+    """Whether the backend answers is shown, also where nobody has asked it for anything."""
+    backend = Outage()
+    service = await serve(backend)
+    assert value(await scraped(service), "backend_up") == 0
+    backend.down = False
+    assert value(await scraped(service), "backend_up") == 1
+
+
+async def test_reserve(service: Service):
+    """The bytes below which payloads are refused are shown beside those that are free."""
+    status = json.loads((await service("GET", "/status")).body)
+    assert value(await scraped(service), "data_reserve_bytes") == status["reserve_bytes"]
 
 
 async def test_scope(serve: Serve):

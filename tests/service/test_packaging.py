@@ -16,7 +16,7 @@ import pytest
 import test_cli
 import yaml
 from power_cut import REPO, wait_for
-from test_cli import CONFIGURATION, LINE, OK, PATIENCE, Program, Server
+from test_cli import CONFIGURATION, LINE, OK, PATIENCE, UNAVAILABLE, Program, Server
 
 import dropzone
 
@@ -77,8 +77,8 @@ def environment_of_image(app: Path) -> dict[str, str]:
 def test_what_the_image_holds_is_enough(image: Path):
     """The files of the image and its settings serve; its health check sees that, and the end."""
     _, command = only("HEALTHCHECK").split("CMD")
-    python, *arguments = json.loads(command)
-    assert python == "python"
+    assert json.loads(command) == ["python", "/app/dropzone.py", "ready"]
+    arguments = [image / "dropzone.py", "ready"]
     settings = environment_of_image(image)
     assert settings["DROPZONE_SERVER_HOST"] == "0.0.0.0"
     settings |= {"DROPZONE_SERVER_HOST": "127.0.0.1", "DROPZONE_SERVER_PORT": "0"}
@@ -97,11 +97,11 @@ def test_what_the_image_holds_is_enough(image: Path):
                     break
             checked = clean | {"DROPZONE_SERVER_PORT": port}
             check = [sys.executable, *arguments]
-            assert subprocess.run(check, env=checked, check=False).returncode == OK
+            assert subprocess.run(check, cwd=image, env=checked, check=False).returncode == OK
             served.terminate()
             assert served.wait(PATIENCE) == OK
-            gone = subprocess.run(check, env=checked, check=False, stderr=subprocess.DEVNULL)
-            assert gone.returncode == 1
+            gone = subprocess.run(check, cwd=image, env=checked, check=False, capture_output=True)
+            assert gone.returncode == UNAVAILABLE
         finally:
             served.kill()
     data = image.parent / "data"
@@ -179,6 +179,19 @@ def test_compose_is_a_valid_configuration(compose: Any):
     assert password in given["DROPZONE_DATABASE_URL"]
 
 
+def test_compose_hands_prometheus_a_key_to_read_alone(compose: Any):
+    """Neither the key for everything nor the database's password reaches Prometheus or Grafana."""
+    named = re.compile(r"\$\{(\w+)")
+    secrets = {"DROPZONE_API_KEY", "DROPZONE_AUTH_KEYS", "POSTGRES_PASSWORD"}
+    assert secrets <= set(named.findall(json.dumps(compose["services"]["dropzone"])))
+    for name in ("prometheus", "grafana"):
+        assert not secrets & set(named.findall(json.dumps(compose["services"][name])))
+    assert not secrets & set(named.findall(json.dumps(compose["configs"])))
+    top = (REPO / "compose.yaml").read_text().partition("\nservices:")[0]
+    for name in set(named.findall((REPO / "compose.yaml").read_text())):
+        assert f"#   {name} " in top
+
+
 def test_compose_opens_nothing_to_the_network(compose: Any):
     """Unless told otherwise, every port is on loopback, and Dropzone has no right to spare."""
     for service in compose["services"].values():
@@ -195,7 +208,7 @@ def exposed(program: Program) -> set[str]:
     text = server.request("GET", "/metrics")[2].decode()
     assert server.stop() == OK
     names = set()
-    for name, kind in re.findall(r"(?m)^# TYPE (\w+) (\w+)$", text):
+    for name, kind in re.findall(r"(?m)^# TYPE (dropzone_\w+) (\w+)$", text):
         parts = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
         names |= {name + part for part in parts}
     return names
@@ -206,7 +219,7 @@ def test_dashboard_and_alerts_ask_for_what_exists(program: Program, compose: Any
     dashboard = json.loads(content(compose, "dashboard"))
     asked = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     shown = {name for expression in asked for name in re.findall(r"dropzone_\w+", expression)}
-    groups = yaml.safe_load(content(compose, "alerts"))["groups"]
+    groups = yaml.safe_load((REPO / compose["configs"]["alerts"]["file"]).read_text())["groups"]
     rules = [rule["expr"] for group in groups for rule in group["rules"]]
     watched = {name for rule in rules for name in re.findall(r"dropzone_\w+", rule)}
     there = exposed(program)
@@ -219,7 +232,8 @@ def test_prometheus_and_grafana_find_each_other(compose: Any):
     """Prometheus scrapes Dropzone with its key, and the dashboard reads from that Prometheus."""
     [job] = yaml.safe_load(content(compose, "prometheus"))["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["dropzone:8080"]}]
-    assert "DROPZONE_API_KEY" in compose["configs"]["prometheus"]["content"]
+    [name] = re.findall(r"credentials: \"\${(\w+):-}", compose["configs"]["prometheus"]["content"])
+    assert name == "PROMETHEUS_KEY"
     [source] = yaml.safe_load(content(compose, "datasource"))["datasources"]
     dashboard = json.loads(content(compose, "dashboard"))
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}

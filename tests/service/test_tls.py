@@ -337,3 +337,69 @@ def test_wrong_file_at_the_start(tmp_path: Path, command: str):
     assert done.returncode == 78
     assert "nowhere.pem" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ── The health check ──────────────────────────────────────────────────────────────────────────────
+
+
+def asked(home: Path, port: str, **variables: object) -> "subprocess.CompletedProcess[str]":
+    """Run `ready` with the settings of a server."""
+    clean = {n: text for n, text in os.environ.items() if not n.startswith("DROPZONE_")}
+    given = {f"DROPZONE_SERVER_{name.upper()}": str(text) for name, text in variables.items()}
+    return subprocess.run(
+        [sys.executable, DROPZONE, "ready", "--port", port],
+        cwd=home,
+        env=clean | given,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("way", ["http", "https", "client certificates"])
+def test_health_check(
+    start: Callable[..., Server], files: Files, authority: trustme.CA, tmp_path: Path, way: str
+):
+    """`ready` asks the server as it is configured, whatever address and name it is for."""
+    files.put(files.ca, authority.cert_pem.bytes())
+    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_client_ca": files.ca}
+    given = dict(list(tls.items())[: {"http": 0, "https": 2}.get(way, 3)])
+    server = start(host="0.0.0.0", **given)
+    port = server.logged(r"listening on https?://0\.0\.0\.0:(\d+)")
+    done = asked(tmp_path, port, host="0.0.0.0", **given)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = "it answers" if way == "client certificates" else '{"status":"ok"'
+    assert done.stdout.startswith(said)
+    server.process.kill()
+    server.process.wait()
+    done = asked(tmp_path, port, host="0.0.0.0", **given)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert f"port {port} is not ready" in done.stderr
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_health_check_of_a_server_that_hangs(
+    start: Callable[..., Server], files: Files, tmp_path: Path, *, tls: bool
+):
+    """A server that takes connections and never answers is not ready, in seconds."""
+    given = {"tls_cert": files.cert, "tls_key": files.key} if tls else {}
+    server = start(**given)
+    port = server.logged(r"listening on https?://127\.0\.0\.1:(\d+)")
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        done = asked(tmp_path, port, **given)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert done.returncode == 69
+    assert "no answer within" in done.stderr
+
+
+def test_health_check_of_a_server_that_cannot_land(start: Callable[..., Server], tmp_path: Path):
+    """A server that answers, and cannot land payloads, is not ready; what it says is shown."""
+    server = start()
+    port = server.logged(r"listening on http://127\.0\.0\.1:(\d+)")
+    (tmp_path / "data" / "raw").rename(tmp_path / "data" / "gone")
+    done = asked(tmp_path, port)
+    assert done.returncode == 69
+    assert '"status":"unavailable"' in done.stdout

@@ -103,6 +103,7 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
+    json_of,
     paired,
     same,
     timestamp_text,
@@ -546,7 +547,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC),
+            "time": timestamp_text(datetime.fromtimestamp(record.created, UTC)),
             "level": record.levelname,
             "logger": record.name,
         }
@@ -2039,7 +2040,7 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Re
     page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
     headers = {"Vary": "Accept"}
     if more:
-        following = request.rel_url.update_query(after=msgspec.to_builtins(page)["next"])
+        following = request.rel_url.update_query(after=timestamp_text(rows[-1].timestamp_utc))
         headers["Link"] = f'<{following}>; rel="next"'
     accept = request.headers.get("Accept", "")
     wants_csv = "text/csv" in accept and "application/json" not in accept
@@ -2048,11 +2049,15 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Re
     return answer(page, headers=headers)
 
 
+CSV_COLUMNS = ("timestamp_utc", "mean", "std_dev", "raw_id")
+
+
 def as_csv(rows: Sequence[Measurement]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(Measurement.__struct_fields__)
-    writer.writerows(msgspec.to_builtins(row).values() for row in rows)
+    writer.writerow(CSV_COLUMNS)
+    for row in rows:
+        writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
     return text.getvalue()
 
 
@@ -2491,7 +2496,7 @@ REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    body, media = msgspec.json.encode(value), "application/json"
+    body, media = json_of(value), "application/json"
     if status in STATUS_HEADERS:
         headers = STATUS_HEADERS[status] | (headers or {})
     return web.Response(body=body, status=status, headers=headers, content_type=media)
@@ -3154,7 +3159,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
                     facts.update(processed=result.processed, failed=result.failed)
         finally:
             await processor.close()
-    print(msgspec.json.format(msgspec.json.encode(result)).decode())
+    print(msgspec.json.format(json_of(result)).decode())
     return os.EX_OK
 
 
@@ -3351,7 +3356,7 @@ FINDING_HEAD = (
 
 def as_line(finding: Finding, *, as_json: bool) -> str:
     if as_json:
-        return msgspec.json.encode(finding).decode()
+        return json_of(finding).decode()
     row, right = finding.row, finding.right
     cells = [
         (str(each.raw_id), f"{each.mean!r}", f"{each.std_dev!r}") if each else ("-", "", "")

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 import pytest
@@ -315,7 +315,7 @@ async def test_example(service: Service) -> None:
     await service.land(EXAMPLE.read_bytes())
     assert (await service.process())["processed"] == 1
     [row] = (await service("GET", "/measurements")).json["measurements"]
-    assert row["timestamp_utc"] == "2019-05-01T10:00:00Z"
+    assert row["timestamp_utc"] == "2019-05-01T10:00:00.000000Z"
     assert row["mean"] == pytest.approx(0.9985282517566032, rel=0, abs=1e-15)
     assert row["std_dev"] == pytest.approx(1.01280885259315, rel=1e-14)
 
@@ -366,7 +366,7 @@ async def test_last_arrival_stands(service: Service) -> None:
 @pytest.fixture
 async def rows(service: Service) -> list[str]:
     """Make rows on the first ten days of May; return their timestamps."""
-    days = [f"2019-05-{day:02}T10:00:00Z" for day in range(1, 11)]
+    days = [f"2019-05-{day:02}T10:00:00.000000Z" for day in range(1, 11)]
     for number, day in enumerate(reversed(days)):
         await service.land(reading(day, [number, number + 2]))
     await service.process()
@@ -490,6 +490,51 @@ async def test_csv(service: Service) -> None:
     table = list(csv.DictReader(io.StringIO(text)))
     in_json = (await service("GET", "/measurements")).json["measurements"]
     assert [row | {n: float(row[n]) for n in ("mean", "std_dev")} for row in table] == in_json
+
+
+WIDTH = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:[^\s\"<>,\\\\]*")
+
+
+async def test_one_width(service: Service) -> None:
+    """Whatever its fraction, a timestamp has the same width wherever it leaves the service."""
+    ids = [await service.land(reading(f"2019-05-01T10:00:0{s}Z")) for s in ("0", "1.5", "2")]
+    ids.append(await service.land({"data": []}))
+    rejected = (await service.process())["rejected"]
+    ids.append(await service.land({}))
+    paths = ["/measurements?limit=1", "/measurements?format=csv&limit=2", "/measurements/summary"]
+    paths += ["/measurements/2019-05-01T10:00:00Z", "/rejected", "/status", "/measurements/2019-05-01T09Z"]
+    paths += [f"/raw/{raw_id}" for raw_id in ids]
+    answers = [await service("GET", path) for path in paths]
+    texts = [json.dumps(rejected), *(answer.body.decode() for answer in answers)]
+    texts += [unquote(answer.headers.get("Link", "")) for answer in answers]
+    texts += [path.read_text() for path in service.folder.rglob("*.reason.json")]
+    found = [moment for text in texts for moment in MOMENT.findall(text)]
+    assert len(found) > 20
+    assert [moment for moment in found if not WIDTH.fullmatch(moment)] == []
+
+
+async def test_csv_of_fractions(service: Service) -> None:
+    """A column of moments with and without a fraction is read by one strict form."""
+    for second in ("0", "1.5", "2.000001"):
+        await service.land(reading(f"2019-05-01T10:00:0{second}Z"))
+    await service.process()
+    text = (await service("GET", "/measurements?format=csv")).body.decode()
+    moments = [row["timestamp_utc"] for row in csv.DictReader(io.StringIO(text))]
+    read = [datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S.%f%z") for moment in moments]
+    assert {len(moment) for moment in moments} == {27}
+    assert [moment.microsecond for moment in read] == [0, 500_000, 1]
+
+
+async def test_reasons_of_older_versions(service: Service) -> None:
+    """A reason whose time was written without a fraction is read, and leaves in the one width."""
+    raw_id = await service.land({})
+    await service.process()
+    file = service.folder / "rejected" / f"{raw_id}.reason.json"
+    reason = json.loads(file.read_bytes()) | {"rejected_at": "2024-02-03T04:05:06Z"}
+    file.write_text(json.dumps(reason))
+    [listed] = (await service("GET", "/rejected")).json["rejected"]
+    assert listed == reason | {"rejected_at": "2024-02-03T04:05:06.000000Z"}
 
 
 @pytest.mark.parametrize(
@@ -766,11 +811,11 @@ async def test_odd_document_is_rejected(service: Service, body: str, code: str) 
         (b'{"data": ["x"], "time_stamp": "2019-05-01T10:00Z", "data": [3]}', None, 3),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1], "x": [NaN, 1e999]}', None, 1),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1], "\\ud800": "\\udfff"}', None, 1),
-        (b'{"time_stamp": "2019-05-01T24:00Z", "data": [2]}', "2019-05-02T00:00:00Z", 2),
-        (b'{"time_stamp": "2016-12-31T23:59:60Z", "data": [2]}', "2017-01-01T00:00:00Z", 2),
-        (b'{"time_stamp": "0001-01-01T00:00-14:00", "data": [2]}', "0001-01-01T14:00:00Z", 2),
+        (b'{"time_stamp": "2019-05-01T24:00Z", "data": [2]}', "2019-05-02T00:00:00", 2),
+        (b'{"time_stamp": "2016-12-31T23:59:60Z", "data": [2]}', "2017-01-01T00:00:00", 2),
+        (b'{"time_stamp": "0001-01-01T00:00-14:00", "data": [2]}', "0001-01-01T14:00:00", 2),
         (b'{"time_stamp": "9999-12-31T23:59:59.9999999Z", "data": [2]}', None, 2),
-        (b'{"time_stamp": "2019-W18-3T10:00:00Z", "data": [1]}', "2019-05-01T10:00:00Z", 1),
+        (b'{"time_stamp": "2019-W18-3T10:00:00Z", "data": [1]}', "2019-05-01T10:00:00", 1),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1e308, 1e308]}', None, 1e308),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [-0.0, 1e-999]}', None, 0),
     ],

@@ -18,12 +18,7 @@ ROOMS = {
     "backends.raw": ("backends",),
     "backends.raw.disk": ("backends.raw",),
     "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
-    "backends.raw.folders": (
-        "backends",
-        "backends.raw",
-        "backends.raw.disk",
-        "backends.raw.packs",
-    ),
+    "backends.raw.folders": ("backends", "backends.raw", "backends.raw.disk", "backends.raw.packs"),
     "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
     "backends.raw.landing": (
         "backends.raw",

@@ -161,7 +161,6 @@ def test_a_timestamp_has_one_width(moment: datetime, whole: bool) -> None:
     assert json.loads(json_of(moment)) == text
 
 
-
 # ── Upsert and get ────────────────────────────────────────────────────────────────────────────────
 
 

@@ -393,6 +393,11 @@ async def listed(service: Service, query: str, **options: Any) -> list[str]:
         ("?since=2019-05-03T10:00:00.000001Z", slice(3, None)),
         ("?after=2019-05-03T10:00:00Z", slice(3, None)),
         ("?after=2019-05-03T10:00:00Z&order=desc", slice(1, None, -1)),
+        ("?since=1556877600000", slice(2, None)),
+        ("?since=1556877600001&until=1557050400000", slice(3, 4)),
+        ("?after=1556877600000", slice(3, None)),
+        ("?since=-62135596800000&until=253402300799999", slice(None)),
+        ("?since=-1&until=0", slice(0, 0)),
         ("?limit=3", slice(0, 3)),
         ("?limit=10", slice(None)),
         ("?limit=1&order=desc", slice(9, 10)),
@@ -503,7 +508,12 @@ async def test_one_width(service: Service) -> None:
     rejected = (await service.process())["rejected"]
     ids.append(await service.land({}))
     paths = ["/measurements?limit=1", "/measurements?format=csv&limit=2", "/measurements/summary"]
-    paths += ["/measurements/2019-05-01T10:00:00Z", "/rejected", "/status", "/measurements/2019-05-01T09Z"]
+    paths += [
+        "/measurements/2019-05-01T10:00:00Z",
+        "/rejected",
+        "/status",
+        "/measurements/2019-05-01T09Z",
+    ]
     paths += [f"/raw/{raw_id}" for raw_id in ids]
     answers = [await service("GET", path) for path in paths]
     texts = [json.dumps(rejected), *(answer.body.decode() for answer in answers)]
@@ -553,6 +563,8 @@ async def test_reasons_of_older_versions(service: Service) -> None:
         "2019-05-01%2010:00:00Z",
         "20190501T100000Z",
         "2019-05-01T10%3A00%3A00Z",
+        "2019-121T10:00:00Z",
+        "1556704800000",
     ],
 )
 async def test_measurement(service: Service, text: str) -> None:
@@ -1158,7 +1170,10 @@ async def test_timestamp_unknown(service: Service) -> None:
         "2019-05-01",
         "2019-05-01T10:00:00",
         "2019-02-30T10:00:00Z",
-        "1556704800",
+        "1556704800.5",
+        "20190501",
+        "253402300800000",
+        "-62135596800001",
         "%00",
         "%ff",
         "0001-01-01T00:00:00+14:00",

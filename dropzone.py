@@ -46,9 +46,11 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import ssl
 import statistics
+import struct
 import sys
 import tempfile
 import threading
@@ -1896,7 +1898,13 @@ class MeasurementsQuery(Struct, frozen=True):
     since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
     until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
     after: Annotated[datetime, Meta(tz=True, description="The `next` of a page.")] | None = None
-    limit: PageSize = 1000
+    limit: (
+        Annotated[
+            PageSize,
+            Meta(description="Return this many at most. Unless given: 1,000 of JSON, all of CSV."),
+        ]
+        | None
+    ) = None
     order: Annotated[Literal["asc", "desc"], Meta(description="By timestamp.")] = "asc"
     format: Annotated[Literal["json", "csv"], Meta(description="Goes before Accept.")] | None = None
 
@@ -2120,38 +2128,115 @@ async def process(request: web.Request, query: ProcessQuery) -> web.Response:
 @Route(
     "GET", "/measurements", "read", {200: (MeasurementPage, "text/csv")}, (503,), MeasurementsQuery
 )
-async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Response:
-    """List measurements by timestamp, as JSON or CSV (RFC 4180); `Link` leads to the next page."""
-    rows = await request.app[BACKEND].find(
-        since=query.since,
-        until=query.until,
-        after=query.after,
-        limit=query.limit + 1,
-        descending=query.order == "desc",
-    )
-    rows, more = rows[: query.limit], len(rows) > query.limit
-    page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
+async def measurements(request: web.Request, query: MeasurementsQuery) -> web.StreamResponse:
+    """List measurements by timestamp.
+
+    JSON (`application/json`) comes in pages of `limit` rows, 1,000 unless given: a page that is not
+    the last has a `next`, which is the `after` of the page behind it, and a header `Link` that
+    leads there. CSV (`text/csv`, RFC 4180) has the whole range, however many rows that is, unless
+    `limit` is given; then it comes in pages, too, by `Link`. A CSV that breaks off, without the end
+    of its chunks, is not whole.
+    """
+    backend = request.app[BACKEND]
+    as_csv = query.format == "csv" or (query.format is None and wants_csv(request))
+    if as_csv and query.limit is None:
+        return WholeRange(backend, query, await find_rows(backend, query, CSV_ROWS))
+    limit = query.limit or PAGE_ROWS
+    rows = await find_rows(backend, query, limit + 1)
+    rows, more = rows[:limit], len(rows) > limit
     headers = {"Vary": "Accept"}
     if more:
         following = request.rel_url.update_query(after=timestamp_text(rows[-1].timestamp_utc))
         headers["Link"] = f'<{following}>; rel="next"'
+    if as_csv:
+        body = CSV_HEAD + csv_lines(rows)
+        return web.Response(body=body, content_type="text/csv", charset="utf-8", headers=headers)
+    return answer(MeasurementPage(rows, rows[-1].timestamp_utc if more else None), headers=headers)
+
+
+PAGE_ROWS = 1000  # of JSON, unless a limit is given
+CSV_ROWS = 5000  # that are read and written at a time, so that any range fits into memory
+CSV_HEAD = b"timestamp_utc,mean,std_dev,raw_id\r\n"
+
+
+def wants_csv(request: web.Request) -> bool:
     accept = request.headers.get("Accept", "")
-    wants_csv = "text/csv" in accept and "application/json" not in accept
-    if query.format == "csv" or (query.format is None and wants_csv):
-        return web.Response(text=as_csv(rows), content_type="text/csv", headers=headers)
-    return answer(page, headers=headers)
+    return "text/csv" in accept and "application/json" not in accept
 
 
-CSV_COLUMNS = ("timestamp_utc", "mean", "std_dev", "raw_id")
+async def find_rows(
+    backend: Backend, query: MeasurementsQuery, limit: int, after: datetime | None = None
+) -> list[Measurement]:
+    """Return the next rows of a range, behind `after` or where the query begins."""
+    return await backend.find(
+        since=query.since,
+        until=query.until,
+        after=after or query.after,
+        limit=limit,
+        descending=query.order == "desc",
+    )
 
 
-def as_csv(rows: Sequence[Measurement]) -> str:
+def csv_lines(rows: Iterable[Measurement]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(CSV_COLUMNS)
     for row in rows:
         writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
-    return text.getvalue()
+    return text.getvalue().encode()
+
+
+class WholeRange(web.StreamResponse):
+    """The CSV of a whole range, which is sent while it is read.
+
+    Between two portions nothing of the database is held, however slow the reader is. What fails
+    in the middle cuts the connection, so that nobody takes a part for the whole.
+    """
+
+    def __init__(
+        self, backend: Backend, query: MeasurementsQuery, first: list[Measurement]
+    ) -> None:
+        super().__init__(headers={"Vary": "Accept"})
+        self.content_type, self.charset = "text/csv", "utf-8"
+        self._backend, self._query, self._first = backend, query, first
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send the head, then all rows; aiohttp sends the end."""
+        begun = await super().prepare(request)
+        if request.method == "HEAD":
+            return begun
+        sent = 0
+        try:
+            await self.write(CSV_HEAD)
+            rows, self._first = self._first, []
+            while rows:
+                lines, last, count = csv_lines(rows), rows[-1].timestamp_utc, len(rows)
+                rows.clear()  # a slow reader makes the text wait, not the rows as well
+                await self.write(lines)
+                sent += count
+                rows = await find_rows(self._backend, self._query, CSV_ROWS, last)
+        except BaseException as error:
+            cut_off(request)
+            if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+                raise  # the client has gone, or the service stops
+            defect = None if isinstance(error, BackendError) else error
+            wrong = "request %s: its CSV was cut off behind %d rows: %s"
+            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            raise ConnectionResetError("the answer was cut off") from error
+        return begun
+
+
+def cut_off(request: web.BaseRequest) -> None:
+    """Reset a connection (RST), so that no client takes its end for the end of the answer.
+
+    To HTTP/1.0, which some proxies speak to what is behind them, the regular end is just that.
+    """
+    transport = request.transport
+    if transport is None:  # the client has gone
+        return
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 @Route("GET", "/measurements/summary", "read", {200: (Summary,)}, (503,), SummaryQuery)
@@ -2918,9 +3003,11 @@ def _operation(route: Route) -> dict[str, Any]:
     guarded = (401, 403, 429, 503) if route.scope else ()
     statuses = {*route.problems, *guarded, *([400] if route.query else ())}
     answers = route.answers | dict.fromkeys(sorted(statuses), (Problem,))
+    summary, _, more = (inspect.getdoc(route.handler) or "").partition("\n\n")
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
-        "summary": route.handler.__doc__,
+        "summary": summary,
+        "description": more,
         "parameters": _parameters(route),
         "responses": {str(status): _response(status, kinds) for status, kinds in answers.items()},
     }

@@ -46,15 +46,18 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import ssl
 import statistics
+import struct
 import sys
 import tempfile
 import threading
 import time
 import tomllib
 import zlib
+from calendar import isleap
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -103,6 +106,7 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
+    json_of,
     paired,
     same,
     timestamp_text,
@@ -596,7 +600,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC),
+            "time": timestamp_text(datetime.fromtimestamp(record.created, UTC)),
             "level": record.levelname,
             "logger": record.name,
         }
@@ -979,7 +983,7 @@ class Metrics:
 # ── Transform: a payload becomes a measurement (pure functions) ───────────────────────────────────
 
 TIME_STAMP = re.compile(
-    r"(?P<day>\d{4}-?(?:\d\d-?\d\d|W\d\d-?\d))"  # a calendar or week date
+    r"(?P<day>\d{4}-?(?:\d\d-?\d\d|W\d\d-?\d|(?P<ordinal>\d{3})))"  # calendar, week, ordinal
     r"(?:[T ](?P<hour>\d\d)"
     r"(?:(?P<colon>:?)(?P<minute>\d\d)(?:(?P=colon)(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
     r"(?P<offset>Z|[+-](?P<hours>[01]\d|2[0-3])(?::?(?P<minutes>[0-5]\d))?)?)?",
@@ -987,6 +991,43 @@ TIME_STAMP = re.compile(
 )
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:[0-5]\d)", re.ASCII)
 SHOWN = 60  # characters of a bad value that an error shows
+GOOD_STAMP = "2019-05-01T06:00:00-04:00"
+SEND_GOOD = f"send ISO 8601 with an offset, such as {GOOD_STAMP}"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LONGEST_FORM = 80  # characters; a longer text has none of these forms
+# Forms of a time stamp that are not read: a name, a pattern to know it by, and what to put in the
+# place of the pattern where it is certain what is meant. They are looked for in this order.
+UNREAD_FORMS = (
+    ("white space around it", r"^\s+|\s+$", ""),
+    ("the name of a zone in brackets (RFC 9557)", r" ?\[[^\[\]]*\]$", ""),
+    ("the name of a zone behind its offset", r"([+-]\d\d:?\d\d) \(?[a-z].*$", r"\1"),
+    ("UTC or GMT in the place of Z", r"(?<=\d) ?(?:UTC|GMT)$", "Z"),
+    ("UTC or GMT before the offset", r"(?<=\d) ?(?:UTC|GMT)(?=[+-]\d)", ""),
+    ("a space before the offset", r"(?<=\d) +(?=Z$|[+-]\d)", ""),
+    ("no hyphens in the date", r"^(\d{4})([/._])(\d\d?)\2(\d\d?)(?!\d)", r"\1-\3-\4"),
+    ("one digit in the place of two", r"(?<=[-:T+])(?<!W\d\d-)\d(?=[-:TZ ]|$)", r"0\g<0>"),
+    ("one digit in the place of two", r"(?<= )\d(?=:)", r"0\g<0>"),
+    ("no T before the time of day", r"^(\d{4}(?:-\d\d){2})(?![T ]\d)[^\d+-]{0,3}(?=\d\d:)", r"\1T"),
+    ("no T before the time of day", r"^(\d{4}(?:-\d\d){2})-(?=\d\d:\d\d:)", r"\1T"),
+    ("no T before the time of day", r"^(\d{8})(?=\d{4}(?:\d\d)?(?:\D|$))", r"\1T"),
+    ("a colon before the fraction", r"(?<=\d:\d\d:\d\d):(?=\d)", "."),
+    ("hours of a.m. and p.m.", r"\d ?[ap]\.?m\b", None),
+    ("the name of a month", r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)", None),
+    ("a date whose year is not first", r"^\d\d?(?:[/.]\d\d?[/.]\d\d|-\d\d?-\d{4})", None),
+    ("a year of two digits", r"^\d\d-\d\d-\d\d[T ]", None),
+    ("a year that has not four digits alone", r"^(?:[+-]\d{4,}|\d{5,})-\d\d-\d\d", None),
+    ("a time of day without a date", r"^T?\d\d:\d\d", None),
+    ("a date without a time of day", r"^\d{4}-\d\d-\d\dT?(?:Z|[+-]\d\d:?\d\d)$", None),
+    ("a week or a month without its day", r"^\d{4}-W?\d\d(?:[T ]|Z?$)", None),
+    ("a fraction of an hour or a minute", r"[T ]\d\d(?::?\d\d)?[.,]\d", None),
+    ("a colon missing in the time of day", r"T\d\d(?::\d{4}|\d\d:)", None),
+    ("an offset with seconds", r"T.*[+-]\d\d:\d\d:\d\d$", None),
+    ("an offset that there is not", r"T.*[+-](?:2[4-9]|[3-9]\d|\d\d:?[6-9]\d)", None),
+    ("the name of a zone, no offset", r"\d ?[a-z]{3,}(?:[/_][a-z_]+)*$", None),
+)
+# A number, but not the digits of a calendar date with its time of day.
+NUMBER = re.compile(r"(?!(?:19|20)\d\d[01]\d[0-3]\d(?:\d\d){2,3}$)-?\d+(?:\.\d*)?", re.ASCII)
+IN_A_SECOND = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 
 
 class GoodPayload(Struct):
@@ -1043,25 +1084,27 @@ def _shown(value: object) -> str:
 
 
 def parse_time_stamp(value: object) -> datetime:
-    """Return the moment in UTC that a time stamp names (RFC 3339; ISO 8601 calendar or week date).
+    """Return the moment in UTC that a time stamp names (RFC 3339; ISO 8601, see its page in docs/).
 
-    Digits finer than a microsecond are cut off. 24:00 is the midnight that ends its day, and a leap
-    second (23:59:60 UTC) counts as the second after it, as in POSIX time and in PostgreSQL.
+    A date of ISO 8601 is one of the calendar, of a week or an ordinal one. Digits finer than a
+    microsecond are cut off. 24:00 is the midnight that ends its day, and a leap second (23:59:60
+    UTC) counts as the second after it, as in POSIX time and in PostgreSQL.
     """
     if quick := _quick_time_stamp(value):
         return quick
     match = TIME_STAMP.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        hint = "not an ISO 8601 date and time such as 2019-05-01T06:00:00-04:00"
+        hint = _advice_on(value)
         raise DataQualityError("time_stamp_invalid", f"time_stamp is {_shown(value)}: {hint}")
     if not match["offset"]:
         hint = "add Z or an offset such as -04:00"
+        if not match["hour"]:
+            hint = f"a date alone; send a time of day and an offset, too, such as {GOOD_STAMP}"
         raise DataQualityError(
             "time_stamp_without_offset", f"time_stamp is {_shown(value)}: {hint}"
         )
     try:
-        day = datetime.fromisoformat(match["day"].upper()).replace(tzinfo=UTC)
-        moment = day + (_time_of_day(match) - _offset(match))
+        moment = _date_of(match) + (_time_of_day(match) - _offset(match))
         if match["second"] == "60" and (moment.hour, moment.minute) != (0, 0):
             raise ValueError("a leap second is 23:59:60 in UTC")
     except (OverflowError, ValueError) as error:
@@ -1079,6 +1122,59 @@ def _quick_time_stamp(value: object) -> datetime | None:
             moment = datetime.fromisoformat(value)
             return moment.astimezone(UTC) if moment.tzinfo else None
     return None
+
+
+def _date_of(match: re.Match[str]) -> datetime:
+    """Return the midnight (UTC) with which the date of a time stamp begins."""
+    text, ordinal = match["day"].upper(), match["ordinal"]
+    if ordinal:
+        year = int(text[:4])
+        if not 1 <= int(ordinal) <= 365 + isleap(year):
+            raise ValueError(f"there is no day {ordinal} in that year")
+        return datetime(year, 1, 1, tzinfo=UTC) + timedelta(days=int(ordinal) - 1)
+    if text.count("-") == 1:
+        raise ValueError(f"one hyphen in the date; {SEND_GOOD}")
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def _advice_on(value: object) -> str:
+    """Say which form a time stamp has that is not read, and what to send instead."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return f"no text; {SEND_GOOD}"
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > LONGEST_FORM or not text.isascii():
+        return f"not an ISO 8601 date and time in ASCII; {SEND_GOOD}"
+    if NUMBER.fullmatch(text):
+        return _advice_on_number(float(text))
+    names, text = _unread_forms_of(text)
+    if not names:
+        return f"not an ISO 8601 date and time; {SEND_GOOD}"
+    if TIME_STAMP.fullmatch(text):
+        with contextlib.suppress(DataQualityError):
+            parse_time_stamp(text)
+            return f"{', '.join(names)}; send {text}"
+    return f"{', '.join(names)}; {SEND_GOOD}"
+
+
+def _unread_forms_of(text: str) -> tuple[list[str], str]:
+    """Return the names of the forms that a text has, and the text as it should be."""
+    names = dict[str, None]()  # each once, in order
+    for name, pattern, instead in UNREAD_FORMS:
+        changed, count = re.subn(pattern, instead or "", text, flags=re.ASCII | re.IGNORECASE)
+        if count:
+            names[name] = None
+            text = text if instead is None else changed
+    return list(names), text
+
+
+def _advice_on_number(number: float) -> str:
+    """Say which moment of the years 1973 to 2286 a number may stand for."""
+    for unit, count in IN_A_SECOND.items():
+        seconds = number / count
+        if 1e8 <= seconds < 1e10:
+            moment = timestamp_text(EPOCH + timedelta(seconds=seconds))
+            return f"a number; if it counts {unit} since 1970, send {moment}"
+    return f"a number; {SEND_GOOD}"
 
 
 def _time_of_day(match: re.Match[str]) -> timedelta:
@@ -1996,7 +2092,13 @@ class MeasurementsQuery(Struct, frozen=True):
     since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
     until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
     after: Annotated[datetime, Meta(tz=True, description="The `next` of a page.")] | None = None
-    limit: PageSize = 1000
+    limit: (
+        Annotated[
+            PageSize,
+            Meta(description="Return this many at most. Unless given: 1,000 of JSON, all of CSV."),
+        ]
+        | None
+    ) = None
     order: Annotated[Literal["asc", "desc"], Meta(description="By timestamp.")] = "asc"
     format: Annotated[Literal["json", "csv"], Meta(description="Goes before Accept.")] | None = None
 
@@ -2225,34 +2327,115 @@ async def process(request: web.Request, query: ProcessQuery) -> web.Response:
 @Route(
     "GET", "/measurements", "read", {200: (MeasurementPage, "text/csv")}, (503,), MeasurementsQuery
 )
-async def measurements(request: web.Request, query: MeasurementsQuery) -> web.Response:
-    """List measurements by timestamp, as JSON or CSV (RFC 4180); `Link` leads to the next page."""
-    rows = await request.app[BACKEND].find(
-        since=query.since,
-        until=query.until,
-        after=query.after,
-        limit=query.limit + 1,
-        descending=query.order == "desc",
-    )
-    rows, more = rows[: query.limit], len(rows) > query.limit
-    page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
+async def measurements(request: web.Request, query: MeasurementsQuery) -> web.StreamResponse:
+    """List measurements by timestamp.
+
+    JSON (`application/json`) comes in pages of `limit` rows, 1,000 unless given: a page that is not
+    the last has a `next`, which is the `after` of the page behind it, and a header `Link` that
+    leads there. CSV (`text/csv`, RFC 4180) has the whole range, however many rows that is, unless
+    `limit` is given; then it comes in pages, too, by `Link`. A CSV that breaks off, without the end
+    of its chunks, is not whole.
+    """
+    backend = request.app[BACKEND]
+    as_csv = query.format == "csv" or (query.format is None and wants_csv(request))
+    if as_csv and query.limit is None:
+        return WholeRange(backend, query, await find_rows(backend, query, CSV_ROWS))
+    limit = query.limit or PAGE_ROWS
+    rows = await find_rows(backend, query, limit + 1)
+    rows, more = rows[:limit], len(rows) > limit
     headers = {"Vary": "Accept"}
     if more:
-        following = request.rel_url.update_query(after=msgspec.to_builtins(page)["next"])
+        following = request.rel_url.update_query(after=timestamp_text(rows[-1].timestamp_utc))
         headers["Link"] = f'<{following}>; rel="next"'
+    if as_csv:
+        body = CSV_HEAD + csv_lines(rows)
+        return web.Response(body=body, content_type="text/csv", charset="utf-8", headers=headers)
+    return answer(MeasurementPage(rows, rows[-1].timestamp_utc if more else None), headers=headers)
+
+
+PAGE_ROWS = 1000  # of JSON, unless a limit is given
+CSV_ROWS = 5000  # that are read and written at a time, so that any range fits into memory
+CSV_HEAD = b"timestamp_utc,mean,std_dev,raw_id\r\n"
+
+
+def wants_csv(request: web.Request) -> bool:
     accept = request.headers.get("Accept", "")
-    wants_csv = "text/csv" in accept and "application/json" not in accept
-    if query.format == "csv" or (query.format is None and wants_csv):
-        return web.Response(text=as_csv(rows), content_type="text/csv", headers=headers)
-    return answer(page, headers=headers)
+    return "text/csv" in accept and "application/json" not in accept
 
 
-def as_csv(rows: Sequence[Measurement]) -> str:
+async def find_rows(
+    backend: Backend, query: MeasurementsQuery, limit: int, after: datetime | None = None
+) -> list[Measurement]:
+    """Return the next rows of a range, behind `after` or where the query begins."""
+    return await backend.find(
+        since=query.since,
+        until=query.until,
+        after=after or query.after,
+        limit=limit,
+        descending=query.order == "desc",
+    )
+
+
+def csv_lines(rows: Iterable[Measurement]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(Measurement.__struct_fields__)
-    writer.writerows(msgspec.to_builtins(row).values() for row in rows)
-    return text.getvalue()
+    for row in rows:
+        writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
+    return text.getvalue().encode()
+
+
+class WholeRange(web.StreamResponse):
+    """The CSV of a whole range, which is sent while it is read.
+
+    Between two portions nothing of the database is held, however slow the reader is. What fails
+    in the middle cuts the connection, so that nobody takes a part for the whole.
+    """
+
+    def __init__(
+        self, backend: Backend, query: MeasurementsQuery, first: list[Measurement]
+    ) -> None:
+        super().__init__(headers={"Vary": "Accept"})
+        self.content_type, self.charset = "text/csv", "utf-8"
+        self._backend, self._query, self._first = backend, query, first
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send the head, then all rows; aiohttp sends the end."""
+        begun = await super().prepare(request)
+        if request.method == "HEAD":
+            return begun
+        sent = 0
+        try:
+            await self.write(CSV_HEAD)
+            rows, self._first = self._first, []
+            while rows:
+                lines, last, count = csv_lines(rows), rows[-1].timestamp_utc, len(rows)
+                rows.clear()  # a slow reader makes the text wait, not the rows as well
+                await self.write(lines)
+                sent += count
+                rows = await find_rows(self._backend, self._query, CSV_ROWS, last)
+        except BaseException as error:
+            cut_off(request)
+            if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+                raise  # the client has gone, or the service stops
+            defect = None if isinstance(error, BackendError) else error
+            wrong = "request %s: its CSV was cut off behind %d rows: %s"
+            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            raise ConnectionResetError("the answer was cut off") from error
+        return begun
+
+
+def cut_off(request: web.BaseRequest) -> None:
+    """Reset a connection (RST), so that no client takes its end for the end of the answer.
+
+    To HTTP/1.0, which some proxies speak to what is behind them, the regular end is just that.
+    """
+    transport = request.transport
+    if transport is None:  # the client has gone
+        return
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 @Route("GET", "/measurements/summary", "read", {200: (Summary,)}, (503,), SummaryQuery)
@@ -2704,7 +2887,7 @@ REQUEST_ID_FORM = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    body, media = msgspec.json.encode(value), "application/json"
+    body, media = json_of(value), "application/json"
     if status in STATUS_HEADERS:
         headers = STATUS_HEADERS[status] | (headers or {})
     return web.Response(body=body, status=status, headers=headers, content_type=media)
@@ -2903,10 +3086,22 @@ def query_invalid(name: str, wrong: str) -> DropzoneError:
     return DropzoneError(f"the parameter {name} is {wrong}", "query_invalid", 400, parameter=name)
 
 
+MILLISECONDS = re.compile(r"-?\d{1,15}", re.ASCII)
+CALENDAR_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])", re.ASCII)
+
+
 def moment_in(name: str, text: str) -> datetime:
-    """Return the moment (UTC) that a parameter names; the + of its offset may come as a space."""
+    """Return the moment (UTC) that a parameter names: a time stamp, or milliseconds since 1970.
+
+    The + of an offset may come as a space. Whoever writes 20190501 hardly means a number, which
+    would be a morning of 1970.
+    """
     try:
+        if MILLISECONDS.fullmatch(text) and not CALENDAR_DATE.fullmatch(text):
+            return EPOCH + timedelta(milliseconds=int(text))
         return parse_time_stamp(re.sub(r" (\d\d(?::?\d\d)?)$", r"+\1", text))
+    except OverflowError:
+        raise query_invalid(name, f"wrong: {text} is outside the years 1 to 9999") from None
     except DataQualityError as error:
         wrong = error.detail.removeprefix("time_stamp is ")
         raise query_invalid(name, f"wrong: {wrong}") from None
@@ -2992,7 +3187,18 @@ SECURITY_SCHEMES = {
     "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     "bearer": {"type": "http", "scheme": "bearer"},
 }
-PATH_FORMATS = {"raw_id": "uuid", "timestamp": "date-time"}
+MOMENT_SCHEMA = {
+    "type": ["string", "integer"],
+    "format": "date-time",
+    "minimum": -62135596800000,
+    "maximum": 253402300799999,
+    "examples": ["2019-05-01T10:00:00Z", 1556704800000],
+}
+MOMENT_FORMS = "A time stamp, or a whole number of milliseconds since 1970."
+PATH_SCHEMAS = {
+    "raw_id": {"type": "string", "format": "uuid"},
+    "timestamp": MOMENT_SCHEMA | {"description": MOMENT_FORMS},
+}
 
 
 def openapi_document(prefix: str) -> dict[str, Any]:
@@ -3017,9 +3223,11 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     answers = {status: route.answers.get(status, (Problem,)) for status in route.statuses()}
+    summary, _, more = (inspect.getdoc(route.handler) or "").partition("\n\n")
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
-        "summary": route.handler.__doc__,
+        "summary": summary,
+        "description": more,
         "parameters": _parameters(route),
         "responses": {str(status): _response(status, kinds) for status, kinds in answers.items()},
     }
@@ -3047,12 +3255,15 @@ def _response(status: int, kinds: tuple[type | str, ...]) -> dict[str, Any]:
 def _parameters(route: Route) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in re.findall(r"{(\w+)}", route.path):
-        schema = {"type": "string", "format": PATH_FORMATS[name]}
+        schema = PATH_SCHEMAS[name]
         found.append({"name": name, "in": "path", "required": True, "schema": schema})
     if route.query:
         _, schemas = msgspec.json.schema_components([route.query])
         for name, schema in schemas[route.query.__name__]["properties"].items():
             given = schema.get("anyOf", [schema])[0]  # the other is null, which no query sends
+            if given.get("format") == "date-time":
+                described = {"description": f"{given['description']} {MOMENT_FORMS}"}
+                given = given | MOMENT_SCHEMA | described
             found.append({"name": name, "in": "query", "schema": given})
     return found
 
@@ -3376,7 +3587,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
                     facts.update(processed=result.processed, failed=result.failed)
         finally:
             await processor.close()
-    print(msgspec.json.format(msgspec.json.encode(result)).decode())
+    print(msgspec.json.format(json_of(result)).decode())
     return os.EX_OK
 
 
@@ -3592,7 +3803,7 @@ FINDING_HEAD = (
 
 def as_line(finding: Finding, *, as_json: bool) -> str:
     if as_json:
-        return msgspec.json.encode(finding).decode()
+        return json_of(finding).decode()
     row, right = finding.row, finding.right
     cells = [
         (str(each.raw_id), f"{each.mean!r}", f"{each.std_dev!r}") if each else ("-", "", "")
@@ -3903,11 +4114,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def moment(text: str) -> datetime:
-    """Return a moment (UTC); argparse names this function in its error."""
+    """Return a moment (UTC)."""
     try:
         return parse_time_stamp(text)
     except DataQualityError as error:
-        raise ValueError(error.detail) from None
+        raise argparse.ArgumentTypeError(error.detail.removeprefix("time_stamp is ")) from None
 
 
 def key_name(text: str) -> str:

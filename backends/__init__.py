@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from math import isclose, isfinite
 from sys import float_info
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import msgspec
@@ -24,6 +24,7 @@ __all__ = [
     "MeasurementNotFound",
     "create_backend",
     "edges",
+    "json_of",
     "paired",
     "require_utc",
     "same",
@@ -208,8 +209,31 @@ def timestamp_text(timestamp: datetime) -> str:
 
     Raises ValueError unless `timestamp` is at UTC.
     """
-    naive = require_utc(timestamp).replace(tzinfo=None)
-    return naive.isoformat(timespec="microseconds") + "Z"
+    text: str = msgspec.to_builtins(require_utc(timestamp))  # three times as fast as `isoformat`
+    return text if timestamp.microsecond else f"{text[:19]}.000000Z"
+
+
+def json_of(value: object) -> bytes:
+    """Return the JSON of what leaves Dropzone, its timestamps in the form of `timestamp_text`.
+
+    msgspec leaves out a fraction of zero, and readers such as pandas take a column of two widths
+    for text. Raises ValueError for a timestamp that is not at UTC.
+    """
+    plain = [msgspec.to_builtins(value, builtin_types=(datetime, UUID))]
+    _write_timestamps(plain, enumerate(plain))
+    return msgspec.json.encode(plain[0])
+
+
+def _write_timestamps(inside: Any, members: Iterable[tuple[Any, object]]) -> None:
+    """Put texts in the places of timestamps; rows are many, so that no copy is made of them."""
+    for place, member in members:
+        kind = type(member)
+        if kind is datetime:
+            inside[place] = timestamp_text(cast("datetime", member))
+        elif kind is dict:
+            _write_timestamps(member, cast("dict[str, object]", member).items())
+        elif kind is list:
+            _write_timestamps(member, enumerate(cast("list[object]", member)))
 
 
 def winners(measurements: Iterable[Measurement]) -> list[Measurement]:

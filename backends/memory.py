@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from statistics import fmean
 
-from backends import Bucket, Measurement, MeasurementNotFound, edges, require_utc, window, winners
+from backends import (
+    Bucket,
+    Measurement,
+    MeasurementNotFound,
+    edges,
+    require_utc,
+    timestamp_text,
+    window,
+    winners,
+)
 
 LARGEST = 1e290  # in a sum that must not overflow
 
@@ -47,7 +56,8 @@ class MemoryBackend:
         try:
             return self._rows[require_utc(timestamp_utc)]
         except KeyError:
-            raise MeasurementNotFound(f"no measurement at {timestamp_utc.isoformat()}") from None
+            text = timestamp_text(timestamp_utc)
+            raise MeasurementNotFound(f"no measurement at {text}") from None
 
     async def find(
         self,

@@ -271,7 +271,7 @@ class PostgresBackend:
         """See Backend.get."""
         rows = await self._read(GET, timestamp_text(timestamp_utc))
         if not rows:
-            raise MeasurementNotFound(f"no measurement at {timestamp_utc.isoformat()}")
+            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
         return self._measurement(rows[0])
 
     async def find(

@@ -125,7 +125,7 @@ class SqliteBackend:
         """See Backend.get."""
         rows = await self._fetch(GET, timestamp_text(timestamp_utc))
         if not rows:
-            raise MeasurementNotFound(f"no measurement at {timestamp_utc.isoformat()}")
+            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
         return self._measurement(rows[0])
 
     async def find(

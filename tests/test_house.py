@@ -15,10 +15,10 @@ ROOMS = {
     "backends.sqlite": ("backends",),
     "backends.postgres_url": (),
     "backends.postgres": ("backends", "backends.postgres_url"),
-    "backends.raw": (),
+    "backends.raw": ("backends",),
     "backends.raw.disk": ("backends.raw",),
     "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
-    "backends.raw.folders": ("backends.raw", "backends.raw.disk", "backends.raw.packs"),
+    "backends.raw.folders": ("backends", "backends.raw", "backends.raw.disk", "backends.raw.packs"),
     "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
     "backends.raw.landing": (
         "backends.raw",

@@ -24,6 +24,8 @@ from uuid import UUID
 from msgspec import Struct
 from uuid_utils.compat import uuid7
 
+from backends import require_utc
+
 State = Literal["pending", "processed", "rejected"]
 STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
@@ -132,7 +134,8 @@ def next_raw_id(last: UUID) -> UUID:
 class Rejection(Struct, frozen=True):
     """Why a payload was rejected: the content of `rejected/<raw_id>.reason.json`.
 
-    It stays there when the payload is put back to pending, which `retries` counts.
+    It stays there when the payload is put back to pending, which `retries` counts. Times are at
+    UTC; raises ValueError for any other.
     """
 
     raw_id: UUID
@@ -141,6 +144,10 @@ class Rejection(Struct, frozen=True):
     rejected_at: datetime
     retries: int = 0
     retried_at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        require_utc(self.rejected_at)
+        require_utc(self.retried_at or self.rejected_at)
 
 
 class Activity(Struct, frozen=True):

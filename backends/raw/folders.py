@@ -29,6 +29,7 @@ from uuid import UUID
 
 import msgspec
 
+from backends import json_of
 from backends.raw import (
     PAYLOAD_NAME,
     STATES,
@@ -469,7 +470,7 @@ class Folders:
             return False  # another caller has put it back
 
     def _record(self, rejection: Rejection) -> None:
-        self.publish(self._reason(rejection.raw_id), msgspec.json.encode(rejection))
+        self.publish(self._reason(rejection.raw_id), json_of(rejection))
 
     def _reason(self, raw_id: UUID) -> Path:
         return self.rejected / f"{raw_id}.reason.json"

@@ -680,7 +680,7 @@ async def test_rejected(store: RawStore, folder: Path):
         "raw_id": str(raw_id),
         "code": "value_not_numeric",
         "detail": 'data[1] is "x"',
-        "rejected_at": "2019-05-01T12:00:00Z",
+        "rejected_at": "2019-05-01T12:00:00.000000Z",
         "retries": 0,
         "retried_at": None,
     }

@@ -1,6 +1,7 @@
 """The contract of `backends.Backend`, kept by every backend, and what each adds to it."""
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -36,8 +37,10 @@ from backends import (
     Measurement,
     MeasurementNotFound,
     create_backend,
+    json_of,
     paired,
     same,
+    timestamp_text,
     winners,
 )
 from backends.memory import MemoryBackend
@@ -145,6 +148,17 @@ def test_measurement_refuses_a_negative_standard_deviation() -> None:
     """A standard deviation below zero never becomes a measurement."""
     with pytest.raises(ValueError, match="0 or greater"):
         row(std=-5e-324)
+
+
+@given(moment=st.datetimes(timezones=st.just(UTC)), whole=st.booleans())
+def test_a_timestamp_has_one_width(moment: datetime, whole: bool) -> None:
+    """The text of a moment is that of `isoformat` with microseconds, and JSON has the same."""
+    moment = moment.replace(microsecond=0) if whole else moment
+    text = timestamp_text(moment)
+    assert text == moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    member = {"a": [{"b": moment}], "c": moment}
+    assert json.loads(json_of(member)) == {"a": [{"b": text}], "c": text}
+    assert json.loads(json_of(moment)) == text
 
 
 # ── Upsert and get ────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from test_cli import LINE, OK, PATIENCE, Program, Server, closed_port
 from test_workers import GUNICORN
 
 import dropzone
+from backends import timestamp_text
 from backends.postgres import CREATE_TABLE, TAKE_OVER
 
 REPO = Path(__file__).parents[2]
@@ -293,6 +294,56 @@ def test_error_codes():
     shown = set(re.findall(r"`(\w+)`", section(API, "Errors")))
     assert len(given) > 20
     assert given <= shown
+
+
+def lines_of_tables(text: str) -> list[list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip("` |") for cell in row] for row in rows]
+
+
+TIME_STAMPS = REPO / "docs" / "time-stamps.md"
+ACCEPTED = [
+    line
+    for title in ("What is accepted", "Fractions, leap seconds, midnight")
+    for line in lines_of_tables(section(TIME_STAMPS, title))
+]
+REFUSED = [
+    (code, sent, reason)
+    for part in section(TIME_STAMPS, "What is refused").split("With the code ")[1:]
+    for code in [part.split("`")[1]]
+    for sent, reason in lines_of_tables(part)
+]
+
+
+@pytest.mark.parametrize(("sent", "read"), [line[:2] for line in ACCEPTED])
+def test_accepted_time_stamps(sent: str, read: str):
+    """Every form that the page on time stamps shows as accepted is read as it says."""
+    assert timestamp_text(dropzone.parse_time_stamp(sent)) == read
+
+
+@pytest.mark.parametrize(("code", "sent", "reason"), REFUSED)
+def test_refused_time_stamps(code: str, sent: str, reason: str):
+    """Every form that the page shows as refused has the code and the reason that it says."""
+    number = [int(sent)] if sent.isdigit() else []
+    for value in [sent, *number]:
+        with pytest.raises(dropzone.DataQualityError) as caught:
+            dropzone.parse_time_stamp(value)
+        assert caught.value.code == code
+        assert caught.value.detail == f"time_stamp is {json.dumps(value)}: {reason}"
+
+
+def test_moments_in_a_request():
+    """Every moment that the page shows for a request is read as it says."""
+    shown = lines_of_tables(section(TIME_STAMPS, "Moments in a request"))
+    assert {sent: timestamp_text(dropzone.moment_in("since", sent)) for sent, _ in shown} == dict(
+        shown
+    )
+    assert len(shown) >= 4
+
+
+def test_time_stamps_are_shown():
+    """The tables of the page are found, so that the tests above have something to read."""
+    assert (len(ACCEPTED), len(REFUSED)) >= (20, 20)
 
 
 def test_rejection_codes():

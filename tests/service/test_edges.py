@@ -378,7 +378,7 @@ async def test_nothing_is_a_formula(session: aiohttp.ClientSession) -> None:
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(rows) == 4
     for row in rows:
-        assert re.fullmatch(r"2031-05-01T10:00:0\dZ", row["timestamp_utc"])
+        assert re.fullmatch(r"2031-05-01T10:00:0\d\.000000Z", row["timestamp_utc"])
         assert all(repr(float(row[name])) == row[name] for name in ("mean", "std_dev"))
         assert str(UUID(row["raw_id"])) == row["raw_id"]
     assert rows[0]["mean"] == "-1.5"

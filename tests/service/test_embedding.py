@@ -89,7 +89,9 @@ async def test_links_carry_the_prefix(aiohttp_client: Any, tmp_path: Path) -> No
     first = await client.get("/dropzone/measurements?limit=1")
     [link] = re.findall(r'<(/dropzone/measurements\?[^>]+)>; rel="next"', first.headers["Link"])
     second = await (await client.get(link)).json()
-    assert [row["timestamp_utc"] for row in second["measurements"]] == ["2019-05-02T10:00:00Z"]
+    assert [row["timestamp_utc"] for row in second["measurements"]] == [
+        "2019-05-02T10:00:00.000000Z"
+    ]
     document = await (await client.get("/dropzone/openapi.json")).json()
     assert document["servers"] == [{"url": "/dropzone"}]
     assert "/ingest" in document["paths"]

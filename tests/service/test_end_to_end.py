@@ -24,7 +24,7 @@ from dropzone import DataQualityError, transform
 
 EXAMPLE = Path(__file__).parents[2] / "data" / "payload.json"
 FORM = "application/x-www-form-urlencoded"
-NOON = "2019-05-01T10:00:00Z"
+NOON = "2019-05-01T10:00:00.000000Z"
 MEAN, STD_DEV = 0.9985282517566032, 1.01280885259315
 WORKERS = 32
 ROWS = "SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements ORDER BY timestamp_utc"

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 import pytest
@@ -315,7 +315,7 @@ async def test_example(service: Service) -> None:
     await service.land(EXAMPLE.read_bytes())
     assert (await service.process())["processed"] == 1
     [row] = (await service("GET", "/measurements")).json["measurements"]
-    assert row["timestamp_utc"] == "2019-05-01T10:00:00Z"
+    assert row["timestamp_utc"] == "2019-05-01T10:00:00.000000Z"
     assert row["mean"] == pytest.approx(0.9985282517566032, rel=0, abs=1e-15)
     assert row["std_dev"] == pytest.approx(1.01280885259315, rel=1e-14)
 
@@ -366,7 +366,7 @@ async def test_last_arrival_stands(service: Service) -> None:
 @pytest.fixture
 async def rows(service: Service) -> list[str]:
     """Make rows on the first ten days of May; return their timestamps."""
-    days = [f"2019-05-{day:02}T10:00:00Z" for day in range(1, 11)]
+    days = [f"2019-05-{day:02}T10:00:00.000000Z" for day in range(1, 11)]
     for number, day in enumerate(reversed(days)):
         await service.land(reading(day, [number, number + 2]))
     await service.process()
@@ -393,6 +393,11 @@ async def listed(service: Service, query: str, **options: Any) -> list[str]:
         ("?since=2019-05-03T10:00:00.000001Z", slice(3, None)),
         ("?after=2019-05-03T10:00:00Z", slice(3, None)),
         ("?after=2019-05-03T10:00:00Z&order=desc", slice(1, None, -1)),
+        ("?since=1556877600000", slice(2, None)),
+        ("?since=1556877600001&until=1557050400000", slice(3, 4)),
+        ("?after=1556877600000", slice(3, None)),
+        ("?since=-62135596800000&until=253402300799999", slice(None)),
+        ("?since=-1&until=0", slice(0, 0)),
         ("?limit=3", slice(0, 3)),
         ("?limit=10", slice(None)),
         ("?limit=1&order=desc", slice(9, 10)),
@@ -492,6 +497,56 @@ async def test_csv(service: Service) -> None:
     assert [row | {n: float(row[n]) for n in ("mean", "std_dev")} for row in table] == in_json
 
 
+WIDTH = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:[^\s\"<>,\\\\]*")
+
+
+async def test_one_width(service: Service) -> None:
+    """Whatever its fraction, a timestamp has the same width wherever it leaves the service."""
+    ids = [await service.land(reading(f"2019-05-01T10:00:0{s}Z")) for s in ("0", "1.5", "2")]
+    ids.append(await service.land({"data": []}))
+    rejected = (await service.process())["rejected"]
+    ids.append(await service.land({}))
+    paths = ["/measurements?limit=1", "/measurements?format=csv&limit=2", "/measurements/summary"]
+    paths += [
+        "/measurements/2019-05-01T10:00:00Z",
+        "/rejected",
+        "/status",
+        "/measurements/2019-05-01T09Z",
+    ]
+    paths += [f"/raw/{raw_id}" for raw_id in ids]
+    answers = [await service("GET", path) for path in paths]
+    texts = [json.dumps(rejected), *(answer.body.decode() for answer in answers)]
+    texts += [unquote(answer.headers.get("Link", "")) for answer in answers]
+    texts += [path.read_text() for path in service.folder.rglob("*.reason.json")]
+    found = [moment for text in texts for moment in MOMENT.findall(text)]
+    assert len(found) > 20
+    assert [moment for moment in found if not WIDTH.fullmatch(moment)] == []
+
+
+async def test_csv_of_fractions(service: Service) -> None:
+    """A column of moments with and without a fraction is read by one strict form."""
+    for second in ("0", "1.5", "2.000001"):
+        await service.land(reading(f"2019-05-01T10:00:0{second}Z"))
+    await service.process()
+    text = (await service("GET", "/measurements?format=csv")).body.decode()
+    moments = [row["timestamp_utc"] for row in csv.DictReader(io.StringIO(text))]
+    read = [datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S.%f%z") for moment in moments]
+    assert {len(moment) for moment in moments} == {27}
+    assert [moment.microsecond for moment in read] == [0, 500_000, 1]
+
+
+async def test_reasons_of_older_versions(service: Service) -> None:
+    """A reason whose time was written without a fraction is read, and leaves in the one width."""
+    raw_id = await service.land({})
+    await service.process()
+    file = service.folder / "rejected" / f"{raw_id}.reason.json"
+    reason = json.loads(file.read_bytes()) | {"rejected_at": "2024-02-03T04:05:06Z"}
+    file.write_text(json.dumps(reason))
+    [listed] = (await service("GET", "/rejected")).json["rejected"]
+    assert listed == reason | {"rejected_at": "2024-02-03T04:05:06.000000Z"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -508,6 +563,8 @@ async def test_csv(service: Service) -> None:
         "2019-05-01%2010:00:00Z",
         "20190501T100000Z",
         "2019-05-01T10%3A00%3A00Z",
+        "2019-121T10:00:00Z",
+        "1556704800000",
     ],
 )
 async def test_measurement(service: Service, text: str) -> None:
@@ -648,9 +705,9 @@ async def test_head(service: Service) -> None:
     """HEAD gives what GET gives, without the body."""
     raw_id = await service.land(reading())
     await service.process()
-    paths = ["/health", "/ready", "/measurements", "/measurements?format=csv", "/rejected"]
+    paths = ["/health", "/ready", "/measurements", "/measurements?format=csv&limit=1"]
     paths += ["/measurements/2019-05-01T10:00:00Z", f"/raw/{raw_id}", f"/raw/{raw_id}/payload"]
-    paths += ["/openapi.json", "/docs", f"/raw/{SOME_ID}", "/measurements?limit=0"]
+    paths += ["/rejected", "/openapi.json", "/docs", f"/raw/{SOME_ID}", "/measurements?limit=0"]
     for path in paths:
         got, head = await service("GET", path), await service("HEAD", path)
         assert (head.status, head.body) == (got.status, b""), path
@@ -766,11 +823,11 @@ async def test_odd_document_is_rejected(service: Service, body: str, code: str) 
         (b'{"data": ["x"], "time_stamp": "2019-05-01T10:00Z", "data": [3]}', None, 3),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1], "x": [NaN, 1e999]}', None, 1),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1], "\\ud800": "\\udfff"}', None, 1),
-        (b'{"time_stamp": "2019-05-01T24:00Z", "data": [2]}', "2019-05-02T00:00:00Z", 2),
-        (b'{"time_stamp": "2016-12-31T23:59:60Z", "data": [2]}', "2017-01-01T00:00:00Z", 2),
-        (b'{"time_stamp": "0001-01-01T00:00-14:00", "data": [2]}', "0001-01-01T14:00:00Z", 2),
+        (b'{"time_stamp": "2019-05-01T24:00Z", "data": [2]}', "2019-05-02T00:00:00", 2),
+        (b'{"time_stamp": "2016-12-31T23:59:60Z", "data": [2]}', "2017-01-01T00:00:00", 2),
+        (b'{"time_stamp": "0001-01-01T00:00-14:00", "data": [2]}', "0001-01-01T14:00:00", 2),
         (b'{"time_stamp": "9999-12-31T23:59:59.9999999Z", "data": [2]}', None, 2),
-        (b'{"time_stamp": "2019-W18-3T10:00:00Z", "data": [1]}', "2019-05-01T10:00:00Z", 1),
+        (b'{"time_stamp": "2019-W18-3T10:00:00Z", "data": [1]}', "2019-05-01T10:00:00", 1),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [1e308, 1e308]}', None, 1e308),
         (b'{"time_stamp": "2019-05-01T10:00Z", "data": [-0.0, 1e-999]}', None, 0),
     ],
@@ -1113,7 +1170,10 @@ async def test_timestamp_unknown(service: Service) -> None:
         "2019-05-01",
         "2019-05-01T10:00:00",
         "2019-02-30T10:00:00Z",
-        "1556704800",
+        "1556704800.5",
+        "20190501",
+        "253402300800000",
+        "-62135596800001",
         "%00",
         "%ff",
         "0001-01-01T00:00:00+14:00",

@@ -6,7 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
@@ -400,6 +400,16 @@ MOMENTS = {
     "2019-W18-3T10:00:00Z": TEN,
     "2019W183T100000Z": TEN,
     "2019-w18-3t10:00:00z": TEN,
+    "2019-121T10:00:00Z": TEN,
+    "2019-121 06:00:00-04:00": TEN,
+    "2019121T100000Z": TEN,
+    "2019121T10Z": TEN,
+    "2019-001T00:00:00Z": "2019-01-01T00:00:00+00:00",
+    "2019-365T23:59:59Z": "2019-12-31T23:59:59+00:00",
+    "2020-366T00:00:00Z": "2020-12-31T00:00:00+00:00",
+    "2016-366T23:59:60Z": "2017-01-01T00:00:00+00:00",
+    "2019-365T24:00:00Z": "2020-01-01T00:00:00+00:00",
+    "0001-001T00:00:00Z": "0001-01-01T00:00:00+00:00",
     "2019-05-01T06:00:00-04": TEN,
     "2019-05-01T06:00:00-0400": TEN,
     "2019-05-01T15:30:00+05:30": TEN,
@@ -498,6 +508,16 @@ NO_MOMENTS = [
     "2019-W00-1T10:00:00Z",
     "2019-W18-8T10:00:00Z",
     "2019-W18T10:00:00Z",
+    "2019-000T10:00:00Z",
+    "2019-366T10:00:00Z",
+    "2020-367T10:00:00Z",
+    "9999-366T10:00:00Z",
+    "2019-12T10:00:00Z",
+    "2019-1211T10:00:00Z",
+    "2019-05-01T06:00:00-04:00[America/New_York]",
+    "2019-05-01T10:00:00 +0000",
+    "2019-05-01T10:00:00 UTC",
+    "2019-05-01 10:00:00 PM",
     "2019-0501T10:00:00Z",
     "201905-01T10:00:00Z",
     "2019-05-01T10:0000Z",
@@ -542,6 +562,8 @@ def test_no_moments(time_stamp: str):
         "2019-W18-3T10:00:00",
         "2019-05-01",
         "20190501",
+        "2019-121",
+        "2019121T100000",
     ],
 )
 def test_without_offset(time_stamp: str):
@@ -561,11 +583,52 @@ def test_without_offset(time_stamp: str):
         "0000-01-01T00:00:00Z",
         "0000-06-15T12:00:00+14:00",
         "0000-W20-1T00:00:00Z",
+        "0000-100T00:00:00Z",
+        "0001-001T00:00:00+14:00",
+        "9999-365T24:00:00Z",
     ],
 )
 def test_out_of_range(time_stamp: str):
     """A moment outside the years 1 to 9999 in UTC has a code of its own."""
     assert code_of(time_stamp) == "time_stamp_out_of_range"
+
+
+@for_many
+@given(day=st.dates())
+def test_any_ordinal_date(day: date):
+    """An ordinal date is the same day as the calendar's, in the extended and the basic form."""
+    expected = datetime.combine(day, time(10), UTC)
+
+    for form in ("%Y-%j", "%Y%j"):
+        year, ordinal = f"{day.year:04}", f"{day.timetuple().tm_yday:03}"
+        text = form.replace("%Y", year).replace("%j", ordinal)
+        assert moment_of(f"{text}T10:00Z") == expected
+
+
+@for_many
+@given(local=stamps, around=st.tuples(*[st.text(" +-Z[]/UTC0", max_size=4)] * 2))
+def test_advice_can_be_followed(local: str, around: tuple[str, str]):
+    """Whatever text a reason says to send is a time stamp that is read."""
+    sent = local.join(around)
+    found = outcome(payload(time_stamp=json.dumps(sent)))
+
+    if isinstance(found, DataQualityError) and found.code == "time_stamp_invalid":
+        _, said, instead = found.detail.rpartition("; send ")
+        if said and not instead.startswith("ISO"):
+            assert moment_of(instead.removeprefix("such as ")).tzinfo is UTC
+
+
+def test_advice_takes_no_time():
+    """A text of any length and kind gets its reason without being searched for long."""
+    for text in (
+        "1" * 79,
+        " " * 79 + "x",
+        "[" * 79,
+        "2019-05-01T" + "a" * 60 + "/",
+        "[" * 10**6,
+        "1" * 10**6,
+    ):
+        assert code_of(text) == "time_stamp_invalid"
 
 
 @for_many

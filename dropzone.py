@@ -255,6 +255,9 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
     """A section of `config.toml`, where each setting is explained."""
 
 
+ORIGIN = r"^(\*|https?://[^/,\s]+)\Z"
+
+
 class ServerConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
@@ -263,6 +266,7 @@ class ServerConfig(Section, frozen=True):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    cors_origins: tuple[Annotated[str, Meta(pattern=ORIGIN)], ...] = ()
 
 
 class RawConfig(Section, frozen=True):
@@ -547,8 +551,11 @@ def _with(config: Config, given: Given) -> Config:
 
     try:
         value = given.value
-        if given.setting == AUTH_KEYS and isinstance(value, str):  # a variable
-            value = msgspec.json.decode(value)
+        if isinstance(value, str):  # as all variables are
+            if given.setting == AUTH_KEYS:
+                value = msgspec.json.decode(value)
+            elif given.setting == ("server", "cors_origins"):
+                value = [origin.strip() for origin in value.split(",") if origin.strip()]
         for key in reversed(given.setting):
             value = {key: value}
         table = _merged(_plain(config), value)
@@ -674,14 +681,20 @@ class LineQueue(QueueHandler):
             time.sleep(0.005)
 
 
-def log_to_stderr(config: LogConfig, level: str = "") -> None:
-    """Set up logging, unless somebody has; audit lines come whatever the level."""
+def log_to_stderr(config: LogConfig, level: str = "", *, queued: bool = True) -> None:
+    """Set up logging, unless somebody has; audit lines come whatever the level.
+
+    Unless `queued`, each line is written before the program goes on, as a command wants it that
+    writes to standard error itself.
+    """
     if logging.getLogger().handlers:
         return
-    lines = LineQueue(StandardError(config.format))
-    atexit.register(lines.finish)
-    os.register_at_fork(after_in_child=lines.begin)
-    logging.basicConfig(level=(level or config.level).upper(), handlers=[lines])
+    out: logging.Handler = StandardError(config.format)
+    if queued:
+        out = LineQueue(out)
+        atexit.register(out.finish)
+        os.register_at_fork(after_in_child=out.begin)
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[out])
     audit_log.setLevel(logging.INFO)
 
 
@@ -2916,6 +2929,51 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     return response
 
 
+READING = ("GET", "HEAD")
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, HEAD",
+    "Access-Control-Allow-Headers": "Authorization, X-API-Key, X-Request-ID",
+    "Access-Control-Max-Age": "600",  # seconds
+}
+EXPOSED = "Link, RateLimit, RateLimit-Policy, Retry-After, Server-Timing, X-Request-ID"
+
+
+@web.middleware
+async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let pages of the origins in `cors_origins` read, refusals included (Fetch standard, CORS)."""
+    origins, origin = request.app[CONFIG].server.cors_origins, request.headers.get("Origin", "")
+    allowed = "*" if "*" in origins else origin if origin in origins else None
+    if allowed and asks_to_read(request):
+        response: web.StreamResponse = await edge(request, preflight)
+    else:
+        response = await handler(request)
+        if request.method not in READING:
+            return response
+    headers = response.headers
+    headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
+    if allowed:
+        headers["Access-Control-Allow-Origin"] = allowed
+        headers["Access-Control-Expose-Headers"] = EXPOSED
+    return response
+
+
+def asks_to_read(request: web.Request) -> bool:
+    """Tell whether a browser asks if a page may GET something (a CORS preflight)."""
+    if request.method != "OPTIONS":
+        return False
+    refusal = request.match_info.http_exception
+    wanted = request.headers.get("Access-Control-Request-Method")
+    return (
+        wanted in READING
+        and isinstance(refusal, web.HTTPMethodNotAllowed)
+        and "GET" in refusal.allowed_methods
+    )
+
+
+async def preflight(_: web.Request) -> web.Response:
+    return web.Response(status=204, headers=PREFLIGHT_HEADERS)
+
+
 def template_of(request: web.Request) -> tuple[str, str]:
     """Return method and route as metrics name them: few, whatever a client makes up."""
     resource = request.match_info.route.resource
@@ -3281,7 +3339,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     if config is None:
         config = load_config()
         log_to_stderr(config.log)
-    app = web.Application(middlewares=[edge])
+    app = web.Application(middlewares=[cors, edge] if config.server.cors_origins else [edge])
     app[CONFIG] = config
     app[METRICS] = metrics = Metrics()
     app[RAW] = store = store_of(config, metrics)
@@ -4144,7 +4202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(getattr(args, "config", None), overrides=given)
         runs_on = args.run is serve or getattr(args, "watch", False)
-        log_to_stderr(config.log, "" if runs_on else "warning")  # a command reports by itself
+        # A command reports by itself.
+        log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             command = args.run(config, args)
             code: int = runner.run(until_stopped(command) if runs_on else command)

@@ -4128,6 +4128,9 @@ def descriptor_trouble() -> str | None:
 DESCRIPTORS = 4096
 
 
+Parsers = dict[str, argparse.ArgumentParser]
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--config", metavar="FILE", help="read this file instead of config.toml")
@@ -4141,10 +4144,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
     runs |= {"key": list_keys, "ready": ask_ready}
+    added = _added(commands, runs, common)
+    _add_options(added)
+    keys = added["key"].add_subparsers(metavar="ACTION")
+    acts = {"list": list_keys, "new": new_key, "revoke": revoke_key}
+    _add_key_options(_added(keys, acts, common))
+    return parser.parse_args(argv)
+
+
+def _added(commands: Any, runs: Mapping[str, Any], common: argparse.ArgumentParser) -> Parsers:
     added = {}
     for name, run in runs.items():
         added[name] = commands.add_parser(name, parents=[common], help=run.__doc__)
         added[name].set_defaults(run=run)
+    return added
+
+
+def _add_options(added: Parsers) -> None:
     added["ingest"].add_argument("files", nargs="+", metavar="FILE", help="- is standard input")
     how = added["process"].add_mutually_exclusive_group()
     how.add_argument("--watch", action="store_true", help="go on until stopped")
@@ -4160,15 +4176,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
-    actions = added["key"].add_subparsers(metavar="ACTION")
-    for name, run in (("list", list_keys), ("new", new_key), ("revoke", revoke_key)):
-        added[name] = actions.add_parser(name, parents=[common], help=run.__doc__)
-        added[name].set_defaults(run=run)
+
+
+def _add_key_options(added: Parsers) -> None:
     for name in ("new", "revoke"):
         added[name].add_argument("name", type=key_name, metavar="NAME")
     many: dict[str, Any] = {"action": "append", "required": True, "choices": SCOPES}
     added["new"].add_argument("--scope", help="what the key opens; may be repeated", **many)
-    return parser.parse_args(argv)
 
 
 def moment(text: str) -> datetime:

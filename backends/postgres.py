@@ -537,8 +537,8 @@ class PostgresBackend:
 
 
 def _words(error: asyncpg.PostgresError) -> str:
-    """Return what the server said, in one line, without what asyncpg adds to it."""
-    parts = [error.message or "", error.detail and f"DETAIL: {error.detail}", error.hint]
+    """Return what the server said, or asyncpg in its place, in one line."""
+    parts = [error.message or str(error), error.detail and f"DETAIL: {error.detail}", error.hint]
     return " ".join(" ".join(filter(None, parts)).split())
 
 

@@ -57,6 +57,7 @@ import threading
 import time
 import tomllib
 import zlib
+from array import array
 from calendar import isleap
 from collections import Counter
 from collections.abc import (
@@ -741,7 +742,10 @@ def operator_name() -> str:
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-LARGE_JSON = 64 * 1024  # bytes; a smaller document is checked at once, however odd it is
+LARGE_JSON = 64 * 1024  # bytes; a smaller document is parsed at once, however odd it is
+NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(-?(?:NaN|Infinity))', re.DOTALL)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+NO_NUMBER = b"\x7f"  # fills the text that stands in the place of NaN and infinities
 
 
 def parse_json(body: bytes) -> object:
@@ -759,16 +763,63 @@ def parse_json(body: bytes) -> object:
 def check_json(body: bytes, *, patient: bool = True) -> None:
     """Raise `PayloadNotJson` where `parse_json` would, in a tenth of the time, without the values.
 
-    The values of a large document can take a gigabyte of memory, and seconds in which nothing else
-    runs: unless `patient`, raise one of `REFUSED` where it would have to be parsed.
+    A large document that is not strictly JSON can take seconds in which nothing else runs: unless
+    `patient`, raise one of `REFUSED` for it.
     """
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
         check_utf8(body)
     except REFUSED:
-        if not patient and len(body) > LARGE_JSON:
+        if len(body) <= LARGE_JSON:
+            _parse_leniently(body)
+        elif patient:
+            strict_json(body)
+        else:
             raise
-        _parse_leniently(body)
+
+
+def strict_json(body: bytes) -> bytes:
+    """Return a document that `parse_json` accepts as one that is strictly JSON, or raise likewise.
+
+    No values are made, which can take a gigabyte for a large document. In the place of NaN and
+    infinities there is text of their length, so that every position remains, and in that of
+    surrogates, of which msgspec takes pairs alone, there are letters.
+    """
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+        check_utf8(body)
+    except REFUSED:
+        pass
+    else:
+        return body
+    strict = bytearray(body)
+    if body.startswith(codecs.BOM_UTF8):
+        strict[: len(codecs.BOM_UTF8)] = b" " * len(codecs.BOM_UTF8)
+    for found in NOT_FINITE.finditer(body):
+        if found[1]:
+            strict[found.start() : found.end()] = b'"%s"' % (NO_NUMBER * (len(found[1]) - 2))
+    for found in SURROGATE.finditer(strict):
+        strict[found.start() : found.end()] = b"\\u0041"
+    try:
+        msgspec.json.decode(strict, type=msgspec.Raw)
+        check_utf8(body)
+    except RecursionError:
+        raise PayloadNotJson("nested too deeply: send a flatter document") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(body, error.start, error.reason) from None
+    except msgspec.DecodeError as error:
+        [problem, position] = _problem_at(str(error), len(body))
+        line_start = body.rfind(b"\n", 0, position) + 1
+        line = 1 + body.count(b"\n", 0, position)
+        place = f"line {line}, column {1 + position - line_start} (byte {position})"
+        raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
+    return bytes(strict)
+
+
+def _problem_at(words: str, end: int) -> tuple[str, int]:
+    """Return what msgspec says is wrong, and at which byte; a document cut short ends there."""
+    found = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", words)
+    return (found[1], int(found[2])) if found else ("it ends too early", end)
 
 
 def check_utf8(body: bytes) -> None:
@@ -784,15 +835,18 @@ def _parse_leniently(body: bytes) -> object:
     except RecursionError:
         raise PayloadNotJson("nested too deeply: send a flatter document") from None
     except UnicodeDecodeError as error:
-        position = mark + error.start
-        line = 1 + body.count(b"\n", 0, position)
-        place = f"line {line} (byte {position})"
-        raise PayloadNotJson(f"not UTF-8: {error.reason} at {place}", position=position) from None
+        raise _not_utf8(body, mark + error.start, error.reason) from None
     except json.JSONDecodeError as error:
         problem = error.msg if error.doc.strip() else "the body is empty"
         position = mark + len(error.doc[: error.pos].encode())
         place = f"line {error.lineno}, column {error.colno} (byte {position})"
         raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
+
+
+def _not_utf8(body: bytes, position: int, reason: str) -> PayloadNotJson:
+    line = 1 + body.count(b"\n", 0, position)
+    place = f"line {line} (byte {position})"
+    return PayloadNotJson(f"not UTF-8: {reason} at {place}", position=position)
 
 
 def _parse_int(digits: str) -> int | float:
@@ -1051,6 +1105,7 @@ class GoodPayload(Struct):
 
 
 GOOD_PAYLOAD = msgspec.json.Decoder(GoodPayload)
+EXPONENTS = 64  # letters e in a text of numbers, from which on msgspec may be the slower way
 
 
 def transform(raw_id: UUID, body: bytes) -> Measurement:
@@ -1059,13 +1114,16 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
     at least one finite number. Other members are left alone.
     """
+    if len(body) > LARGE_JSON:
+        return _transform_large(raw_id, body)
     try:  # the way of nearly all, several times as fast as finding out what is wrong
-        good = GOOD_PAYLOAD.decode(body)
-        check_utf8(body)
-        if good.data:  # all finite, as the decoder takes no other numbers
-            mean, std_dev = mean_and_std_dev(good.data)
-            return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if body.count(b"e") + body.count(b"E") < EXPONENTS:
+            good = GOOD_PAYLOAD.decode(body)
+            check_utf8(body)
+            if good.data:  # all finite, as the decoder takes no other numbers
+                mean, std_dev = mean_and_std_dev(good.data)
+                return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
+    except REFUSED:
         pass
     return _transform_carefully(raw_id, body)
 
@@ -1076,9 +1134,7 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     except PayloadNotJson as error:
         raise DataQualityError(error.code, error.detail) from None
     if not isinstance(document, dict):
-        raise DataQualityError(
-            "payload_not_object", f"the payload is {_shown(document)}, no object"
-        )
+        raise _no_object(_shown(document))
     if "time_stamp" not in document:
         raise DataQualityError("time_stamp_missing", "the payload has no time_stamp")
     timestamp_utc = parse_time_stamp(document["time_stamp"])
@@ -1088,12 +1144,71 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
+def _no_object(shown: str) -> DataQualityError:
+    return DataQualityError("payload_not_object", f"the payload is {shown}, no object")
+
+
+class LargePayload(Struct):
+    """The members of a large payload that count, as text; empty where they are missing."""
+
+    time_stamp: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+
+
+LARGE_PAYLOAD = msgspec.json.Decoder(LargePayload)
+
+
+def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
+    """Do as `_transform_carefully`, but without the values of the document, which may take 1 GB."""
+    try:
+        payload = LARGE_PAYLOAD.decode(strict_json(body))
+    except PayloadNotJson as error:
+        raise DataQualityError(error.code, error.detail) from None
+    except msgspec.ValidationError:
+        raise _no_object(_shown_text(body)) from None
+    time_stamp, data = memoryview(payload.time_stamp), memoryview(payload.data)
+    if not time_stamp:
+        raise DataQualityError("time_stamp_missing", "the payload has no time_stamp")
+    timestamp_utc = _large_time_stamp(time_stamp)
+    if not data:
+        raise DataQualityError("data_missing", "the payload has no data")
+    mean, std_dev = mean_and_std_dev(_many_finite_values(data))
+    return Measurement(timestamp_utc, mean, std_dev, raw_id)
+
+
+def time_stamp_in(body: bytes) -> datetime:
+    """Return the moment (UTC) that the time stamp of a payload names, and look at nothing else.
+
+    Raises `DataQualityError` and `PayloadNotJson`.
+    """
+    if len(body) <= LARGE_JSON:
+        document = parse_json(body)
+        return parse_time_stamp(document.get("time_stamp") if isinstance(document, dict) else None)
+    with contextlib.suppress(msgspec.ValidationError):  # no object
+        text = memoryview(LARGE_PAYLOAD.decode(strict_json(body)).time_stamp)
+        if text:
+            return _large_time_stamp(text)
+    return parse_time_stamp(None)
+
+
+def _large_time_stamp(text: memoryview) -> datetime:
+    if len(text) <= LARGE_JSON:
+        return parse_time_stamp(parse_json(bytes(text)))
+    wrong = f"time_stamp is {_shown_text(text)}: {len(text)} bytes; {SEND_GOOD}"
+    raise DataQualityError("time_stamp_invalid", wrong)
+
+
 def _shown(value: object) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def _shown_text(text: bytes | memoryview) -> str:
+    """Show the begin of a long text in JSON."""
+    return bytes(text[: 4 * SHOWN]).decode(errors="replace")[:SHOWN] + "…"
 
 
 def parse_time_stamp(value: object) -> datetime:
@@ -1231,25 +1346,112 @@ def _bad_value(data: list[Any]) -> DataQualityError:
     return DataQualityError("value_not_finite", wrong)
 
 
+PIECE = 16 * 1024  # bytes of a large array that are read at a time
+COMMA = re.compile(rb",")
+ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\"))\s*(?:,|\Z)")
+NUMBERS = msgspec.json.Decoder(list[float])
+
+
+def _many_finite_values(text: memoryview) -> array[float]:
+    """Do as `_finite_values` with the text of a large array."""
+    if text[0] != ord("["):
+        raise DataQualityError(
+            "data_not_array", f"data is {_shown_text(text)}, no array of numbers"
+        )
+    if not bytes(text[1:-1]).strip():
+        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+    values = array("d")
+    try:
+        for piece in _pieces_of(text):
+            values.extend(_numbers_in(piece))
+    except (*REFUSED, ValueError, DataQualityError):
+        raise _bad_value_in(text) from None
+    return values
+
+
+def _pieces_of(text: memoryview) -> Iterator[bytes]:
+    """Cut an array at commas; where it has numbers alone, the pieces are arrays as well."""
+    start, end = 1, len(text) - 1
+    while start < end:
+        comma = COMMA.search(text, start + PIECE, end)
+        stop = comma.start() if comma else end
+        yield b"".join((b"[", text[start:stop], b"]"))
+        start = stop + 1
+
+
+def _numbers_in(piece: bytes) -> list[float]:
+    """Return the numbers of an array; raises where it has anything but finite ones.
+
+    msgspec is the fastest, but takes microseconds for some numbers with exponents.
+    """
+    if piece.count(b"e") + piece.count(b"E") < EXPONENTS:
+        with contextlib.suppress(*REFUSED):
+            return NUMBERS.decode(piece)
+    return _finite_values(json.loads(piece))
+
+
+def _bad_value_in(text: memoryview) -> DataQualityError:
+    """Do as `_bad_value` with the text of a large array."""
+    index, not_finite = 0, None
+    for piece in _pieces_of(text):
+        with contextlib.suppress(*REFUSED, ValueError, DataQualityError):
+            index += len(_numbers_in(piece))
+            continue
+        inner = memoryview(piece)[1:-1]
+        position = 0
+        while position < len(inner):
+            element = ELEMENT.match(inner, position)
+            if element is None:
+                wrong = f"data[{index}] is {_shown_text(inner[position:])}, no number"
+                return DataQualityError("value_not_numeric", wrong)
+            if not_finite is None and not (element[1] and math.isfinite(float(element[1]))):
+                shown = "NaN or an infinity" if element[2] else _shown_text(element[1])
+                not_finite = f"data[{index}] is {shown}, no finite double"
+            index, position = index + 1, element.end()
+    return DataQualityError("value_not_finite", not_finite or "data is no array of numbers")
+
+
+AT_ONCE = 65_536  # values whose deviations are in memory at a time
+DOWN = 2.0**-32  # a scale at which no sum of a payload leaves the range of a double
+
+
 def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
     """Return the arithmetic mean and the population standard deviation of finite values.
 
-    Two passes with exact sums: the mean is within 1 ulp, the deviation within a few. The rounding
-    error of the mean is the mean of the deviations from it, and is taken out of them again (the
-    corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so that squares
-    neither overflow nor vanish. Where sums leave the range of a double, exact fractions take over.
+    Two passes with exact sums: the mean is within 1 ulp, the deviation within a few. Where sums
+    leave the range of a double, exact fractions and a smaller scale take over.
     """
-    count = len(values)
     try:
-        mean = math.fsum(values) / count
-        deviations = list(map(operator.sub, values, itertools.repeat(mean)))
-        residual = math.fsum(deviations) / count
-        std_dev = math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
+        mean = math.fsum(values) / len(values)
+        std_dev = _deviation(values, mean)
         if math.isfinite(std_dev):
             return mean, std_dev
     except OverflowError:  # of fsum, near 1e308
         pass
-    return statistics.mean(values), statistics.pstdev(values)
+    mean = statistics.mean(values)
+    scaled = array("d", map(operator.mul, values, itertools.repeat(DOWN)))
+    return mean, min(_deviation(scaled, mean * DOWN) / DOWN, sys.float_info.max)
+
+
+def _deviation(values: Sequence[float], mean: float) -> float:
+    """Return the root of the mean square of the deviations from a mean that was rounded.
+
+    The rounding error of the mean is the mean of the deviations from it, and is taken out of them
+    again (the corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so
+    that squares neither overflow nor vanish.
+    """
+    count = len(values)
+    if count <= AT_ONCE:
+        deviations = list(map(operator.sub, values, itertools.repeat(mean)))
+        residual = math.fsum(deviations) / count
+        return math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
+    residual = math.fsum(map(operator.sub, values, itertools.repeat(mean))) / count
+    distances = list[float]()
+    for start in range(0, count, AT_ONCE):
+        portion = values[start : start + AT_ONCE]
+        deviations = list(map(operator.sub, portion, itertools.repeat(mean)))
+        distances.append(math.dist(deviations, itertools.repeat(residual, len(portion))))
+    return math.hypot(*distances) / math.sqrt(count)
 
 
 # ── Processing: pending payloads become rows ──────────────────────────────────────────────────────
@@ -1282,24 +1484,30 @@ def tell_nobody(*_: int) -> None:
 
 
 def judge(
-    read: Callable[[UUID], bytes], raw_ids: Iterable[UUID | str], most_bytes: int = sys.maxsize
+    read: Callable[[UUID], bytes],
+    raw_ids: Iterable[UUID | str],
+    most_bytes: int = sys.maxsize,
+    largest: int = sys.maxsize,
 ) -> bytes:
     """Transform payloads, one in memory at a time; return `Judged` as MessagePack.
 
-    It stops behind the payload with which it has read `most_bytes`.
+    It stops behind the payload with which it has read `most_bytes`, and before one that has more
+    than `largest` bytes.
     """
     rows, rejected = list[Measurement](), list[Rejection]()
     checked = size = 0
     for raw_id in (UUID(str(each)) for each in raw_ids):
-        checked += 1
         try:
             body = read(raw_id)
+            if len(body) > largest:
+                break
             size += len(body)
             rows.append(transform(raw_id, body))
         except RawIdUnknown:
-            continue  # it has left meanwhile
+            pass  # it has left meanwhile
         except (DataQualityError, PayloadUnreadable) as error:
             rejected.append(Rejection(raw_id, error.code, str(error), datetime.now(UTC)))
+        checked += 1
         if size >= most_bytes:
             break
     return msgspec.msgpack.encode(Judged(rows, rejected, checked))
@@ -1507,11 +1715,16 @@ class Processor:
     async def _process_batch(
         self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult
     ) -> None:
-        """Read, transform, upsert and move; large payloads in several portions."""
+        """Read, transform, upsert and move; large payloads in several portions.
+
+        In this process none is transformed that is so large that it might hold up all else.
+        """
+        read = self._payloads.read_pending
+        largest = sys.maxsize if run == self._workers.run else LARGE_JSON
         while batch:
-            judged = JUDGED.decode(
-                await run(judge, self._payloads.read_pending, batch, PORTION_BYTES)
-            )
+            judged = JUDGED.decode(await run(judge, read, batch, PORTION_BYTES, largest))
+            if not judged.checked:
+                judged = JUDGED.decode(await self._workers.run(judge, read, batch[:1]))
             rejected = judged.rejected
             if judged.rows:
                 rejected += await self._upsert(judged.rows)
@@ -2154,6 +2367,7 @@ PENDING = web.AppKey("PENDING", Lately[tuple[list[str], int]])
 REJECTED = web.AppKey("REJECTED", Lately[Counter[str]])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
+RECEIPTS = web.AppKey("RECEIPTS", asyncio.Semaphore)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
@@ -2263,29 +2477,30 @@ async def trouble_of(backend: Backend) -> str | None:
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
-    app = request.app
-    with app[ADMISSION].admitted(app[CONFIG].server.max_body_bytes) as take:
+    app, caller = request.app, caller_of(request)
+    with app[ADMISSION].admitted(caller, app[CONFIG].server.max_body_bytes) as take:
         body = await read_body(request, take)
         key = idempotency_key(request)
         if request.content_type in NDJSON:
-            lines = await payloads_of(app, lines_of, body)
+            lines = await payloads_of(app, lines_of, body, caller)
             request[LANDED] = await app[RAW].land(lines, key)
             return answer(AcceptedBatch(request[LANDED]), 202)
-        document = await payloads_of(app, document_of, body)
+        document = await payloads_of(app, document_of, body, caller)
         request[LANDED] = [raw_id] = await app[RAW].land(document, key)
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 
 async def payloads_of(
-    app: web.Application, split: Callable[..., list[bytes]], body: bytes
+    app: web.Application, split: Callable[..., list[bytes]], body: bytes, caller: str
 ) -> list[bytes]:
-    """Split a body; one that has to be parsed to be judged, and is large, in another process."""
+    """Split a body; one that is large and not strictly JSON in another process, where few wait."""
     try:
         if len(body) <= LARGE_JSON:
             return split(body)
         return await asyncio.to_thread(split, body, patient=False)
     except REFUSED:
-        return await app[CHECKER].run(split, body)
+        with app[ADMISSION].to_be_checked.taken(caller, len(body)):
+            return await app[CHECKER].run(split, body)
 
 
 def document_of(body: bytes, *, patient: bool = True) -> list[bytes]:
@@ -2472,24 +2687,25 @@ async def measurement(request: web.Request) -> web.Response:
 @Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503))
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
-    raw, raw_id = request.app[RAW], raw_id_in(request)
-    state, body = await asyncio.to_thread(raw.read, raw_id)
-    row = None
-    if state == "processed":
-        row = await row_in_place_of(request.app[BACKEND], raw_id, body)
+    app, raw_id = request.app, raw_id_in(request)
+    raw = app[RAW]
+    async with app[RECEIPTS]:
+        state, body = await asyncio.to_thread(raw.read, raw_id)
+        size, digest = len(body), await asyncio.to_thread(hashlib.sha256, body)
+        row = await row_in_place_of(app, body) if state == "processed" else None
     known = raw.rejection if state == "rejected" else raw.last_rejection
     rejection = await asyncio.to_thread(known, raw_id)
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
-    arrival, digest = arrival_of(raw_id), hashlib.sha256(body).hexdigest()
-    return answer(Receipt(raw_id, state, arrival, len(body), digest, own, superseded_by, rejection))
+    arrival, sha256 = arrival_of(raw_id), digest.hexdigest()
+    return answer(Receipt(raw_id, state, arrival, size, sha256, own, superseded_by, rejection))
 
 
-async def row_in_place_of(backend: Backend, raw_id: UUID, body: bytes) -> Measurement | None:
+async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | None:
     """Return the row that stands at the timestamp of a payload, None if there is none."""
-    with contextlib.suppress(DataQualityError, MeasurementNotFound):
-        made = await asyncio.to_thread(transform, raw_id, body)
-        return await backend.get(made.timestamp_utc)
+    with contextlib.suppress(DataQualityError, PayloadNotJson, MeasurementNotFound):
+        run = asyncio.to_thread if len(body) <= LARGE_JSON else app[CHECKER].run
+        return await app[BACKEND].get(await run(time_stamp_in, body))
     return None
 
 
@@ -2840,31 +3056,79 @@ def _shown_name(text: str) -> str:
 
 # ── HTTP: admission and the edge ──────────────────────────────────────────────────────────────────
 
-IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
+INFLATED_AT_ONCE = 1024 * 1024  # bytes
+SMALL_BODY = 64 * 1024  # bytes
+SMALL_IN_FLIGHT = 64 * 1024 * 1024  # bytes of small bodies that are not answered yet
+LARGE_IN_FLIGHT = 128 * 1024 * 1024  # the same of larger ones, which cannot crowd out the small
+TO_BE_CHECKED = 64 * 1024 * 1024  # bytes of bodies that wait for the process that parses odd JSON
+
+
+class Budget:
+    """How many bytes may be held at a time: by all, and, half of that, by one caller."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._of = Counter[str]()  # by caller
+
+    def take(self, caller: str, size: int, before: int = 0) -> None:
+        """Count `size` bytes on top of the `before` of the same body; a body alone always fits.
+
+        Raises `DropzoneError` where they are too many.
+        """
+        own = self._of[caller] + size
+        too_many = self.bytes > before and self.bytes + size > self.limit
+        if too_many or (own > before + size and own > self.limit // 2):
+            raise DropzoneError("too much is in flight", "overloaded", 503)
+        self.bytes += size
+        self._of[caller] = own
+
+    def give_back(self, caller: str, size: int) -> None:
+        self.bytes -= size
+        self._of[caller] -= size
+        if not self._of[caller]:
+            del self._of[caller]
+
+    @contextlib.contextmanager
+    def taken(self, caller: str, size: int) -> Iterator[None]:
+        """Count bytes for as long as the context is open."""
+        self.take(caller, size)
+        try:
+            yield
+        finally:
+            self.give_back(caller, size)
 
 
 class Admission:
     """The requests and the bytes of bodies in flight, and whether any more are let in."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.small, self.large = Budget(SMALL_IN_FLIGHT), Budget(LARGE_IN_FLIGHT)
+        self.to_be_checked = Budget(TO_BE_CHECKED)
         self._requests: set[asyncio.Future[None]] = set()  # each is done when it is answered
         self._draining = False
 
+    @property
+    def bytes(self) -> int:
+        return self.small.bytes + self.large.bytes
+
     @contextlib.contextmanager
-    def admitted(self, limit: int) -> Iterator[Callable[[int], None]]:
+    def admitted(self, caller: str, limit: int) -> Iterator[Callable[[int], None]]:
         """Give out what counts the bytes of one request, `limit` at most, until it is answered."""
         if self._draining:
             raise DropzoneError("the service is about to stop", "draining", 503)
-        taken = 0
+        taken, share = 0, self.small
 
         def take(size: int) -> None:
-            nonlocal taken
+            nonlocal taken, share
             if taken + size > limit:
                 raise too_large(limit)
-            if self.bytes and self.bytes + size > IN_FLIGHT:
-                raise DropzoneError("too much is in flight", "overloaded", 503)
-            self.bytes += size
+            if share is self.small and taken + size > SMALL_BODY:
+                self.large.take(caller, taken + size)
+                self.small.give_back(caller, taken)
+                share = self.large
+            else:
+                share.take(caller, size, taken)
             taken += size
 
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -2874,7 +3138,7 @@ class Admission:
         finally:
             self._requests.remove(answered)
             answered.set_result(None)
-            self.bytes -= taken
+            share.give_back(caller, taken)
 
     async def drain(self, patience: float) -> None:
         """Let nothing in any more; wait `patience` seconds at most for what is in flight."""
@@ -3086,6 +3350,11 @@ async def authorize(request: web.Request, scope: Scope) -> None:
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
 
 
+def caller_of(request: web.Request) -> str:
+    """Return whose request it is: the name of a key or token, or where there is none an address."""
+    return request.get(CALLER) or network_of(request.remote or "")
+
+
 def admit(request: web.Request, by: str, who: str) -> None:
     """Count a request of a key or an address, and raise where it is beyond the limit.
 
@@ -3199,9 +3468,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
         raise DropzoneError(wrong, "body_too_slow", 408) from None
     if encoding == "identity" or not body or content.total_compressed_bytes is not None:
         return body
-    whole = await asyncio.to_thread(inflate, body, limits.max_body_bytes)
-    take(max(0, len(whole) - len(body)))
-    return whole
+    return await inflated(body, limits.max_body_bytes, take)
 
 
 async def _counted(content: StreamReader, take: Callable[[int], None]) -> AsyncIterator[bytes]:
@@ -3215,21 +3482,48 @@ def too_large(limit: int, unit: str = "bytes") -> DropzoneError:
     return DropzoneError(wrong, "payload_too_large", 413)
 
 
-def inflate(data: bytes | bytearray, limit: int) -> bytes:
-    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950)."""
+async def inflated(body: bytes, limit: int, take: Callable[[int], None]) -> bytes:
+    """Undo gzip or deflate; what a large body becomes is counted while it grows."""
+    further = functools.partial(next, inflating(body), b"")
+    found, size, counted = list[bytes](), 0, len(body)
     try:
-        if data[:2] == b"\x1f\x8b":
-            whole = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-        else:
-            inflater = zlib.decompressobj()
-            whole = inflater.decompress(data, limit + 1)
-            if len(whole) <= limit and (not inflater.eof or inflater.unused_data):
-                raise EOFError("the data do not end where they should")
+        piece = further()
+        while piece:
+            found.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise too_large(limit)
+            if size > counted:
+                take(size - counted)
+                counted = size
+            piece = await asyncio.to_thread(further) if size >= SMALL_BODY else further()
     except (OSError, EOFError, zlib.error) as error:
         raise DropzoneError(f"the compressed body is broken: {error}", "body_broken", 400) from None
-    if len(whole) > limit:
-        raise too_large(limit)
-    return whole
+    return b"".join(found)
+
+
+def inflating(data: bytes) -> Iterator[bytes]:
+    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950), piece by piece.
+
+    The first piece is small; a body that ends within it has no other.
+    """
+    size = SMALL_BODY
+    if data[:2] == b"\x1f\x8b":
+        file = gzip.GzipFile(fileobj=io.BytesIO(data))
+        while piece := file.read(size):
+            yield piece
+            size = INFLATED_AT_ONCE
+        return
+    inflater = zlib.decompressobj()
+    while not inflater.eof:
+        piece = inflater.decompress(data, size)
+        data = inflater.unconsumed_tail
+        if not piece and not data and not inflater.eof:
+            break
+        yield piece
+        size = INFLATED_AT_ONCE
+    if not inflater.eof or inflater.unused_data:
+        raise EOFError("the data do not end where they should")
 
 
 # ── HTTP: the description of the routes ───────────────────────────────────────────────────────────
@@ -3353,6 +3647,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     payloads = store.portable()
     app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
     app[CHECKER] = Workers(1)  # one large document at a time
+    app[RECEIPTS] = asyncio.Semaphore(4)  # each reads a payload, which may be large
     app[PENDING] = look_at_pending(payloads)
     app[REJECTED] = look_at_rejected(payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -303,6 +304,26 @@ async def test_one_large_document_holds_up_nobody(hostile: Hostile) -> None:
     document = json.loads((await large).partition(b"\r\n\r\n")[2])
     assert document["position"] == body.index(b"x")
     assert answered > 1
+
+
+@pytest.mark.parametrize("number", [b"1e308", b"5e-324"])
+async def test_one_large_payload_holds_up_nobody(hostile: Hostile, number: bytes) -> None:
+    """While numbers that are slow to read become a row, and for its receipt, others go on."""
+    values = b",".join([number] * 400_000)
+    body = b'{"time_stamp": "2031-05-01T10:00:00Z", "data": [%b]}' % values
+    [raw_id] = re.findall(rb'"raw_id":"([^"]+)"', await hostile.send(sent(body)))
+    process = post(b"Content-Length: 0", body=b"", path=b"/process")
+    for request in (process, get(b"/raw/" + raw_id)):
+        slow, waits = asyncio.create_task(hostile.send(request)), [0.0]
+        begun = time.perf_counter()
+        while not slow.done():
+            asked = time.perf_counter()
+            assert statuses(await hostile.send(get(b"/health"))) == [200]
+            waits.append(time.perf_counter() - asked)
+        assert statuses(await slow) == [200]
+        if request is process:
+            assert max(waits) < (time.perf_counter() - begun) / 3
+    assert b'"mean":' in await slow
 
 
 async def test_forms_of_a_raw_id(hostile: Hostile) -> None:

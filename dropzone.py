@@ -4171,7 +4171,8 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
-            for day in tqdm(store.finished_days(), unit=" days", disable=None):
+            days = store.finished_days()
+            for day in tqdm(days, unit=" days", disable=None):
                 try:
                     with audited("compact", operator_name(), day=day) as facts:
                         count = await asyncio.to_thread(store.compact, day)
@@ -4180,14 +4181,17 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
                 except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                     code = os.EX_TEMPFAIL
                     tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
-            for pack in await asyncio.to_thread(store.expire):
+            expired = await asyncio.to_thread(store.expire)
+            for pack in expired:
                 audit("expire", operator_name(), pack=pack)
                 print(f"{pack}: deleted, its day is more than {config.raw.keep_days} days ago")
+            if not (days or expired):
+                print("nothing to do: no day before today (UTC) has processed payloads to pack")
     return code
 
 
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
-    """put rejected payloads back to pending: all, or those with a code or a raw_id"""
+    """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
         with audited("retry", operator_name()) as facts:
@@ -4444,7 +4448,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     keys = added["key"].add_subparsers(metavar="ACTION")
     acts = {"list": list_keys, "new": new_key, "revoke": revoke_key}
     _add_key_options(_added(keys, acts, common))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run is retry_rejected and bool(args.raw_ids or args.code) == args.all:
+        added["retry"].error("say which payloads: RAW_ID or --code CODE, or else --all")
+    return args
 
 
 def _added(commands: Any, runs: Mapping[str, Any], common: argparse.ArgumentParser) -> Parsers:
@@ -4471,6 +4478,7 @@ def _add_options(added: Parsers) -> None:
     )
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
+    added["retry"].add_argument("--all", action="store_true", help="whatever the reason")
 
 
 def _add_key_options(added: Parsers) -> None:

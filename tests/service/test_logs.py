@@ -218,7 +218,7 @@ def test_audit_of_commands(program: Program):
     """A command that changes something is audited, by the user that runs it; no other is."""
     for arguments, facts in (
         (("process",), {"action": "process", "processed": 1, "failed": 1}),
-        (("retry",), {"action": "retry", "retried": 1}),
+        (("retry", "--all"), {"action": "retry", "retried": 1}),
         (("rebuild",), {"action": "rebuild", "missing": 1}),
     ):
         if arguments == ("process",):

@@ -961,13 +961,15 @@ async def test_an_empty_folder_deletes_nothing(book: Book, program: Program, tmp
 
 
 @databases
-@pytest.mark.parametrize("command", ["verify", "rebuild", "compact", "retry"])
-async def test_a_folder_that_is_not_there_is_not_made(book: Book, program: Program, command: str):
+@pytest.mark.parametrize("command", [["verify"], ["rebuild"], ["compact"], ["retry", "--all"]])
+async def test_a_folder_that_is_not_there_is_not_made(
+    book: Book, program: Program, command: list[str]
+):
     """A command that looks for payloads makes no folder to find none in: exit code 78."""
     rows = await book.rows()
     nowhere = program.home / "nowhere"
     for _ in range(2):
-        done = await run(book, program, command, DROPZONE_RAW_DIR=nowhere / "raw")
+        done = await run(book, program, *command, DROPZONE_RAW_DIR=nowhere / "raw")
         assert (done.returncode, done.stdout) == (CONFIGURATION, "")
         assert str(nowhere) in done.stderr
         assert_explained(done.stderr)

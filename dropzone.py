@@ -113,6 +113,8 @@ from backends import (
     timestamp_text,
 )
 from backends.raw import (
+    Copied,
+    FolderTaken,
     KeyReused,
     Observer,
     PackDamaged,
@@ -4190,6 +4192,119 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     return code
 
 
+async def backup(config: Config, args: argparse.Namespace) -> int:
+    """copy payloads, rows of SQLite, keys and settings to a new folder, while others land"""
+    folder: Path = args.folder.absolute()
+    done = BackupSummary(folder)
+    try:
+        async with opened_store(config, must_exist=True) as (store, _metrics):
+            with audited("backup", operator_name(), folder=folder) as facts:
+                with store.new_backup(folder) as part:
+                    await back_up_all(config, store, part, done)
+                facts.update(done.files)
+    except FolderTaken as error:
+        print(f"dropzone: {error}", file=sys.stderr)
+        return os.EX_CANTCREAT
+    for trouble in done.troubles:
+        print(f"dropzone: not in the backup: {trouble}", file=sys.stderr)
+    print(done.text())
+    return os.EX_IOERR if done.troubles else os.EX_OK
+
+
+@dataclass
+class BackupSummary:
+    """What a backup has copied, and the sentences on what it could not."""
+
+    folder: Path
+    files: Counter[str] = field(default_factory=Counter)
+    troubles: dict[str, None] = field(default_factory=dict)  # in their order, each once
+    rows: str = ""
+    has_links: bool = False
+
+    def note(self, copied: Copied) -> None:
+        self.has_links |= copied.is_link
+        if copied.trouble:
+            self.troubles[copied.trouble] = None
+        elif copied.kind != "besides":
+            self.files[copied.kind] += 1
+
+    def text(self) -> str:
+        """Tell it to a person."""
+        count = self.files
+        text = (
+            f"{self.folder}: {count['packs']} packs, {count['processed']} processed, "
+            f"{count['rejected']} rejected and {count['pending']} pending payloads; {self.rows}"
+        )
+        if self.has_links:
+            text += "\nits payloads are hard links: keep a copy of it on another disk, too"
+        return text
+
+
+async def back_up_all(config: Config, store: PayloadStore, part: Path, done: BackupSummary) -> None:
+    """Copy everything; processing waits only when its bulk, what is processed, has been copied."""
+    with tqdm(unit=" files", disable=None) as bar:
+
+        async def copy(files: Iterator[Copied]) -> None:
+            for number, copied in enumerate(files):
+                done.note(copied)
+                bar.update()
+                if number % 1000 == 0:
+                    await asyncio.sleep(0)  # here Ctrl-C takes effect
+
+        async with held(Path(upkeep_lock(store).lock_file)):
+            await copy(store.back_up(part, processed_alone=True))
+            async with held(store.process_lock):
+                await copy(store.back_up(part))
+                await back_up_rows(config, part, done)
+    back_up_settings(config, part)
+
+
+async def back_up_rows(config: Config, part: Path, done: BackupSummary) -> None:
+    """Copy the rows where their backend can do that; what it cannot, a rebuild makes again."""
+    backend = backend_to_look_at(config)
+    place, copy = place_of_rows(config, backend), getattr(backend, "back_up", None)
+    rows: object = "not copied"
+    try:
+        if copy:
+            rows = await copy(part / "dropzone.sqlite")
+    except BackendError as error:
+        done.troubles[str(error)] = None
+        (part / "dropzone.sqlite").unlink(missing_ok=True)
+    finally:
+        await backend.close()
+    done.rows = f"rows of {place}: {rows}"
+
+
+BACKUP_PATIENCE = 3600.0  # seconds that a backup waits for another run
+
+
+@contextlib.asynccontextmanager
+async def held(lock_file: Path) -> AsyncIterator[None]:
+    """Hold a lock; wait for another run that has it, and say so."""
+    lock = AsyncFileLock(lock_file)
+    try:
+        await lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        print(f"dropzone: waiting for the run that holds {lock_file}", file=sys.stderr)
+        await lock.acquire(timeout=BACKUP_PATIENCE)
+    try:
+        yield
+    finally:
+        await lock.release()
+
+
+def back_up_settings(config: Config, part: Path) -> None:
+    """Copy the files that settings and keys were read from, for their owner alone."""
+    settings = part / "settings"
+    settings.mkdir()
+    keys, dotenv = keys_file_of(config), _found(".env")
+    for file, copy in ((config.source, settings), (dotenv, settings), (keys, part)):
+        if file and file.exists():
+            descriptor = os.open(copy / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as out:
+                out.write(file.read_bytes())
+
+
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
@@ -4442,7 +4557,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
-    runs |= {"key": list_keys, "ready": ask_ready}
+    runs |= {"backup": backup, "key": list_keys, "ready": ask_ready}
     added = _added(commands, runs, common)
     _add_options(added)
     keys = added["key"].add_subparsers(metavar="ACTION")
@@ -4476,6 +4591,7 @@ def _add_options(added: Parsers) -> None:
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
     )
+    added["backup"].add_argument("folder", type=Path, metavar="DIR", help="which is made")
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     added["retry"].add_argument("--all", action="store_true", help="whatever the reason")
@@ -4537,6 +4653,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BackendError, DropzoneError, PayloadStoreError) as error:
         sys.stderr.write(f"dropzone: {error}\n")  # at once: an audit line may come in between
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    except Exception:  # Python's own exit code is that of rows which are not right
+        log.exception("a defect of Dropzone has ended the command")
+        return os.EX_SOFTWARE
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from os import PathLike
@@ -157,6 +157,18 @@ class SqliteBackend:
         ]
         rows = await self._in_thread(lambda: list(map(self._summarize, spans)))
         return [self._bucket(*row) for row in rows if row[0]]
+
+    async def back_up(self, file: Path) -> int:
+        """Copy all rows, as they are at one moment, to a new file; return how many there are.
+
+        Others may write meanwhile. The copy is not synced.
+        """
+        return await self._in_thread(partial(self._back_up, file))
+
+    def _back_up(self, file: Path) -> int:
+        with closing(sqlite3.connect(file)) as copy:
+            self._opened().backup(copy)
+            return int(copy.execute(COUNT).fetchone()[0])
 
     def _summarize(self, span: tuple[str, str]) -> Any:
         return self._opened().execute(SUMMARIZE, span).fetchone()

@@ -20,8 +20,10 @@ ROOMS = {
     "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
     "backends.raw.folders": ("backends", "backends.raw", "backends.raw.disk", "backends.raw.packs"),
     "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.backup": ("backends.raw", "backends.raw.disk", "backends.raw.folders"),
     "backends.raw.landing": (
         "backends.raw",
+        "backends.raw.backup",
         "backends.raw.disk",
         "backends.raw.folders",
         "backends.raw.journal",

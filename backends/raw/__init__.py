@@ -7,6 +7,7 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
+- `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
 """
 
@@ -16,6 +17,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
@@ -74,6 +76,12 @@ class StorageFull(StorageUnavailable):
     """There is too little room on the disk."""
 
     code = "storage_full"
+
+
+class FolderTaken(PayloadStoreError):
+    """A backup cannot be put where it was to be put."""
+
+    code = "folder_taken"
 
 
 # ── raw_id ────────────────────────────────────────────────────────────────────────────────────────
@@ -161,6 +169,20 @@ class Activity(Struct, frozen=True):
     processed: int
     last_landed: int
     landed: list[int]
+
+
+Kind = Literal["packs", "processed", "rejected", "pending", "besides"]
+
+
+class Copied(Struct, frozen=True):
+    """A file that a backup has copied: a pack, a payload by its state, or what lies besides.
+
+    It may be a hard link. `trouble` says why it could not be read, and so is not in the backup.
+    """
+
+    kind: Kind
+    is_link: bool = False
+    trouble: str = ""
 
 
 # ── The protocol ──────────────────────────────────────────────────────────────────────────────────
@@ -312,4 +334,20 @@ class PayloadStore(Payloads, Protocol):
         """Return what is wrong around, by subject, without making or changing anything.
 
         Subjects are `data folder` and `clock`; each has a sentence for each thing that is wrong.
+        """
+
+    def new_backup(self, folder: Path) -> AbstractContextManager[Path]:
+        """Make a folder for a backup under another name; at the end sync it, and give it its own.
+
+        Where the block raises, nothing is left of it. Raises `FolderTaken`.
+        """
+
+    def back_up(self, folder: Path, *, processed_alone: bool = False) -> Iterator[Copied]:
+        """Copy all payloads, and what the store keeps about them, to a folder, file by file.
+
+        A store that is opened there has every payload that was acknowledged before, in its state,
+        and gives out raw_ids behind them. Landing and retries may go on meanwhile; the caller keeps
+        out processors and whatever works on all of the processed payloads. With `processed_alone`,
+        which is a beginning, processors may go on, too. What is in the folder already stays.
+        Raises OSError, too.
         """

@@ -58,6 +58,7 @@ from backends.raw.packs import PACK, PACK_NAME, Pack
 
 log = logging.getLogger("dropzone")
 
+REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
@@ -473,7 +474,7 @@ class Folders:
         self.publish(self._reason(rejection.raw_id), json_of(rejection))
 
     def _reason(self, raw_id: UUID) -> Path:
-        return self.rejected / f"{raw_id}.reason.json"
+        return self.rejected / f"{raw_id}{REASON}"
 
     # What is wrong around
 

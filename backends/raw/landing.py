@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
@@ -29,12 +29,14 @@ from msgspec import Struct
 
 from backends.raw import (
     Activity,
+    Copied,
     KeyReused,
     Observer,
     PayloadStoreError,
     StorageFull,
     StorageUnavailable,
 )
+from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import existing, make_folder, storage_error, sync_file, write_all
 from backends.raw.folders import Folders
 from backends.raw.journal import Journal, KeyUse, Record, digest_of
@@ -403,3 +405,12 @@ class RawStore(Folders):
             wrong = f"the disk of {self.raw} is nearly full: make room, payloads are refused"
             found["data folder"].append(wrong)
         return found
+
+    def new_backup(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
+        """See PayloadStore.new_backup."""
+        return new_folder(folder, (self.raw, self.processed, self.rejected, self.journal))
+
+    def back_up(self, folder: Path, *, processed_alone: bool = False) -> Iterator[Copied]:
+        """See PayloadStore.back_up; `backup.py` says why no payload is missed."""
+        backup = Backup(self, folder)
+        return backup.copy_processed() if processed_alone else backup.copy()

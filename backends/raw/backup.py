@@ -138,9 +138,15 @@ def _made(folder: Path) -> Path:
 
 
 def _payloads(kind: Kind, source: Path, target: Path) -> Iterator[Copied]:
+    """Copy the payloads of a folder, but none behind the last one that is there now.
+
+    Where payloads land faster than they are copied, there would be no end.
+    """
+    names = (entry.name for entry in os.scandir(source))
+    last = max(filter(PAYLOAD_NAME.fullmatch, names), default="")
     with os.scandir(source) as entries:
         for entry in entries:
-            if PAYLOAD_NAME.fullmatch(entry.name):
+            if entry.name <= last and PAYLOAD_NAME.fullmatch(entry.name):
                 yield from _copied(kind, entry.path, f"{target}/{entry.name}")
 
 

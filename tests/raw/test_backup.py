@@ -15,6 +15,7 @@ from uuid import UUID
 import pytest
 from power_cut import copy_as_it_lies, device_of, disk, may_mount, mounted
 from stores import opened, pending_in
+from uuid_utils.compat import uuid7
 
 from backends.raw import Copied, FolderTaken, Rejection, StorageUnavailable, day_of, uuid_at
 from backends.raw.backup import new_folder
@@ -207,22 +208,29 @@ async def test_strays_stay_where_they_are(store: RawStore, folder: Path):
 # ── Meanwhile ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_retried_meanwhile(store: RawStore, folder: Path):
+async def test_retried_meanwhile(store: RawStore, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """A payload that is put back at any moment of the backup is in it once, pending or rejected."""
     raw_ids = await landed(store, *(b"%d" % number for number in range(12)))
-    store.settle([], map(rejection_of, raw_ids[4:]))
-    waiting = iter(raw_ids[4:])
-    with store.new_backup(folder.parent / "backup") as part:
-        for _ in store.back_up(part):
-            if raw_id := next(waiting, None):
-                assert store.retry(raw_id)
+    store.settle([], map(rejection_of, raw_ids[2:]))
+    before, behind = (
+        {store.path(raw_id, "rejected") for raw_id in ids} for ids in (raw_ids[2:5], raw_ids[5:8])
+    )
+    link = os.link
+
+    def link_and_retry(source: str, target: str) -> None:
+        if Path(source) in before:
+            assert store.retry(UUID(Path(source).stem))
+        link(source, target)
+        if Path(source) in behind:
+            assert store.retry(UUID(Path(source).stem))
+
+    monkeypatch.setattr(os, "link", link_and_retry)
+    copied = back_up(store, folder.parent / "backup")
+    assert counted(copied) == {"pending": 2 + 3 + 3, "rejected": 4}
     async with opened(folder.parent / "backup") as copy:
-        states = [copy.read(raw_id)[0] for raw_id in raw_ids]
-        rejected = [rejection.raw_id for rejection in copy.rejections()]
-        assert sorted([*pending_in(copy), *rejected]) == raw_ids
-        assert rejected == [
-            r for r, state in zip(raw_ids, states, strict=True) if state != "pending"
-        ]
+        assert pending_in(copy) == raw_ids[:8]
+        assert [rejection.raw_id for rejection in copy.rejections()] == raw_ids[8:]
+        assert all(copy.read(raw_id) == store.read(raw_id) for raw_id in raw_ids)
     names = [file.name for file in (folder.parent / "backup").rglob("*.json")]
     assert len(names) == len(set(names))
 
@@ -241,19 +249,17 @@ async def test_processed_between_the_two_rounds(store: RawStore, folder: Path):
 
 
 async def test_landing_meanwhile(store: RawStore, folder: Path):
-    """Payloads may land faster than they are copied: a backup comes to its end all the same.
-
-    What landed after its beginning may be in it or not; what is there is whole.
-    """
-    raw_ids = await landed(store, *(b"%d" % number for number in range(20)))
+    """Payloads may land faster than they are copied: a backup comes to its end all the same."""
+    raw_ids = await store.land([b"%d" % number for number in range(1000)])
+    copied = list[Copied]()
     with store.new_backup(folder.parent / "backup") as part:
-        for copied, _ in enumerate(store.back_up(part)):
-            assert copied < 1000
-            await landed(store, b"late", b"later")
+        for each in store.back_up(part):
+            copied.append(each)
+            for _ in range(2):
+                store.publish(store.path(uuid7(), "pending"), b"late")
+    assert counted(copied) == {"pending": 1000}
     async with opened(folder.parent / "backup") as copy:
-        pending = pending_in(copy)
-        assert pending[: len(raw_ids)] == raw_ids
-        assert all(copy.read(raw_id) == store.read(raw_id) for raw_id in pending)
+        assert pending_in(copy) == raw_ids
 
 
 async def test_refused_meanwhile(store: RawStore, folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -116,6 +116,7 @@ from backends.raw import (
     Copied,
     FolderTaken,
     KeyReused,
+    NoAccess,
     Observer,
     PackDamaged,
     Payloads,
@@ -133,11 +134,17 @@ from backends.raw import (
     raw_id_of,
 )
 from backends.raw.disk import (
+    FILE,
+    FOLDER,
+    access_errors,
+    access_trouble,
+    denied,
     disk_errors,
     locked,
     make_folder,
     storage_error,
     sync_file,
+    user_name,
     write_all,
     writing_trouble,
 )
@@ -1460,6 +1467,7 @@ def _deviation(values: Sequence[float], mean: float) -> float:
 
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
+STUCK_PAUSE = 10.0  # seconds, while the data folder has payloads that cannot be read or moved
 REJECTIONS_SHOWN = 1000
 LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
@@ -1476,6 +1484,7 @@ class Judged(Struct, frozen=True, array_like=True):
     rows: list[Measurement]
     rejected: list[Rejection]
     checked: int
+    unread: list[str]  # why this user may not read the others
 
 
 JUDGED = msgspec.msgpack.Decoder(Judged)
@@ -1496,7 +1505,7 @@ def judge(
     It stops behind the payload with which it has read `most_bytes`, and before one that has more
     than `largest` bytes.
     """
-    rows, rejected = list[Measurement](), list[Rejection]()
+    rows, rejected, unread = list[Measurement](), list[Rejection](), list[str]()
     checked = size = 0
     for raw_id in (UUID(str(each)) for each in raw_ids):
         try:
@@ -1507,12 +1516,14 @@ def judge(
             rows.append(transform(raw_id, body))
         except RawIdUnknown:
             pass  # it has left meanwhile
+        except NoAccess as error:
+            unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
             rejected.append(Rejection(raw_id, error.code, str(error), datetime.now(UTC)))
         checked += 1
         if size >= most_bytes:
             break
-    return msgspec.msgpack.encode(Judged(rows, rejected, checked))
+    return msgspec.msgpack.encode(Judged(rows, rejected, checked, unread))
 
 
 class Workers:
@@ -1530,6 +1541,9 @@ class Workers:
             return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
         except BrokenProcessPool:
             self._pool = None
+            if not os.access(sys.executable, os.X_OK):
+                wrong = f"{user_name(os.geteuid())} may not run {sys.executable}"
+                raise StorageUnavailable(f"{wrong}: install it where every user may") from None
             raise StorageUnavailable("a process of this service has ended; try again") from None
 
     def begin(self) -> asyncio.Future[Any]:
@@ -1600,6 +1614,18 @@ class ProcessResult(Struct):
     rejected: list[Rejection] = []
 
 
+@dataclass
+class Stuck:
+    """How many payloads stay pending, as this user may not read or move them, and why the first."""
+
+    count: int = 0
+    why: str = ""
+
+    def add(self, reasons: Sequence[str]) -> None:
+        self.why = self.why or next(iter(reasons), "")
+        self.count += len(reasons)
+
+
 class Processor:
     """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
@@ -1626,15 +1652,16 @@ class Processor:
         number of all.
 
         Raises `BackendUnavailable`, and then what is not in the backend is still pending;
-        `ProcessorBusy` when another processor holds the data folder for longer than 10 s.
+        `ProcessorBusy` when another processor holds the data folder for longer than 10 s;
+        `NoAccess`, when all others are processed, where this user may not read or move a payload.
         """
-        result = ProcessResult()
+        result, stuck = ProcessResult(), Stuck()
         async with self._alone():
             window, pending = await asyncio.to_thread(self._window, limit)
             todo = pending if limit is None else min(limit, pending)
 
             async def work(run: Callable[..., Awaitable[Any]], batch: list[str]) -> None:
-                await self._process_batch(run, batch, result)
+                await self._process_batch(run, batch, result, stuck)
                 progress(result.checked, todo)
 
             batches = self._batches(window, todo)
@@ -1648,6 +1675,9 @@ class Processor:
                 result.failed,
                 result.remaining,
             )
+        if stuck.count:
+            rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
+            raise NoAccess(f"{stuck.why}. {rest}")
         return result
 
     async def _process_in_thread(
@@ -1680,7 +1710,10 @@ class Processor:
                 pause = every  # the other processor does the work
             except Exception as error:  # else nothing would ever be processed again
                 pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
-                defect = None if isinstance(error, BackendError | DropzoneError) else error
+                if isinstance(error, NoAccess):  # to some payloads: the others must not wait long
+                    pause = max(every, STUCK_PAUSE)
+                expected = BackendError | DropzoneError | PayloadStoreError
+                defect = None if isinstance(error, expected) else error
                 again = "processing stopped, next try within %.0f s: %s"
                 log.warning(again, pause, error, exc_info=defect)
             await asyncio.sleep(pause * uniform(0.5, 1))  # noqa: S311 (not all of them at once)
@@ -1715,7 +1748,11 @@ class Processor:
             window, _ = self._window(todo, window[-1])
 
     async def _process_batch(
-        self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult
+        self,
+        run: Callable[..., Awaitable[Any]],
+        batch: Sequence[str],
+        result: ProcessResult,
+        stuck: Stuck,
     ) -> None:
         """Read, transform, upsert and move; large payloads in several portions.
 
@@ -1732,11 +1769,14 @@ class Processor:
                 rejected += await self._upsert(judged.rows)
             refused = {rejection.raw_id for rejection in rejected}
             stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-            rejected = await run(self._payloads.settle, stored, rejected)
-            self._metrics.processed.inc(len(stored))
+            settled = await run(self._payloads.settle, stored, rejected)
+            rejected = settled.rejected
+            processed = len(stored) - len(settled.stuck.keys() - refused)
+            stuck.add([*judged.unread, *settled.stuck.values()])
+            self._metrics.processed.inc(processed)
             for rejection in rejected:
                 self._metrics.rejected.labels(rejection.code).inc()
-            result.processed += len(stored)
+            result.processed += processed
             result.failed += len(rejected)
             result.checked = result.processed + result.failed
             result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
@@ -1842,15 +1882,18 @@ class Lately(Generic[T]):
         self._seen, self._due = 0, 0.0
         self._looking: asyncio.Future[None] | None = None
 
-    async def look(self) -> T:
-        """Return what was found; raises `StorageUnavailable`."""
+    async def look(self, *, patient: bool = True) -> T:
+        """Return what was found; raises `StorageUnavailable`.
+
+        The first look is waited for, however long it takes, unless the caller is not `patient`.
+        """
         with disk_errors():
             changed = await asyncio.to_thread(self._changed)
             if self._looking is None and changed != self._seen and time.monotonic() >= self._due:
                 self._looking = asyncio.ensure_future(asyncio.to_thread(self._look, changed))
             looking = self._looking
             if looking:
-                patience = LOOK_PATIENCE if self._due else None
+                patience = None if patient and not self._due else LOOK_PATIENCE
                 done, _ = await asyncio.wait([looking], timeout=patience)
                 if done and looking is self._looking:
                     self._looking = None
@@ -1936,10 +1979,13 @@ def derive(portion: Portion) -> bytes:
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
+    damage += judged.unread
     return msgspec.msgpack.encode(Derived(judged.rows, damage, judged.checked))
 
 
 def sentence_of(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return denied(error)
     if isinstance(error, OSError):
         return f"{error.filename} cannot be read: {error.strerror}"
     return str(error)
@@ -1987,7 +2033,8 @@ class Proof:
         try:
             await self._derive(derived, progress)
             if refuse_empty and not await derived.find(limit=1):
-                raise ConfigError(f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}")
+                nothing = f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}"
+                raise ConfigError(". ".join([nothing, *self.damage[:1]]))
             async for right, row in paired(derived, self._backend, since, until):
                 if right and row and same(right, row):
                     self.counts["right"] += 1
@@ -2046,6 +2093,9 @@ class Proof:
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"
+        trouble = access_trouble(self._scratch, FOLDER)  # another user's run may have been stopped
+        if trouble:
+            raise NoAccess(trouble)
 
         async def derive_portion(portion: Portion) -> None:
             made = DERIVED.decode(await self._workers.run(derive, portion))
@@ -2134,12 +2184,16 @@ UPKEEP_FIRST = 5.0  # seconds after the start
 UPKEEP_PAUSE = 3600.0  # seconds until it is looked again whether a new day has begun
 
 
-def upkeep_lock(payloads: Payloads) -> FileLock:
-    """Return what one run at a time holds that works on all of the processed payloads.
+@contextlib.contextmanager
+def upkeep_lock(payloads: Payloads) -> Iterator[None]:
+    """Hold what one run at a time holds that works on all of the processed payloads.
 
     A second one raises `Timeout` at once.
     """
-    return FileLock(payloads.workspace / "upkeep.lock", timeout=0)
+    with access_errors():
+        lock = FileLock(payloads.workspace / "upkeep.lock", timeout=0).acquire()
+    with lock:
+        yield
 
 
 async def compact_daily(payloads: Payloads) -> NoReturn:
@@ -2205,7 +2259,11 @@ class Health(Struct, frozen=True):
 
 
 class Readiness(Struct, frozen=True):
-    """Whether payloads can be landed; each check is `ok` or says what is wrong."""
+    """Whether payloads can be landed; each check is `ok` or says what is wrong.
+
+    `raw` alone decides. While the `backend` does not answer, or `processing` has no right to a file
+    or a folder, payloads go on landing and wait.
+    """
 
     status: Literal["ok", "unavailable"]
     checks: dict[str, str]
@@ -2231,7 +2289,8 @@ class Status(Struct, frozen=True):
     `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
     how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
     `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
-    so of rows that could not be written, until some can.
+    so of rows that could not be written, until some can. `processing` is `ok` or names the file or
+    folder that keeps payloads from being processed.
     """
 
     now: datetime
@@ -2245,6 +2304,7 @@ class Status(Struct, frozen=True):
     reserve_bytes: int
     backend: str
     failed_write: FailedWrite | None
+    processing: str
 
 
 class Summary(Struct, frozen=True):
@@ -2429,9 +2489,16 @@ async def health(_: web.Request) -> web.Response:
 
 @Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
 async def ready(request: web.Request) -> web.Response:
-    """Say whether payloads can be landed; the backend is shown, but landing does not need it."""
-    raw = await asyncio.to_thread(request.app[RAW].trouble)
-    checks = {"raw": raw or "ok", "backend": await trouble_of(request.app[BACKEND]) or "ok"}
+    """Say whether payloads can be landed; what else is wrong is shown, and landing goes on."""
+    app, oldest = request.app, list[str]()
+    raw = await asyncio.to_thread(app[RAW].trouble)
+    with contextlib.suppress(StorageUnavailable):  # of which the checks say more
+        oldest, _ = await app[PENDING].look(patient=False)
+    checks = {
+        "raw": raw or "ok",
+        "processing": await asyncio.to_thread(app[RAW].processing_trouble, oldest) or "ok",
+        "backend": await trouble_of(app[BACKEND]) or "ok",
+    }
     return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
 
 
@@ -2444,6 +2511,9 @@ async def status(request: web.Request) -> web.Response:
         free, reserve = await asyncio.to_thread(raw.room)
     last = activity.last_landed
     oldest, pending = await app[PENDING].look()
+    processing, rejected = await asyncio.to_thread(raw.processing_trouble, oldest), Counter[str]()
+    with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
+        rejected = await app[REJECTED].look()
     return answer(
         Status(
             now=datetime.now(UTC),
@@ -2452,11 +2522,12 @@ async def status(request: web.Request) -> web.Response:
             pending=pending,
             oldest_pending_seconds=age_of(oldest),
             processed=activity.processed,
-            rejected=await app[REJECTED].look(),
+            rejected=rejected,
             free_bytes=free,
             reserve_bytes=reserve,
             backend=await trouble_of(app[BACKEND]) or "ok",
             failed_write=await asyncio.to_thread(failed_write, raw.workspace),
+            processing=processing or "ok",
         )
     )
 
@@ -4527,9 +4598,16 @@ async def key_trouble(config: Config) -> str | None:
 
 async def storage_trouble(config: Config, backend: Backend) -> str | None:
     path = config.storage.sqlite.path
-    if config.storage.backend == "sqlite" and not os.path.exists(path):
+    if config.storage.backend != "sqlite":
+        return await trouble_of(backend)
+    if not os.path.exists(path):
         return writing_trouble(path.parent)
-    return await trouble_of(backend)
+    places = [
+        (path.parent, os.W_OK | os.X_OK),
+        *((f"{path}{end}", FILE) for end in ("", "-wal", "-shm")),
+    ]
+    trouble = next(filter(None, itertools.starmap(access_trouble, places)), None)
+    return trouble or await trouble_of(backend)
 
 
 def descriptor_trouble() -> str | None:

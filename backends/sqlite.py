@@ -1,6 +1,8 @@
 """Rows in one SQLite file: durable, nothing to install, open to several processes at once."""
 
 import asyncio
+import errno
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +111,7 @@ class SqliteBackend:
 
     async def ping(self) -> None:
         """See Backend.ping."""
-        await self._fetch(PING)
+        await self._in_thread(self._ping)
 
     async def upsert(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.upsert."""
@@ -212,6 +214,11 @@ class SqliteBackend:
                 "restart Dropzone on the file that is to count (rebuild makes its rows again)"
             )
         return self._connection
+
+    def _ping(self) -> None:
+        self._opened().execute(PING)
+        if not os.access(self._path, os.R_OK | os.W_OK):  # another user's file can still be read
+            raise PermissionError(errno.EACCES, "this user may not write to it")
 
     def _file_there(self) -> tuple[int, int] | None:
         with suppress(FileNotFoundError):

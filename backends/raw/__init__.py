@@ -72,6 +72,10 @@ class PackDamaged(StorageUnavailable):
     """A pack, or its index, is not what was written: its payloads cannot be read."""
 
 
+class NoAccess(StorageUnavailable):
+    """This user has no right to a file or a folder: another user has worked there, say."""
+
+
 class StorageFull(StorageUnavailable):
     """There is too little room on the disk."""
 
@@ -158,6 +162,17 @@ class Rejection(Struct, frozen=True):
         require_utc(self.retried_at or self.rejected_at)
 
 
+class Settled(Struct, frozen=True):
+    """What `settle` did.
+
+    `rejected` has the rejections, their retries counted; `stuck` says why the others of the
+    payloads stay pending, as this user may not move them.
+    """
+
+    rejected: list[Rejection]
+    stuck: dict[UUID, str]
+
+
 class Activity(Struct, frozen=True):
     """What all processes of a store have done together, to be seen at a glance.
 
@@ -208,7 +223,7 @@ class Portion(Protocol):
     def reader(self) -> Callable[[UUID], bytes]:
         """Return a function that reads one of them.
 
-        It raises `RawIdUnknown` for one that left, and `PayloadUnreadable`.
+        It raises `RawIdUnknown` for one that left, `PayloadUnreadable`, and `NoAccess`.
         """
 
 
@@ -228,12 +243,13 @@ class Payloads(Protocol):
         """The file that a processor locks, so that one at a time is at work."""
 
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
 
     def read_pending(self, raw_id: UUID) -> bytes:
         """Return a pending payload.
 
-        Raises `RawIdUnknown` where it is no longer pending, and `PayloadUnreadable`.
+        Raises `RawIdUnknown` where it is no longer pending; `PayloadUnreadable`; `NoAccess` where
+        it may well be whole, and another user can read it.
         """
 
     def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
@@ -249,10 +265,17 @@ class Payloads(Protocol):
     def changed(self, state: Literal["pending", "rejected"]) -> int:
         """Return a number that is another one when payloads have entered or left a state."""
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> list[Rejection]:
-        """Move payloads out of pending; return the rejections, their retries counted.
+    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
+        """Move payloads out of pending, as far as this user may, and return what was done.
 
         Doing it again, or a part of it again, changes nothing.
+        """
+
+    def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
+        """Return what keeps payloads from being processed, as far as a glance tells, or None.
+
+        It takes a dozen system calls. `oldest` are the oldest pending raw_ids, as far as they are
+        known: what cannot be read or moved stays behind, and so becomes the oldest.
         """
 
     def rejection(self, raw_id: UUID) -> Rejection:
@@ -262,7 +285,10 @@ class Payloads(Protocol):
         """Yield why each rejected payload (or just one) is, in order of arrival."""
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
-        """Return the last rejection of a payload, whatever has become of it since."""
+        """Return the last rejection of a payload, whatever has become of it since.
+
+        None where there is none, or where it cannot be understood; raises `NoAccess`.
+        """
 
     def retry(self, raw_id: UUID) -> bool:
         """Put a rejected payload back to pending; return False if it is not rejected.

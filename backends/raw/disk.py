@@ -17,14 +17,17 @@ import fcntl
 import functools
 import logging
 import os
+import pwd
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from backends.raw import StorageFull, StorageUnavailable
+from backends.raw import NoAccess, StorageFull, StorageUnavailable
 
 log = logging.getLogger("dropzone")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+FILE, FOLDER = os.R_OK | os.W_OK, os.R_OK | os.W_OK | os.X_OK  # the rights that are needed
 
 
 def sync_data(descriptor: int) -> None:
@@ -122,8 +125,21 @@ def disk_errors() -> Iterator[None]:
         raise storage_error(error) from error
 
 
+@contextlib.contextmanager
+def access_errors() -> Iterator[None]:
+    """Raise `NoAccess` where this user has no right."""
+    try:
+        yield
+    except PermissionError as error:
+        raise NoAccess(denied(error)) from None
+
+
 def storage_error(error: Exception) -> StorageUnavailable:
     """Say what went wrong with the disk in words that an operator can act on."""
+    if isinstance(error, PermissionError) and error.filename:
+        wrong = denied(error)
+        log.error("the data folder failed: %s", wrong)
+        return NoAccess(wrong)
     log.error("the data folder failed", exc_info=error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return StorageFull("the disk is full; try again later")
@@ -141,4 +157,70 @@ def writing_trouble(folder: Path) -> str | None:
     there = existing(folder)
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return None
+    if there == folder and folder.stat().st_uid != os.geteuid():
+        return access_trouble(folder, os.W_OK | os.X_OK)
     return f"{there} is not a folder that this user can write to: let it, or choose another"
+
+
+def access_trouble(path: Path | str, mode: int) -> str | None:
+    """Say why this user has no access to a path (`mode` is that of `os.access`).
+
+    None where it has, or where nothing is there. The usual reason is that another user, root for
+    instance, has once worked in the folder.
+    """
+    if os.access(path, mode):
+        return None
+    try:
+        owner = os.stat(path).st_uid
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    me, way = user_name(os.geteuid()), "write to" if mode & os.W_OK else "read"
+    if owner == os.geteuid():
+        return f"{path}: {me} may not {way} it: look at its mode, and at how its disk is mounted"
+    wrong = f"{path} belongs to {user_name(owner)}, and {me} may not {way} it"
+    return f"{wrong}: as root, give it back (chown -R {me} {shlex.quote(str(path))})"
+
+
+def denied(error: OSError) -> str:
+    """Say who may not do what where the system has refused this user something."""
+    paths = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name]
+    places = [(existing(path.parent), os.W_OK | os.X_OK) for path in paths]
+    if len(paths) == 1 and os.path.exists(paths[0]):  # it was to be opened, not made or moved
+        places = [(paths[0], os.R_OK), (paths[0], os.R_OK | os.W_OK), *places]
+    found = (access_trouble(place, mode) for place, mode in places)
+    return next(filter(None, found), f"{error.filename}: {error.strerror}")
+
+
+def owner_of(path: Path) -> tuple[int, Path]:
+    """Return the user to whom a path belongs, or the nearest of its parents that can be seen.
+
+    The second is what was seen: the path itself; a parent of it, where it is not there; the folder
+    into which this user may not look, where it may be there.
+    """
+    for each in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return os.stat(each).st_uid, each
+    return os.geteuid(), path
+
+
+def wrong_owner(path: Path) -> str | None:
+    """Say to whom a path belongs where that is another user; None where it is not there."""
+    owner, seen = owner_of(path)
+    me = user_name(os.geteuid())
+    if owner == os.geteuid():
+        return None
+    if seen == path:
+        return f"{path} belongs to {user_name(owner)}, and this program runs as {me}"
+    if os.access(seen, os.X_OK):
+        return None
+    return f"{me} may not look into {seen}, in which {path} lies"
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of one that has none, as in a container."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

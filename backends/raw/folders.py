@@ -34,10 +34,12 @@ from backends.raw import (
     PAYLOAD_NAME,
     STATES,
     Activity,
+    NoAccess,
     PayloadUnreadable,
     Portion,
     RawIdUnknown,
     Rejection,
+    Settled,
     State,
     StorageUnavailable,
     arrival_of,
@@ -45,6 +47,12 @@ from backends.raw import (
     raw_id_of,
 )
 from backends.raw.disk import (
+    DISK_FULL,
+    FILE,
+    FOLDER,
+    access_errors,
+    access_trouble,
+    denied,
     existing,
     locked,
     read_file,
@@ -60,9 +68,13 @@ log = logging.getLogger("dropzone")
 
 REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
-BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
+# One file is broken, and no other user could read it either.
+BROKEN_FILE = {errno.EIO, errno.EBADMSG, errno.EISDIR, errno.ELOOP, errno.ENOENT}
+# No file can be moved: this user may not, or the disk is full or read-only.
+NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL}
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION = 1000  # payloads
+OUT_OF_REACH_SHOWN = 20
 CLOCK_PATIENCE = timedelta(minutes=5)
 
 
@@ -106,6 +118,19 @@ def _holds(path: Path, body: bytes) -> bool:
     except OSError as error:  # a bad block, say
         log.warning("%s cannot be read, it is written again from the journal: %s", path, error)
         return False
+
+
+def _below(folder: Path | str, mode: int) -> Iterator[tuple[Path | str, int]]:
+    """Yield all that lies below a folder, and the rights that are needed: `mode` for a file."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield entry.path, FOLDER
+                yield from _below(entry.path, mode)
+            else:
+                yield entry.path, mode
 
 
 # ── The tally ─────────────────────────────────────────────────────────────────────────────────────
@@ -211,7 +236,7 @@ class Folders:
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """See Payloads.read."""
         for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), access_errors():
                 return state, self.path(raw_id, state).read_bytes()
         packed = self._packed(raw_id)
         if packed is None:
@@ -223,6 +248,8 @@ class Folders:
         path = f"{self.raw}/{raw_id}.json"
         try:
             return read_file(path)
+        except PermissionError as error:
+            raise NoAccess(denied(error)) from None
         except OSError as error:
             if not os.path.lexists(path):
                 raise RawIdUnknown(f"{raw_id} is no longer pending") from None
@@ -293,20 +320,35 @@ class Folders:
 
     # Settling
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> list[Rejection]:
+    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
         """See Payloads.settle."""
-        counted, moved = list(map(self._with_retries, rejected)), 0
-        for rejection in counted:
-            self._record(rejection)  # before the payload, so that none is without its reason
-            self._move(rejection.raw_id, self.rejected)
+        settled, moved = Settled([], {}), 0
+        for rejection in rejected:
+            try:
+                with access_errors():
+                    counted = self._with_retries(rejection)
+                    self._record(counted)  # before the payload, so that none is without its reason
+                    self._move(rejection.raw_id, self.rejected)
+                settled.rejected.append(counted)
+            except NoAccess as error:
+                settled.stuck[rejection.raw_id] = str(error)
         for day, raw_ids in itertools.groupby(processed, day_of):
-            folder = self.processed / day
-            folder.mkdir(parents=True, exist_ok=True)
-            for raw_id in raw_ids:
-                moved += self._move(raw_id, folder)
+            moved += self._move_all(raw_ids, self.processed / day, settled.stuck)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
             tally.add(processed=moved)
-        return counted
+        return settled
+
+    def _move_all(self, raw_ids: Iterable[str], folder: Path, stuck: dict[UUID, str]) -> int:
+        moved = 0
+        for raw_id in raw_ids:
+            try:
+                with access_errors():
+                    if not moved:
+                        folder.mkdir(parents=True, exist_ok=True)
+                    moved += self._move(raw_id, folder)
+            except NoAccess as error:
+                stuck[UUID(str(raw_id))] = str(error)
+        return moved
 
     def _with_retries(self, rejection: Rejection) -> Rejection:
         before = self.last_rejection(rejection.raw_id)
@@ -324,7 +366,9 @@ class Folders:
             return True
         except FileNotFoundError:
             pass  # another processor has moved it
-        except OSError as error:  # one bad file never stops the rest
+        except OSError as error:  # one odd file never stops the rest
+            if error.errno in NO_WAY:
+                raise
             log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
         return False
 
@@ -439,7 +483,11 @@ class Folders:
         except FileNotFoundError:
             raise RawIdUnknown(f"{raw_id} is not rejected") from None
         wrong = "the reason is not there or cannot be read"
-        return self.last_rejection(raw_id) or Rejection(raw_id, "reason_missing", wrong, moved)
+        try:
+            known = self.last_rejection(raw_id)
+        except NoAccess as error:
+            known, wrong = None, str(error)
+        return known or Rejection(raw_id, "reason_missing", wrong, moved)
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
@@ -449,7 +497,7 @@ class Folders:
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """See Payloads.last_rejection."""
-        with contextlib.suppress(OSError, ValueError):  # also what is no UTF-8
+        with contextlib.suppress(OSError, ValueError), access_errors():  # also what is no UTF-8
             return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
         return None
 
@@ -457,7 +505,8 @@ class Folders:
         """See Payloads.retry."""
         source = self.path(raw_id, "rejected")
         try:
-            reason, now = self.rejection(raw_id), datetime.now(UTC)
+            known, now = self.last_rejection(raw_id), datetime.now(UTC)
+            reason = known or self.rejection(raw_id)
             self._record(
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
@@ -478,6 +527,21 @@ class Folders:
 
     # What is wrong around
 
+    def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
+        """See Payloads.processing_trouble."""
+        for folder in (self.raw, self.processed, self.rejected, self.journal):
+            if not os.path.isdir(folder):
+                return f"{folder} is not there, or no folder"
+            if not os.access(folder, FOLDER):
+                return access_trouble(folder, FOLDER)
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        days = {today, *map(day_of, oldest)}
+        lock = self.process_lock
+        places = [(lock, FILE) if os.path.exists(lock) else (lock.parent, os.W_OK | os.X_OK)]
+        places += [(self.processed / day, FOLDER) for day in days]
+        places += [(self.path(UUID(raw_id), "pending"), os.R_OK) for raw_id in oldest]
+        return next(filter(None, itertools.starmap(access_trouble, places)), None)
+
     def problems(self) -> dict[str, list[str]]:
         """See PayloadStore.problems; a folder that it made would have the wrong owner."""
         folders = (self.raw, self.processed, self.rejected, self.journal)
@@ -488,13 +552,25 @@ class Folders:
             for folder in folders
             if existing(folder).stat().st_dev != device
         ]
-        if self.raw.is_dir() and os.access(self.raw, os.R_OK):
+        if os.path.isdir(self.raw) and os.access(self.raw, os.R_OK):
             troubles += [
                 f"{self.raw / name} is not named <uuid>.json: move it away"
                 for name in self.strays()
             ]
+        troubles += self.out_of_reach()
         behind = self._clock_trouble()
         return {"data folder": list(dict.fromkeys(troubles)), "clock": [behind] if behind else []}
+
+    def out_of_reach(self) -> list[str]:
+        """Name what lies here and this user has no right to; the first of it where it is much."""
+        places = itertools.chain(
+            [(self.process_lock, FILE)],
+            *(_below(folder, os.R_OK) for folder in (self.raw, self.rejected, self.processed)),
+            _below(self.journal, FILE),
+        )
+        found = list(filter(None, itertools.starmap(access_trouble, places)))
+        rest = len(found) - OUT_OF_REACH_SHOWN
+        return found[:OUT_OF_REACH_SHOWN] + ([f"and {rest} more of that kind"] if rest > 0 else [])
 
     def _clock_trouble(self) -> str | None:
         """Compare the clock with the last raw_id given out, and with the age of this program."""

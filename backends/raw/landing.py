@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections import deque
@@ -31,13 +32,22 @@ from backends.raw import (
     Activity,
     Copied,
     KeyReused,
+    NoAccess,
     Observer,
     PayloadStoreError,
     StorageFull,
     StorageUnavailable,
 )
 from backends.raw.backup import Backup, new_folder
-from backends.raw.disk import existing, make_folder, storage_error, sync_file, write_all
+from backends.raw.disk import (
+    denied,
+    existing,
+    make_folder,
+    storage_error,
+    sync_file,
+    write_all,
+    wrong_owner,
+)
 from backends.raw.folders import Folders
 from backends.raw.journal import Journal, KeyUse, Record, digest_of
 
@@ -215,13 +225,23 @@ class RawStore(Folders):
         self._thread = ThreadPoolExecutor(1, "landing")
         try:
             await self._in_thread(self.open_here)
+        except PermissionError as error:
+            raise NoAccess(denied(error)) from error
         except OSError as error:
-            raise StorageUnavailable(
-                f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
-            ) from error
+            raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+        except sqlite3.Error as error:  # which names no file
+            wrong = [*self.out_of_reach(), f"{self.journal}/keys.sqlite: {error}"]
+            raise StorageUnavailable(wrong[0]) from error
 
     def open_here(self) -> None:
-        """Open the store in this thread, to be written to by `write`."""
+        """Open the store in this thread, to be written to by `write`.
+
+        Raises `NoAccess` where the folder is another user's: the files that this program made there
+        would be of no use to that user's.
+        """
+        wrong = wrong_owner(self.raw)
+        if wrong:
+            raise NoAccess(f"{wrong}: one user has to run all that works there")
         self._file_writers = ThreadPoolExecutor(2, "files")
         for folder in (self.raw, self.processed, self.rejected, self.journal):
             make_folder(folder)

@@ -288,6 +288,18 @@ async def test_away_and_back(service: Service, visit: Visit, watched: Watched) -
     await expect(page.locator("#say")).to_have_text("All is well")
 
 
+async def test_processing_that_cannot_work(service: Service, visit: Visit) -> None:
+    """The page says that payloads cannot be processed, and names the folder that is the reason."""
+    await service.land(payload(1, 1))
+    page = await visit(service.url)
+    await expect(page.locator("#say")).to_have_text("All is well")
+    away = (service.folder / "processed").rename(service.folder / "away")
+    await expect(page.locator("#say")).to_have_text("Payloads cannot be processed")
+    await expect(page.locator("#why")).to_contain_text(str(service.folder / "processed"))
+    away.rename(service.folder / "processed")
+    await expect(page.locator("#say")).to_have_text("All is well")
+
+
 async def test_hidden(service: Service, visit: Visit, watched: Watched) -> None:
     """A tab that nobody sees asks for nothing; seen again, it asks at once."""
     page = await visit(service.url)

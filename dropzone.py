@@ -44,6 +44,7 @@ import pwd
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -136,17 +137,18 @@ from backends.raw import (
 from backends.raw.disk import (
     FILE,
     FOLDER,
-    access_errors,
     access_trouble,
     denied,
     disk_errors,
     locked,
     make_folder,
+    owner_of,
     storage_error,
     sync_file,
     user_name,
     write_all,
     writing_trouble,
+    wrong_owner,
 )
 from backends.raw.landing import RawStore
 
@@ -183,6 +185,14 @@ class DropzoneError(Exception):
 
 class ConfigError(DropzoneError):
     code = "config_invalid"
+
+
+class WrongUser(ConfigError):
+    """This user must not work here. `user` is the one who may, where there is one."""
+
+    def __init__(self, detail: str, user: str = "") -> None:
+        super().__init__(detail)
+        self.user = user
 
 
 class PayloadNotJson(DropzoneError):
@@ -345,12 +355,14 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    A configuration that was loaded knows the file that is its `source`, the `keys_file` that holds
-    further keys, all `files` that it depends on, whether they exist or not, and how to `reload`
-    itself. One that a program has made by itself has none of these.
+    A configuration that was loaded knows the file that is its `source`, the `dotenv` that goes
+    before it, the `keys_file` that holds further keys, all `files` that it depends on, whether they
+    exist or not, and how to `reload` itself. One that a program has made by itself has none of
+    these.
     """
 
     source: ClassVar[Path | None] = None
+    dotenv: ClassVar[Path | None] = None
     keys_file: ClassVar[Path | None] = None
     files: ClassVar[Sequence[Path]] = ()
     reload: ClassVar[functools.partial[Config]]
@@ -415,8 +427,8 @@ def load_config(
     that is empty is ignored. Raises `ConfigError`, with a line for each wrong setting.
     """
     here = Path.cwd()
-    dotenv = _found(".env")
-    variables = _variables(_read_dotenv(dotenv), dotenv.parent if dotenv else here)
+    dotenv = next(filter(_sets_ours, filter(os.path.isfile, _places(".env"))), None)
+    variables = _variables(_read_dotenv(dotenv), dotenv.parent) if dotenv else []
     variables += _variables(environ, here)
     file = here / path if path else _config_file(variables)
     given = _in_file(file) if file else []
@@ -430,7 +442,7 @@ def load_config(
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
     if not any(each.setting == AUTH_KEYS and isinstance(each.value, str) for each in given):
         config.__dict__["keys_file"] = keys_file_of(config)
-    config.__dict__["source"] = file
+    config.__dict__["source"], config.__dict__["dotenv"] = file, dotenv
     files = ((file,) if file else _places("config.toml")) + _places(".env")
     config.__dict__["files"] = (*files, keys_file_of(config))
     config.__dict__["reload"] = functools.partial(
@@ -456,6 +468,9 @@ def kept_keys(file: Path) -> tuple[KeyConfig, ...]:
     """Return the keys that such a file holds, none where there is no file."""
     if not os.path.exists(file):
         return ()
+    trouble = access_trouble(file, os.R_OK)
+    if trouble:
+        raise ConfigError(trouble)
     given = _in_file(file)
     for each in given:
         if each.setting != AUTH_KEYS:
@@ -468,17 +483,13 @@ def _places(name: str) -> tuple[Path, ...]:
     return Path.cwd() / name, Path(__file__).resolve().parent / name
 
 
-def _found(name: str) -> Path | None:
-    return next((file for file in _places(name) if file.is_file()), None)
-
-
 def _config_file(variables: Sequence[Given]) -> Path | None:
     """Return the file that a variable names, or the first of ours in reach."""
     for each in reversed(variables):
         if each.setting == CONFIG_FILE:
             return each.home / str(each.value)
     places = _places("config.toml")
-    return next((file for file in places if file.is_file() and _is_ours(file)), None)
+    return next(filter(_is_ours, filter(os.path.isfile, places)), None)
 
 
 def _is_ours(file: Path) -> bool:
@@ -487,17 +498,30 @@ def _is_ours(file: Path) -> bool:
     return not sections or bool(sections & {*Config.__struct_fields__})
 
 
+def _sets_ours(file: Path) -> bool:
+    """Say whether an .env has a variable of Dropzone's, or none at all."""
+    names = _read_dotenv(file).keys()
+    return not names or any(name.startswith("DROPZONE_") for name in names)
+
+
 def _read_toml(file: Path) -> Table:
-    try:
+    with _reading(file):
         return tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # also where it is no UTF-8
-        raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def _read_dotenv(file: Path | None) -> Mapping[str, str | None]:
+def _read_dotenv(file: Path) -> Mapping[str, str | None]:
+    with _reading(file):
+        return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        return dotenv_values(stream=io.StringIO(file.read_text("utf-8"))) if file else {}
-    except (OSError, ValueError) as error:
+        yield
+    except PermissionError:
+        me = user_name(os.geteuid())
+        raise WrongUser(f"the settings in {file} are not for {me} to read", "root") from None
+    except (OSError, ValueError) as error:  # also where it is no UTF-8
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
@@ -740,12 +764,13 @@ def audited(action: str, caller: str, **facts: object) -> Iterator[dict[str, obj
         audit(action, caller, **facts)
 
 
+@functools.cache
 def operator_name() -> str:
-    """Return the user who runs a command, as audit lines name callers."""
-    try:
-        return f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
-    except KeyError:  # a container may run as a user without a name
-        return f"cli:{os.getuid()}"
+    """Return the user who runs a command, as audit lines name callers.
+
+    The first call counts: root may take the identity of another user.
+    """
+    return f"cli:{user_name(os.getuid())}"
 
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
@@ -2184,16 +2209,12 @@ UPKEEP_FIRST = 5.0  # seconds after the start
 UPKEEP_PAUSE = 3600.0  # seconds until it is looked again whether a new day has begun
 
 
-@contextlib.contextmanager
-def upkeep_lock(payloads: Payloads) -> Iterator[None]:
-    """Hold what one run at a time holds that works on all of the processed payloads.
+def upkeep_lock(payloads: Payloads) -> FileLock:
+    """Return what one run at a time holds that works on all of the processed payloads.
 
     A second one raises `Timeout` at once.
     """
-    with access_errors():
-        lock = FileLock(payloads.workspace / "upkeep.lock", timeout=0).acquire()
-    with lock:
-        yield
+    return FileLock(payloads.workspace / "upkeep.lock", timeout=0)
 
 
 async def compact_daily(payloads: Payloads) -> NoReturn:
@@ -3960,7 +3981,11 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
                     total = sum(map(len, groups))  # all of it is checked
                 except (DropzoneError, OSError) as error:
                     code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
-                    print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+                    reason = str(error)
+                    if isinstance(error, PermissionError):  # root works as another user here
+                        me = user_name(os.geteuid())
+                        reason = f"{me} may not read it, `ingest - < {shlex.quote(name)}` does"
+                    print(f"{name}: {reason}; nothing of it was landed", file=sys.stderr)
                     continue
                 with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
                     for group in groups_in(copy, config.server.max_body_bytes):
@@ -4034,7 +4059,7 @@ async def opened_store(
     Where it `must_exist`, none is made: a command that looks for payloads in a folder of its own
     making would find that there are none.
     """
-    if must_exist and not config.raw.dir.is_dir():
+    if must_exist and not os.path.isdir(config.raw.dir):
         raise ConfigError(
             f"there are no payloads, as there is no folder {config.raw.dir}: check "
             "DROPZONE_RAW_DIR and --config, and that its disk is mounted"
@@ -4149,7 +4174,7 @@ def count_readable(store: PayloadStore) -> int | None:
 
 def backend_to_look_at(config: Config) -> Backend:
     """Return the configured backend; for a SQLite file that is not there, which stays so, none."""
-    if config.storage.backend == "sqlite" and not config.storage.sqlite.path.exists():
+    if config.storage.backend == "sqlite" and not os.path.exists(config.storage.sqlite.path):
         return create_backend("memory")
     return backend_of(config)
 
@@ -4158,7 +4183,7 @@ def place_of_rows(config: Config, backend: Backend) -> str:
     """Return where the rows are, in words that show no password."""
     path = config.storage.sqlite.path
     if config.storage.backend == "sqlite":
-        return f"sqlite {path}" if path.exists() else f"sqlite {path} (which is not there)"
+        return f"sqlite {path}" + ("" if os.path.exists(path) else " (which is not there)")
     place = getattr(backend, "place", "")
     return f"{config.storage.backend} {place}".rstrip()
 
@@ -4265,7 +4290,7 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
 
 async def backup(config: Config, args: argparse.Namespace) -> int:
     """copy payloads, rows of SQLite, keys and settings to a new folder, while others land"""
-    folder: Path = args.folder.absolute()
+    folder: Path = args.folder
     done = BackupSummary(folder)
     try:
         async with opened_store(config, must_exist=True) as (store, _metrics):
@@ -4368,9 +4393,9 @@ def back_up_settings(config: Config, part: Path) -> None:
     """Copy the files that settings and keys were read from, for their owner alone."""
     settings = part / "settings"
     settings.mkdir()
-    keys, dotenv = keys_file_of(config), _found(".env")
-    for file, copy in ((config.source, settings), (dotenv, settings), (keys, part)):
-        if file and file.exists():
+    keys = keys_file_of(config)
+    for file, copy in ((config.source, settings), (config.dotenv, settings), (keys, part)):
+        if file and os.path.exists(file):
             descriptor = os.open(copy / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "wb") as out:
                 out.write(file.read_bytes())
@@ -4481,14 +4506,11 @@ def changing_keys(file: Path) -> Iterator[None]:
 
 
 def write_keys(file: Path, keys: Iterable[KeyConfig]) -> None:
-    """Replace the file of the keys at once; only the owner of its folder, the service, reads it."""
+    """Replace the file of the keys at once; only this user, who is the service's, reads it."""
     beside = file.with_suffix(".part")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         write_all(descriptor, (KEYS_HEAD + "".join(map(table_of, keys))).encode())
-        folder = file.parent.stat()
-        if os.getuid() == 0:
-            os.fchown(descriptor, folder.st_uid, folder.st_gid)
         os.fsync(descriptor)
         os.rename(beside, file)
     except OSError:
@@ -4575,8 +4597,9 @@ async def shake_hands(host: str, port: int) -> str:
 
 
 def settings_source(config: Config) -> str:
-    """Return the file that settings were read from, in words."""
-    return str(config.source or "no file: what no variable sets has its default")
+    """Return the files that settings were read from, in words."""
+    files = [str(file) for file in (config.dotenv, config.source) if file]
+    return " and ".join(files) or "no file: what no variable sets has its default"
 
 
 def config_trouble(use: Callable[..., object], config: Section) -> str | None:
@@ -4631,7 +4654,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title = "The landing zone between devices and a database."
     parser = argparse.ArgumentParser(parents=[common], description=title)
     parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=serve, files=[])
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
@@ -4669,7 +4692,7 @@ def _add_options(added: Parsers) -> None:
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
     )
-    added["backup"].add_argument("folder", type=Path, metavar="DIR", help="which is made")
+    added["backup"].add_argument("folder", type=absolute, metavar="DIR", help="which is made")
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     added["retry"].add_argument("--all", action="store_true", help="whatever the reason")
@@ -4697,6 +4720,11 @@ def key_name(text: str) -> str:
     return text
 
 
+def absolute(text: str) -> Path:
+    """Return a path that means the same from every working directory."""
+    return Path(text).absolute()
+
+
 def positive(text: str) -> int:
     """Return a whole number of 1 or more; argparse names this function in its error."""
     if int(text) < 1:
@@ -4704,36 +4732,113 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code (of sysexits.h: 75 try again, 78 configuration)."""
-    args = arguments(argv)
-    given: dict[Setting, object] = {
-        ("server", n): getattr(args, n) for n in ("host", "port") if n in args
-    }
+def work_as_owner(config: Config) -> None:
+    """See that the user to whom the payloads belong does what is done, and nobody else.
+
+    Files that another user made there would be in the service's way later. Root takes the owner's
+    identity, before anything is opened. Raises `WrongUser` where that cannot be.
+    """
+    folder = config.raw.dir
+    owner, seen = owner_of(folder)
+    is_root = os.geteuid() == 0
+    if is_root and owner != 0:
+        operator_name()  # it stays root, also in audit lines
+        backend_of(config)  # its module may lie where the owner may not look
+        try:
+            become(owner, seen.stat().st_gid)
+        except OSError as error:
+            wrong = f"{seen} belongs to {user_name(owner)}, whose identity root cannot take"
+            raise WrongUser(f"{wrong}: {error.strerror}") from None
+    wrong_user = wrong_owner(folder)
+    if wrong_user:
+        why = "what another user makes there stops the service, so nothing was done"
+        raise WrongUser(f"{wrong_user}; {why}", "" if is_root else user_name(owner))
+
+
+def become(uid: int, gid: int) -> None:
+    """Take the identity of a user, with all of its groups; `gid` counts where it has no name."""
     try:
-        config = load_config(getattr(args, "config", None), overrides=given)
-        runs_on = args.run is serve or getattr(args, "watch", False)
-        # A command reports by itself.
-        log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            command = args.run(config, args)
-            code: int = runner.run(until_stopped(command) if runs_on else command)
-        sys.stdout.flush()
-        return code
+        account = pwd.getpwuid(uid)
+    except KeyError:
+        name, home = "", "/"
+        os.setgroups([gid])
+    else:
+        name, home, gid = account.pw_name, account.pw_dir, account.pw_gid
+        os.initgroups(name, gid)
+    os.setgid(gid)
+    os.setuid(uid)
+    os.environ["HOME"] = home  # libraries look for files in it, and root's is closed to this user
+    for variable in ("USER", "LOGNAME"):
+        os.environ.pop(variable, None)
+        if name:
+            os.environ[variable] = name
+
+
+def line_for(user: str, arguments: Sequence[str]) -> str:
+    """Return the line by which a user does what was asked of this program.
+
+    The names of variables are in it, for sudo to hand them on, and none of their values.
+    """
+    variables = ",".join(sorted(name for name in os.environ if name.startswith("DROPZONE_")))
+    sudo = ["sudo"] + ([f"--preserve-env={variables}"] if variables else [])
+    if not user.isdecimal() and user != "root":  # root itself takes the identity of the owner
+        sudo += ["-u", user]
+    program = os.path.abspath(sys.argv[0])
+    python = [] if os.access(program, os.X_OK) else [sys.executable]
+    return shlex.join([*sudo, *python, program, *arguments])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code (of sysexits.h; docs/operating.md has them all)."""
+    try:
+        return perform(arguments(argv))
     except KeyboardInterrupt:  # the next run goes on where this one was interrupted
         return 128 + signal.SIGINT
-    except Timeout as error:
-        print(f"dropzone: {error.lock_file} is held by another run; try again", file=sys.stderr)
-        return os.EX_TEMPFAIL
     except BrokenPipeError:  # nobody reads standard output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR
-    except (BackendError, DropzoneError, PayloadStoreError) as error:
-        sys.stderr.write(f"dropzone: {error}\n")  # at once: an audit line may come in between
-        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    except (Timeout, PermissionError, BackendError, DropzoneError, PayloadStoreError) as error:
+        text, code = told(error)
+        if isinstance(error, WrongUser) and error.user:
+            line = line_for(error.user, sys.argv[1:] if argv is None else argv)
+            text = f"{text}. Use this line:\n{line}"
+        sys.stderr.write(f"dropzone: {text}\n")  # at once: an audit line may come in between
+        return code
     except Exception:  # Python's own exit code is that of rows which are not right
         log.exception("a defect of Dropzone has ended the command")
         return os.EX_SOFTWARE
+
+
+def perform(args: argparse.Namespace) -> int:
+    """Run the command that was asked for; return its exit code."""
+    given: dict[Setting, object] = {
+        ("server", n): getattr(args, n) for n in ("host", "port") if n in args
+    }
+    config = load_config(getattr(args, "config", None), overrides=given)
+    if args.run is not ask_ready:  # which opens nothing
+        work_as_owner(config)
+    if not os.access(os.curdir, os.X_OK):  # root's home, say: other processes could not start there
+        args.files = [name if name == "-" else os.path.abspath(name) for name in args.files]
+        os.chdir(os.sep)
+    runs_on = args.run is serve or getattr(args, "watch", False)
+    # A command reports by itself.
+    log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        command = args.run(config, args)
+        code: int = runner.run(until_stopped(command) if runs_on else command)
+    sys.stdout.flush()
+    return code
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """Return an error in words, and the exit code for it."""
+    if isinstance(error, Timeout):
+        return f"{error.lock_file} is held by another run; try again", os.EX_TEMPFAIL
+    if isinstance(error, PermissionError):
+        return denied(error), os.EX_TEMPFAIL
+    if isinstance(error, WrongUser):
+        return str(error), os.EX_NOPERM
+    return str(error), os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from backends.raw.disk import (
     sync_file,
     sync_file_system,
     syncs_file_systems,
+    user_name,
     write_all,
 )
 from backends.raw.folders import REASON, Folders
@@ -68,7 +69,8 @@ def new_folder(folder: Path, apart_from: Iterable[Path]) -> Iterator[Path]:
             raise FolderTaken(f"{folder} is not empty: name a folder that is not there yet")
         part = Path(tempfile.mkdtemp(".part", f"{folder.name}.", folder.parent))
     except OSError as error:
-        advice = "name one in a folder that is there and that this user can write to"
+        me = user_name(os.geteuid())
+        advice = f"name one in a folder that is there and that {me} can write to"
         raise FolderTaken(f"{folder} cannot be made ({error.strerror}): {advice}") from error
     descriptor = os.open(part, os.O_RDONLY)  # held, it hears of every error of the disk
     try:

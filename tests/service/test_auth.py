@@ -333,22 +333,6 @@ def test_key_new_with_another_configuration(file: Path):
     assert "a read" not in run(file.parent, "key", "list").stdout
 
 
-@pytest.mark.linux
-def test_key_new_by_root_is_the_service_s(file: Path):
-    """A key that root makes can be read by the owner of the folder, the service."""
-    file.touch()
-    if os.getuid() != 0:
-        done = run(file.parent, "key", "new", "one", "--scope", "read")  # nobody else to give it to
-        assert done.returncode == 0
-        assert kept(file).stat().st_uid == os.getuid()
-        return
-    kept(file).parent.mkdir()
-    os.chown(kept(file).parent, 10001, 10002)
-    for name in ("one", "two"):
-        assert run(file.parent, "key", "new", name, "--scope", "read").returncode == 0
-    assert (kept(file).stat().st_uid, kept(file).stat().st_gid) == (10001, 10002)
-
-
 def test_keys_made_at_once(file: Path):
     """Of keys that are made at the same time none is lost."""
     file.touch()

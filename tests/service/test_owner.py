@@ -11,6 +11,7 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -78,8 +79,8 @@ def used(installed: Installation) -> Installation:
 class Service:
     """The service of an installation, run by its own user."""
 
-    def __init__(self, place: Installation) -> None:
-        self.process = place.start(user=SERVICE)
+    def __init__(self, place: Installation, **variables: object) -> None:
+        self.process = place.start(user=SERVICE, **variables)
         try:
             self.url = listening_at(self.process)
         except BaseException:
@@ -100,9 +101,14 @@ class Service:
         assert status == 202, accepted
         return UUID(accepted["raw_id"])
 
-    def close(self) -> None:
-        with self.process:
+    def close(self) -> str:
+        """End it, and return the rest of its log."""
+        self.process.terminate()
+        try:
+            return self.process.communicate(timeout=30)[1]
+        finally:
             self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture
@@ -302,6 +308,35 @@ def test_root_that_cannot_become_the_owner(used: Installation):
         assert used.files() == before
 
 
+def test_root_that_may_not_look_everywhere(used: Installation):
+    """Root that sees no more than others, as on NFS that squashes it, becomes the owner, too.
+
+    It cannot see that payloads are there, but to whom the folder belongs that hides them.
+    """
+    above = used.data.parent
+    os.chown(above, SERVICE, -1)
+    above.chmod(0o700)
+    command = [used.python, str(used.program), "process"]
+    if AS_ROOT:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = used.run_line(command, ME)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processed"] == 1
+    assert used.owners() == {SERVICE}
+
+
+async def test_rows_of_the_owner_in_postgres(used: Installation, postgres_url: str):
+    """Nothing is looked for in root's home folder, which is closed to the owner."""
+    home = used.home / "home"
+    home.mkdir(mode=0o700, exist_ok=True)
+    variables = {"HOME": home, "DROPZONE_DATABASE_URL": postgres_url}
+    for command, found in (("process", '"processed": 1'), ("rebuild", "1 missing before")):
+        done = used.run(command, **variables)
+        assert done.returncode == 0, done.stderr
+        assert found in done.stdout
+    assert "all rows are right" in used.run("verify", **variables).stdout
+
+
 def test_where_the_owner_cannot_go(used: Installation):
     """Root says so where the owner may not look into the folders that lead to its payloads."""
     used.data.parent.chmod(0o700)
@@ -368,6 +403,26 @@ def test_payload_of_another_user(place: Installation, service: Service):
     assert service("GET", "/ready")[1]["checks"]["processing"] == "ok"
     assert service("GET", "/status")[1]["processing"] == "ok"
     assert place.run("verify", user=SERVICE).stdout.endswith("all rows are right\n")
+
+
+def test_others_do_not_wait_for_it(place: Installation):
+    """While a payload is kept back, a service that processes by itself goes on with the others."""
+    running = Service(place, DROPZONE_PROCESS_EVERY=0.2)
+    try:
+        taken = place.data / "raw" / f"{uuid_at(datetime.now(UTC))}.json"
+        taken.touch()
+        place.take_away(taken)
+        for second in (1, 2):
+            running.land(second)
+            deadline = time.monotonic() + 40
+            while running("GET", "/status")[1]["processed"] < second:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert list((place.data / "raw").iterdir()) == [taken]
+    finally:
+        log = running.close()
+    assert f"next try within 10 s: {taken}" in log
+    assert "Traceback" not in log
 
 
 def test_reading_a_payload_of_another_user(place: Installation, service: Service):

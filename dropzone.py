@@ -1756,7 +1756,8 @@ class Processor:
                 "another processor is at work on this data folder; try again"
             ) from None
         except OSError as error:  # of the data folder
-            raise storage_error(error) from error
+            trouble = await asyncio.to_thread(self._payloads.processing_trouble)
+            raise (StorageUnavailable(trouble) if trouble else storage_error(error)) from error
 
     def _window(self, limit: int | None, after: str = "") -> tuple[list[str], int]:
         """Return the next payloads, as many as fit into memory, and how many there are in all."""

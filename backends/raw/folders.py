@@ -75,6 +75,7 @@ NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL}
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION = 1000  # payloads
 OUT_OF_REACH_SHOWN = 20
+NO_LOCK = "is a folder, and has to be a file: remove it"
 CLOCK_PATIENCE = timedelta(minutes=5)
 
 
@@ -537,6 +538,8 @@ class Folders:
         today = f"{datetime.now(UTC):%Y-%m-%d}"
         days = {today, *map(day_of, oldest)}
         lock = self.process_lock
+        if os.path.isdir(lock):
+            return f"{lock} {NO_LOCK}"
         places = [(lock, FILE) if os.path.exists(lock) else (lock.parent, os.W_OK | os.X_OK)]
         places += [(self.processed / day, FOLDER) for day in days]
         places += [(self.path(UUID(raw_id), "pending"), os.R_OK) for raw_id in oldest]
@@ -552,6 +555,8 @@ class Folders:
             for folder in folders
             if existing(folder).stat().st_dev != device
         ]
+        if os.path.isdir(self.process_lock):
+            troubles.append(f"{self.process_lock} {NO_LOCK}")
         if os.path.isdir(self.raw) and os.access(self.raw, os.R_OK):
             troubles += [
                 f"{self.raw / name} is not named <uuid>.json: move it away"

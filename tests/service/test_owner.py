@@ -494,6 +494,25 @@ def test_processing_that_cannot_work(place: Installation, service: Service, name
     assert place.run("check", user=SERVICE).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["process.lock", "processed"])
+def test_what_has_another_kind(place: Installation, service: Service, name: str):
+    """A folder in the place of the lock, or a file in that of a folder, is told everywhere, too."""
+    path = place.data / name
+    if path.is_dir():
+        path.rmdir()
+        path.touch()
+    else:
+        path.mkdir()
+    os.chown(path, SERVICE, -1)
+    service.land(1)
+    status, problem = service("POST", "/process")
+    checked = place.run("check", user=SERVICE)
+    assert (status, checked.returncode) == (503, os.EX_CONFIG)
+    processing = service("GET", "/ready")[1]["checks"]["processing"]
+    for text in (problem["detail"], processing, checked.stdout):
+        assert str(path) in text
+
+
 def test_one_day_that_cannot_be_moved(place: Installation, service: Service):
     """A day's folder that is another user's keeps back the payloads of that day alone."""
     yesterday = datetime.now(UTC) - timedelta(days=1)

@@ -83,6 +83,7 @@ from pathlib import Path
 from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
+from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
@@ -2454,7 +2455,7 @@ CHECKER = web.AppKey("CHECKER", Workers)
 RECEIPTS = web.AppKey("RECEIPTS", asyncio.Semaphore)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
+CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
 LANDED = web.RequestKey("LANDED", list[UUID])
 REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
@@ -2954,6 +2955,8 @@ FETCH_PAUSE = 10.0  # seconds between fetches at least, however many unknown key
 TOKENS_KEPT = 10_000
 KEYS_LIFE = 600.0  # seconds after which a withdrawn key is missed
 Caller = tuple[str, Collection[str]]  # its name and its scopes
+NAME_CLAIMS = {"sub": "token", "azp": "client", "client_id": "client"}  # and the kind of name
+NAME_LENGTH = 128
 
 
 def hash_of(key: str) -> bytes:
@@ -2966,11 +2969,17 @@ def hash_of(key: str) -> bytes:
 
 
 class Guard:
-    """Knows which caller may do what: by the configured keys, and by the tokens of an issuer."""
+    """Knows which caller may do what: by the configured keys, and by the tokens of an issuer.
+
+    The name of a caller begins with its kind, so that no token can pass for a key, nor for a person
+    at the command line.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.callers = callers_of(config)
+        self.callers = {
+            digest: (f"key:{name}", scopes) for digest, (name, scopes) in callers_of(config).items()
+        }
         self.tokens = Tokens(config.auth.jwt) if config.auth.jwt != JwtConfig() else None
 
     @property
@@ -3062,11 +3071,9 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
             wrong = f"the token is refused: {error}"
             raise DropzoneError(wrong, "token_invalid", 401) from None
-        names = (claims.get(name) for name in ("sub", "azp", "client_id"))
-        name = next((name for name in names if name and isinstance(name, str)), "token")
         scopes = claims.get(config.scope_claim)
         scopes = scopes.split() if isinstance(scopes, str) else scopes
-        caller = (_shown_name(name), scopes if isinstance(scopes, list) else ())
+        caller = (name_of(claims), scopes if isinstance(scopes, list) else ())
         if len(self._judged) == TOKENS_KEPT:
             self._judged.clear()
         self._judged[token] = (int(claims["exp"]) + LEEWAY, caller)
@@ -3145,8 +3152,25 @@ async def _content(place: Place) -> bytes:
         return await response.read()
 
 
+def name_of(claims: Mapping[str, object]) -> str:
+    """Return the name of whoever a token names: short, on one line, and nobody else's."""
+    for claim, kind in NAME_CLAIMS.items():
+        name = claims.get(claim)
+        if name and isinstance(name, str):
+            return f"{kind}:{_shown_name(name)}"
+    return "token:"
+
+
 def _shown_name(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:128])
+    """Percent-encode what is not printable; of a long name the end becomes a digest of it."""
+    shown = "".join(
+        letter if letter.isprintable() and letter != "%" else quote(letter, errors="surrogatepass")
+        for letter in text
+    )
+    if len(shown) <= NAME_LENGTH:
+        return shown
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+    return f"{shown[: NAME_LENGTH - 34]}%~{digest}"  # no short name has a %~
 
 
 # ── HTTP: admission and the edge ──────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ from typing import Any
 
 import jwt
 import machine
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
@@ -38,7 +39,9 @@ from dropzone import (
     ConfigError,
     JwtConfig,
     KeyConfig,
+    LimitsConfig,
     Place,
+    Rate,
     RawConfig,
     Secret,
     create_app,
@@ -172,7 +175,7 @@ async def test_callers(serve: Serve, config_of: Callable[..., Config]):
         await service(x_api_key=key)
         await service(Authorization=f"Bearer {key}")
     await service("/health", x_api_key="one")
-    names = [name for name in ("reader", "gateway", "api_key") for _ in range(2)]
+    names = [f"key:{name}" for name in ("reader", "gateway", "api_key") for _ in range(2)]
     assert service.callers == [*names, None]
 
 
@@ -664,7 +667,7 @@ async def test_tokens(service: Service, algorithm: str):
     status, problem, headers = await service("/process", "POST", Authorization=f"Bearer {made}")
     assert (status, problem["code"], problem["scope"]) == (403, "scope_missing", "process")
     assert "insufficient_scope" in headers["WWW-Authenticate"]
-    assert service.callers == ["robot"] * 3
+    assert service.callers == ["token:robot"] * 3
     assert (await service(x_api_key="one"))[0] == 200
 
 
@@ -780,17 +783,58 @@ async def test_symmetric_keys_are_not_taken(service: Service, issuer: Issuer):
 
 
 async def test_names(serve: Serve, config_of: Callable[..., Config], issuer: Issuer):
-    """The caller is the subject or the client, on one line; scopes may be in another claim."""
+    """The caller is the subject or the client, by its kind; scopes may be in another claim."""
     service = await serve(config_of(jwt=trusting(issuer.url, scope_claim="scp")))
     for changes in (
-        {"sub": None, "azp": "client"},
-        {"sub": None, "client_id": "client"},
+        {"sub": None, "azp": "app"},
+        {"sub": None, "client_id": "app"},
+        {"sub": "app", "azp": "other"},
         {"sub": None},
-        {"sub": "a\nb\x1b[0m"},
-        {"sub": "ö" * 300},
+        {"sub": "cli:root"},
+        {"sub": "a\nb\x1b[0m\ud800%"},
+        {"sub": "ö" * 128},
     ):
         assert await service.token(token(scp="read", **changes)) == (200, "")
-    assert service.callers == ["client", "client", "token", "a?b?[0m", "ö" * 128]
+    odd = "token:a%0Ab%1B[0m%ED%A0%80%25"
+    named = ["client:app", "client:app", "token:app", "token:", "token:cli:root", odd]
+    assert service.callers == [*named, "token:" + "ö" * 128]
+
+
+async def test_a_token_that_is_named_like_a_key(
+    serve: Serve, config_of: Callable[..., Config], jwks_file: Path, caplog: Any
+):
+    """A token never passes for a key or a person: not in their limits, nor in the audits."""
+    caplog.set_level(logging.INFO)
+    keys = (key_of("gateway-7", "one", "process"),)
+    config = config_of(jwt=trusting(jwks_file), keys=keys)
+    limited = msgspec.structs.replace(config, limits=LimitsConfig(per_key=Rate("2/hour")))
+    service = await serve(limited)
+    for name in ("gateway-7", "cli:root", "key:gateway-7"):
+        bearer = f"Bearer {token(sub=name, scope='process')}"
+        statuses = [(await service("/process", "POST", Authorization=bearer))[0] for _ in range(3)]
+        assert statuses == [200, 200, 429]
+    assert (await service("/process", "POST", x_api_key="one"))[0] == 200
+    audits = [record for record in caplog.records if record.name == "dropzone.audit"]
+    callers = [each.facts["caller"] for each in audits]  # type: ignore[attr-defined]
+    named = [f"token:{name}" for name in ("gateway-7", "cli:root", "key:gateway-7") for _ in "ab"]
+    assert callers == [*named, "key:gateway-7"]
+
+
+def test_long_names():
+    """A long name is cut, and still that of nobody else."""
+    long = dropzone.name_of({"sub": "a" * 5000})
+    assert (len(long), long[:20]) == (len("token:") + 128, "token:" + "a" * 14)
+    assert long != dropzone.name_of({"sub": "a" * 5001})
+    assert long != dropzone.name_of({"sub": long.removeprefix("token:")})
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=[])), min_size=2, max_size=2, unique=True))
+def test_no_two_names_are_one(names: list[str]):
+    """Two subjects are two callers, whatever they are made of, and each fits on a line."""
+    one, other = (dropzone.name_of({"sub": name}) for name in names)
+    assert one != other
+    assert one.isprintable()
+    one.encode()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -838,7 +882,7 @@ async def test_many_tokens(service: Service, monkeypatch: pytest.MonkeyPatch):
     for _ in range(2):
         for name, each in made.items():
             assert (await service.token(each))[0] == (200 if name < "e" else 403)
-    assert service.callers == list(made) * 2
+    assert service.callers == [f"token:{name}" for name in made] * 2
     assert len(service.client.app[dropzone.GUARD].tokens._judged) <= 3  # noqa: SLF001
 
 

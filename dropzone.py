@@ -2579,10 +2579,10 @@ async def ingest(request: web.Request) -> web.Response:
         key = idempotency_key(request)
         if request.content_type in NDJSON:
             lines = await payloads_of(app, lines_of, body, caller)
-            request[LANDED] = await app[RAW].land(lines, key)
+            request[LANDED] = await app[RAW].land(lines, key, request.get(CALLER, ""))
             return answer(AcceptedBatch(request[LANDED]), 202)
         document = await payloads_of(app, document_of, body, caller)
-        request[LANDED] = [raw_id] = await app[RAW].land(document, key)
+        request[LANDED] = [raw_id] = await app[RAW].land(document, key, request.get(CALLER, ""))
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 

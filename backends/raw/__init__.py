@@ -333,12 +333,15 @@ class PayloadStore(Payloads, Protocol):
     async def close(self) -> None:
         """Wait until everything that was handed to `land` is on disk, then let go of it."""
 
-    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+    async def land(
+        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
+    ) -> list[UUID]:
         """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
 
-        If the Idempotency-Key `key` was used in the last 24 hours, return the raw_ids of that time
-        and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
-        where the disk refuses: then none of them is acknowledged.
+        If the `caller` has used the Idempotency-Key `key` in the last 24 hours, return the raw_ids
+        of that time and store nothing, or raise `KeyReused` if the bodies differ.
+
+        Raises `StorageUnavailable` where the disk refuses: then none of them is acknowledged.
         """
 
     def portable(self) -> Payloads:

@@ -77,7 +77,7 @@ DROP_KEYS = "DELETE FROM keys WHERE raw_ids < ?"
 class KeyUse(Struct, frozen=True, array_like=True):
     """An Idempotency-Key, the SHA-256 of what came with it, and the raw_ids that it was given."""
 
-    key: str
+    key: str  # behind the name of its caller, if it has one, and a line break
     digest: bytes
     raw_ids: list[UUID]
     landed: bool = False
@@ -376,19 +376,32 @@ class Journal:
         """Let one store at a time land keys, so that what one takes back is no other's."""
         return locked(self._folder_fd)
 
-    def use_of(self, key: str, digest: bytes, next_ids: Callable[[], list[UUID]]) -> KeyUse:
-        """Return the use that a key has had, or note this one before it has landed.
+    def use_of(
+        self, key: str, caller: str, digest: bytes, next_ids: Callable[[], list[UUID]]
+    ) -> KeyUse:
+        """Return the use that a caller's key has had, or note this one before it has landed.
 
         So every process sees it; and if it does not land, the next try lands under its raw_ids.
+        A key without a caller is from when the API was open, or from an older version. Nobody
+        knows whose it was, so it holds for a retry with the same body, and refuses no other body.
         """
-        found = self._keys.execute(FIND_KEY, (key, _oldest_key())).fetchone()
-        if found:
-            noted, raw_ids, landed = found
-            ids = [UUID(bytes=raw_ids[i : i + 16]) for i in range(0, len(raw_ids), 16)]
-            return KeyUse(key, noted, ids, bool(landed))
-        use = KeyUse(key, digest, next_ids())
-        self._note(use, landed=False)
+        own = f"{caller}\n{key}" if caller else key
+        use = self._use(own)
+        if use is None and caller:
+            use = self._use(key)
+            use = use if use and use.digest == digest else None
+        if use is None:
+            use = KeyUse(own, digest, next_ids())
+            self._note(use, landed=False)
         return use
+
+    def _use(self, key: str) -> KeyUse | None:
+        found = self._keys.execute(FIND_KEY, (key, _oldest_key())).fetchone()
+        if found is None:
+            return None
+        digest, raw_ids, landed = found
+        ids = [UUID(bytes=raw_ids[i : i + 16]) for i in range(0, len(raw_ids), 16)]
+        return KeyUse(key, digest, ids, bool(landed))
 
     def _note(self, use: KeyUse, *, landed: bool) -> None:
         raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)

@@ -67,6 +67,7 @@ class Batch(Struct, frozen=True, array_like=True):
 
     bodies: list[bytes]
     key: str | None
+    caller: str = ""
 
 
 class Answer(Struct, frozen=True, array_like=True):
@@ -269,10 +270,12 @@ class RawStore(Folders):
         result: T = await aiofiles.os.wrap(call)(*arguments, executor=self._thread)
         return result
 
-    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+    async def land(
+        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
+    ) -> list[UUID]:
         """See PayloadStore.land."""
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((Batch(list(bodies), key), landed))
+        self._gathered.append((Batch(list(bodies), key, caller), landed))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(asyncio.create_task(self._land_gathered()))
         return (await landed).result()
@@ -355,7 +358,8 @@ class RawStore(Folders):
         def next_ids() -> list[UUID]:
             return [next_id() for _ in batch.bodies]
 
-        return self._journal.use_of(batch.key or "", digest_of(batch.bodies), next_ids)
+        digest = digest_of(batch.bodies)
+        return self._journal.use_of(batch.key or "", batch.caller, digest, next_ids)
 
     def _commit(self, record: Record, answers: list[Answer]) -> Written:
         begun = time.monotonic()

@@ -11,7 +11,7 @@ import sqlite3
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from backends.memory import MemoryBackend
 from backends.raw import uuid_at
 from backends.raw.journal import NOTE_KEY, digest_of
 from backends.raw.landing import RawStore
-from dropzone import Config, RawConfig, ServerConfig, create_app
+from dropzone import AuthConfig, Config, KeyConfig, RawConfig, Secret, ServerConfig, create_app
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LARGE = json.dumps({"time_stamp": "2019-05-01T10:00:00Z", "data": [1.5] * 2000}).encode()
@@ -80,17 +80,23 @@ class Service:
 Serve = Callable[..., Awaitable[Service]]
 
 
+def key_named(name: str) -> KeyConfig:
+    """Return an API key that is its own name."""
+    return KeyConfig(name, Secret(f"sha256:{dropzone.hash_of(name).hex()}"), ("ingest",))
+
+
 @pytest.fixture
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     """Serve as `python dropzone.py` does; to serve again on the same folder ends the one before."""
     async with AsyncExitStack() as session_stack, AsyncExitStack() as stack:
         session = await session_stack.enter_async_context(ClientSession())
 
-        async def start(**limits: Any) -> Service:
+        async def start(keys: Sequence[str] = (), **limits: Any) -> Service:
             await stack.aclose()
             raw = RawConfig(dir=tmp_path / "raw")
             server = ServerConfig(**{"max_body_bytes": TOTAL_LIMIT} | limits)
-            app = create_app(Config(server=server, raw=raw), backend=MemoryBackend())
+            auth = AuthConfig(keys=tuple(map(key_named, keys)))
+            app = create_app(Config(server=server, raw=raw, auth=auth), backend=MemoryBackend())
             runner = web.AppRunner(
                 app, access_log=None, auto_decompress=False, shutdown_timeout=dropzone.GRACE
             )
@@ -222,6 +228,39 @@ async def test_refused_key_leaves_the_rest_alone(service: Service):
     landed = service.landed()
     assert all(landed[a.json["raw_id"]] == b"[%d]" % i for i, a in enumerate(answers) if i % 2 == 0)
     assert len(landed) == 11
+
+
+@pytest.mark.parametrize("size", [1, 2000], ids=["small", "large"])
+async def test_key_belongs_to_its_caller(serve: Serve, size: int):
+    """Two callers may use the same word as their key; each gets what is its own."""
+    service = await serve(["one", "two"])
+    if size > 1:
+        service.session.headers["x-api-key"] = "one"
+        await with_writer(service)
+    bodies = {name: json.dumps([name] * size).encode() for name in ("one", "two")}
+    first = {name: await service.post(bodies[name], "a", x_api_key=name) for name in bodies}
+    assert [answer.status for answer in first.values()] == [202, 202]
+    again = {name: await service.post(bodies[name], "a", x_api_key=name) for name in bodies}
+    assert [each.json for each in again.values()] == [each.json for each in first.values()]
+    assert (await service.post(bodies["two"], "a", x_api_key="one")).status == 422
+    landed = service.landed()
+    assert all(landed[first[name].json["raw_id"]] == bodies[name] for name in bodies)
+
+
+async def test_key_of_nobody(serve: Serve):
+    """A key from before there were callers holds for a retry, and refuses no other payload."""
+    noted = uuid_at(datetime.now(UTC) - timedelta(hours=1))
+    service = await serve(["one", "two"])
+    with sqlite3.connect(service.folder / "journal" / "keys.sqlite") as keys:
+        keys.execute(NOTE_KEY, ("a", digest_of([b"[1]"]), noted.bytes, True))
+    keys.close()
+    for name in ("one", "two"):
+        assert (await service.post(b"[1]", "a", x_api_key=name)).json["raw_id"] == str(noted)
+    fresh = await service.post(b"[2]", "a", x_api_key="two")
+    assert fresh.status == 202
+    assert (await service.post(b"[2]", "a", x_api_key="two")).json == fresh.json
+    assert (await service.post(b"[3]", "a", x_api_key="two")).status == 422
+    assert list(service.landed().values()) == [b"[2]"]
 
 
 async def test_key_of_a_batch(serve: Serve):

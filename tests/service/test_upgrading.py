@@ -116,7 +116,10 @@ def test_raw_ids_go_on(program: Kept):
 
 
 def test_keys(program: Kept):
-    """An Idempotency-Key that is less than a day old still gives its first answer."""
+    """An Idempotency-Key that is less than a day old still gives its first answer.
+
+    So it does when the first API key is made meanwhile.
+    """
     hour_ago = uuid_at(datetime.now(UTC) - timedelta(hours=1))
     with closing(sqlite3.connect(program.home / "data" / "journal" / "keys.sqlite")) as keys:
         keys.row_factory = sqlite3.Row
@@ -131,3 +134,7 @@ def test_keys(program: Kept):
     assert answer["raw_id"] == str(hour_ago)
     assert server.request("POST", "/ingest", b"{}", Idempotency_Key="recent")[0] == 422
     assert server.stop() == OK
+    closed = Server(program, DROPZONE_API_KEY="sesam")
+    keyed = {"Idempotency_Key": "recent", "x_api_key": "sesam"}
+    assert closed.json("POST", "/ingest", body, **keyed)["raw_id"] == str(hour_ago)
+    assert closed.stop() == OK

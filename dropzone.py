@@ -57,6 +57,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import warnings
 import zlib
 from array import array
 from calendar import isleap
@@ -88,9 +89,10 @@ from uuid import UUID
 
 import msgspec
 import prometheus_client as prometheus
-from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_urldispatcher import MatchInfoError
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -2481,12 +2483,15 @@ class Route:
     answers: dict[int, tuple[type | str, ...]]  # the types (as JSON) or media types of each status
     problems: tuple[int, ...] = ()  # besides those of every route with a scope or a query
     query: type[Struct] | None = None  # the checked query is the handler's second argument
+    limited: bool = True  # whether the limits count it
     handler: Handler = field(init=False)
 
     def statuses(self) -> list[int]:
         """Return the statuses that its answers may have, in order."""
-        guarded = (401, 403, 429, 503) if self.scope else ()
-        return sorted({*self.answers, *self.problems, *guarded, *([400] if self.query else ())})
+        guarded = (401, 403, 503) if self.scope else ()
+        limited = (429,) if self.limited else ()
+        wrong = (400,) if self.query else ()
+        return sorted({*self.answers, *self.problems, *guarded, *limited, *wrong})
 
     def __call__(self, handler: Handler) -> Handler:
         self.handler = handler
@@ -2495,22 +2500,24 @@ class Route:
 
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
+        if self.limited:
+            admit_address(request)  # guessed keys count, too
         if self.scope:
-            admit(request, "address", network_of(request.remote or ""))  # guessed keys count, too
-            await authorize(request, self.scope)
+            scopes = await authenticate(request)
             admit(request, "key", request.get(CALLER, ""))
+            authorize(request, self.scope, scopes)
         if self.query:
             return await self.handler(request, query_in(request, self.query))
         return await self.handler(request)
 
 
-@Route("GET", "/health", None, {200: (Health,)})
+@Route("GET", "/health", None, {200: (Health,)}, limited=False)
 async def health(_: web.Request) -> web.Response:
     """Say that the process lives."""
     return answer(Health())
 
 
-@Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
+@Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)}, limited=False)
 async def ready(request: web.Request) -> web.Response:
     """Say whether payloads can be landed; what else is wrong is shown, and landing goes on."""
     app, oldest = request.app, list[str]()
@@ -2573,10 +2580,9 @@ async def trouble_of(backend: Backend) -> str | None:
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
-    app, caller = request.app, caller_of(request)
+    app, caller, key = request.app, caller_of(request), idempotency_key(request)
     with app[ADMISSION].admitted(caller, app[CONFIG].server.max_body_bytes) as take:
         body = await read_body(request, take)
-        key = idempotency_key(request)
         if request.content_type in NDJSON:
             lines = await payloads_of(app, lines_of, body, caller)
             request[LANDED] = await app[RAW].land(lines, key, request.get(CALLER, ""))
@@ -2863,7 +2869,7 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
 
 
-@Route("GET", "/openapi.json", None, {200: ("application/json",)})
+@Route("GET", "/openapi.json", None, {200: ("application/json",)}, limited=False)
 async def openapi(request: web.Request) -> web.Response:
     """Describe this API (OpenAPI 3.1)."""
     return answer(openapi_document(request.app[PREFIX]))
@@ -2900,13 +2906,13 @@ def source_hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-@Route("GET", "/docs", None, {200: ("text/html",)})
+@Route("GET", "/docs", None, {200: ("text/html",)}, limited=False)
 async def docs(_: web.Request) -> web.Response:
     """Show the description of this API as a page."""
     return web.Response(text=DOCS_PAGE, content_type="text/html", headers=PAGE_HEADERS)
 
 
-@Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
+@Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {}, limited=False)
 async def docs_asset(request: web.Request) -> web.StreamResponse:
     """Return a file of the page, which comes with the package swagger-ui-py."""
     spec = importlib.util.find_spec("swagger_ui")
@@ -3297,6 +3303,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     request[REQUEST_ID] = request_id
     begun = time.perf_counter()
     try:
+        if request.match_info.http_exception:  # no route
+            admit_address(request)
         response: web.StreamResponse = await handler(request)
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
@@ -3305,11 +3313,43 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.headers.update(request[RATE_HEADERS])
     for name, value in SAFE_HEADERS.items():
         response.headers.setdefault(name, value)
+    if not request.content.is_eof() and "Expect" in request.headers:
+        response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
     request.app[METRICS].answered(request, response.status, seconds)
     if REFUSAL in request or seconds >= SLOW or request.app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
+
+
+class NoRoute(MatchInfoError):
+    """What the router finds where no route is; an expectation is answered there, too."""
+
+    @property
+    def expect_handler(self) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+        return expected
+
+
+class Router(web.UrlDispatcher):
+    """The usual router, but `Expect` is answered behind `edge` whether a route is there or not."""
+
+    async def resolve(self, request: web.Request) -> web.UrlMappingMatchInfo:
+        found = await super().resolve(request)
+        return NoRoute(found.http_exception) if found.http_exception else found
+
+
+async def expected(request: web.Request) -> web.StreamResponse | None:
+    """Send no 100 Continue yet: `read_body` does, behind all that may refuse. 417 for the rest."""
+    if request.version < HttpVersion11 or request.headers["Expect"].lower() == "100-continue":
+        return None
+    return await edge(request, refuse_expectation)
+
+
+async def refuse_expectation(request: web.Request) -> NoReturn:
+    if not request.match_info.http_exception:  # or else it has been counted
+        admit_address(request)
+    wrong = "Expect may only be 100-continue: leave it out"
+    raise DropzoneError(wrong, "expectation_failed", 417)
 
 
 READING = ("GET", "HEAD")
@@ -3448,11 +3488,11 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
-async def authorize(request: web.Request, scope: Scope) -> None:
-    """Note the caller; raise unless its key or token has the scope, or the API is open."""
+async def authenticate(request: web.Request) -> Collection[str]:
+    """Note the caller, and return its scopes; raise unless there is one, or the API is open."""
     guard = request.app[GUARD]
     if guard.is_open:
-        return
+        return SCOPES
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
@@ -3464,6 +3504,11 @@ async def authorize(request: web.Request, scope: Scope) -> None:
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
     request[CALLER], scopes = caller
+    return scopes
+
+
+def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
+    """Raise unless the scope is one of the caller's."""
     if scope not in scopes:
         wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
@@ -3472,6 +3517,12 @@ async def authorize(request: web.Request, scope: Scope) -> None:
 def caller_of(request: web.Request) -> str:
     """Return whose request it is: the name of a key or token, or where there is none an address."""
     return request.get(CALLER) or network_of(request.remote or "")
+
+
+def admit_address(request: web.Request) -> None:
+    """Count a request of an address, and raise where it is beyond the limit."""
+    if "address" in request.app[LIMITERS]:
+        admit(request, "address", network_of(request.remote or ""))
 
 
 def admit(request: web.Request, by: str, who: str) -> None:
@@ -3578,6 +3629,8 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
             body = content.read_nowait()
             take(len(body))
         else:
+            if "Expect" in request.headers and request.version >= HttpVersion11:
+                await invite(request)
             async with asyncio.timeout(limits.body_seconds):
                 body = b"".join([chunk async for chunk in _counted(content, take)])
     except (web.RequestPayloadError, ConnectionError) as error:
@@ -3588,6 +3641,19 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     if encoding == "identity" or not body or content.total_compressed_bytes is not None:
         return body
     return await inflated(body, limits.max_body_bytes, take)
+
+
+async def invite(request: web.Request) -> None:
+    """Send 100 Continue (RFC 9110, section 10.1.1), unless there is no room for the body."""
+    app, announced = request.app, request.content_length or 0
+    share = app[ADMISSION].small if announced <= SMALL_BODY else app[ADMISSION].large
+    with share.taken(caller_of(request), announced):
+        pass  # there is room, for now
+    free, reserve = await asyncio.to_thread(app[RAW].room)
+    if free < reserve + 2 * announced:
+        raise StorageFull("the disk is full; try again later")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer has not begun
 
 
 async def _counted(content: StreamReader, take: Callable[[int], None]) -> AsyncIterator[bytes]:
@@ -3752,7 +3818,10 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     if config is None:
         config = load_config()
         log_to_stderr(config.log)
-    app = web.Application(middlewares=[cors, edge] if config.server.cors_origins else [edge])
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        # A router of one's own is deprecated, and the only way to an Expect without a route.
+        app = web.Application(router=Router())
+    app.middlewares.extend([cors, edge] if config.server.cors_origins else [edge])
     app[CONFIG] = config
     app[METRICS] = metrics = Metrics()
     app[RAW] = store = store_of(config, metrics)
@@ -3773,7 +3842,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
-        add(route.path, route.handle, name=route.handler.__name__)
+        add(route.path, route.handle, name=route.handler.__name__, expect_handler=expected)
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app

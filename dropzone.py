@@ -89,7 +89,7 @@ from uuid import UUID
 
 import msgspec
 import prometheus_client as prometheus
-from aiohttp import ClientError, ClientSession, ClientTimeout, HttpVersion11, StreamReader, web
+from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_urldispatcher import MatchInfoError
@@ -2956,13 +2956,15 @@ ALGORITHMS = (  # asymmetric ones alone: with HS256, whoever knows the public ke
     *("ES256", "ES384", "ES512", "EdDSA"),
 )
 LEEWAY = 30  # seconds by which the clocks of issuer and Dropzone may differ
-FETCH_PATIENCE = 5.0  # seconds
+FETCH_PATIENCE = 5.0  # seconds, to the last byte
 FETCH_PAUSE = 10.0  # seconds between fetches at least, however many unknown keys are named
+JWKS_BYTES = 1024 * 1024  # beyond that it is no set of keys
 TOKENS_KEPT = 10_000
 KEYS_LIFE = 600.0  # seconds after which a withdrawn key is missed
 Caller = tuple[str, Collection[str]]  # its name and its scopes
 NAME_CLAIMS = {"sub": "token", "azp": "client", "client_id": "client"}  # and the kind of name
 NAME_LENGTH = 128
+IssuerKey = tuple[Any, Sequence[str]]  # a public key and the algorithms that it may be used with
 
 
 def hash_of(key: str) -> bytes:
@@ -3046,7 +3048,7 @@ class Tokens:
             raise ConfigError("auth.jwt.jwks: give an https address, or the path of a file")
         self._config = config
         self._jwt = importlib.import_module("jwt")
-        self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
+        self._keys = dict[str | None, list[IssuerKey]]()  # by their kid
         self._judged = dict[str, tuple[float, Caller]]()  # until when: a signature takes 0.2 ms
         self._fetched = -math.inf
         self._trouble: str | None = None
@@ -3059,25 +3061,16 @@ class Tokens:
 
     async def judge(self, token: str) -> Caller:
         """Return whom a token names, and its scopes; raises `DropzoneError` with 401 or 503."""
-        jwt, config = self._jwt, self._config
         until, caller = self._judged.get(token, (0.0, ("", ())))
         if time.time() < until and time.monotonic() - self._fetched < KEYS_LIFE:
             return caller
         try:
-            key, algorithms = await self._key(jwt.get_unverified_header(token).get("kid"))
-            claims = jwt.decode(
-                token,
-                key,
-                algorithms=algorithms,
-                audience=config.audience,
-                issuer=config.issuer,
-                leeway=LEEWAY,
-                options={"require": ["exp"], "enforce_minimum_key_length": True},
-            )
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            kid = self._jwt.get_unverified_header(token).get("kid")
+            claims = self._claims(token, await self._keys_for(kid))
+        except (self._jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
             wrong = f"the token is refused: {error}"
             raise DropzoneError(wrong, "token_invalid", 401) from None
-        scopes = claims.get(config.scope_claim)
+        scopes = claims.get(self._config.scope_claim)
         scopes = scopes.split() if isinstance(scopes, str) else scopes
         caller = (name_of(claims), scopes if isinstance(scopes, list) else ())
         if len(self._judged) == TOKENS_KEPT:
@@ -3085,15 +3078,34 @@ class Tokens:
         self._judged[token] = (int(claims["exp"]) + LEEWAY, caller)
         return caller
 
-    async def _key(self, kid: str | None) -> tuple[Any, Sequence[str]]:
-        """Return a public key and its algorithms."""
+    def _claims(self, token: str, keys: Sequence[IssuerKey]) -> Mapping[str, Any]:
+        """Return what a token says that one of the keys has signed; raises where none has."""
+        wrong = Exception()
+        for key, algorithms in keys:
+            try:
+                claims: Mapping[str, Any] = self._jwt.decode(
+                    token,
+                    key,
+                    algorithms=algorithms,
+                    audience=self._config.audience,
+                    issuer=self._config.issuer,
+                    leeway=LEEWAY,
+                    options={"require": ["exp"], "enforce_minimum_key_length": True},
+                )
+                return claims
+            except (self._jwt.PyJWTError, ValueError, TypeError) as error:
+                wrong = error
+        raise wrong
+
+    async def _keys_for(self, kid: str | None) -> Sequence[IssuerKey]:
+        """Return the keys that may have signed a token: one, unless the issuer gives more."""
         if self._is_due(kid):
             async with self._lock:
                 if self._is_due(kid):  # else another request has fetched them meanwhile
                     await self.fetch()
-        key = self._find(kid)
-        if key is not None:
-            return key
+        keys = self._find(kid) or self._keys.get(None)
+        if keys:
+            return keys
         if self._trouble:
             wrong = "the keys to judge the token with cannot be fetched now: try again"
             raise DropzoneError(wrong, "issuer_unavailable", 503)
@@ -3101,11 +3113,12 @@ class Tokens:
 
     def _is_due(self, kid: str | None) -> bool:
         age = time.monotonic() - self._fetched
-        return age > KEYS_LIFE or (age > FETCH_PAUSE and self._find(kid) is None)
+        return age > KEYS_LIFE or (age > FETCH_PAUSE and not self._find(kid))
 
-    def _find(self, kid: str | None) -> tuple[Any, Sequence[str]] | None:
-        only = next(iter(self._keys)) if len(self._keys) == 1 and kid is None else kid
-        return self._keys.get(only) or self._keys.get(None)
+    def _find(self, kid: str | None) -> Sequence[IssuerKey]:
+        if len(self._keys) == 1 and (kid is None or None in self._keys):  # there is no choice
+            return next(iter(self._keys.values()))
+        return self._keys.get(kid, ())
 
     async def fetch(self) -> None:
         """Fetch the keys of the issuer; where that fails, those known before stay."""
@@ -3117,45 +3130,64 @@ class Tokens:
         """Do the same, and return why it failed, None if it did not."""
         place = self._config.jwks
         try:
-            self._keys = self._parsed(await _content(place))
+            async with asyncio.timeout(FETCH_PATIENCE):
+                text = await _content(place)
+            self._keys = await asyncio.to_thread(self._parsed, text)
             self._judged.clear()
             self._trouble = None
-        except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
-            reason = str(error) or f"no answer within {FETCH_PATIENCE} s"
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next fetch has to wait)
+            late = f"it did not arrive within {FETCH_PATIENCE} s"
+            reason = str(error) or (late if isinstance(error, TimeoutError) else repr(error))
             self._trouble = f"auth.jwt.jwks: {place} gives no keys: {reason}"
-        self._fetched = time.monotonic()
+        finally:
+            self._fetched = time.monotonic()
         return self._trouble
 
-    def _parsed(self, text: bytes) -> dict[str | None, tuple[Any, Sequence[str]]]:
+    def _parsed(self, text: bytes) -> dict[str | None, list[IssuerKey]]:
+        """Return the keys by their kid; an entry of a JWKS that is none is left out."""
         if text.lstrip().startswith(b"-----BEGIN"):
             serialization = importlib.import_module("cryptography.hazmat.primitives.serialization")
-            return {None: (serialization.load_pem_public_key(text), ALGORITHMS)}
-        keys = dict[str | None, tuple[Any, Sequence[str]]]()
-        for each in msgspec.json.decode(text, type=JwkSet).keys:
-            with contextlib.suppress(self._jwt.PyJWTError, TypeError):  # no kind that is known here
-                key = self._jwt.PyJWK(each)
-                if each.get("use", "sig") == "sig" and key.algorithm_name in ALGORITHMS:
-                    algorithms = [key.algorithm_name] if "alg" in each else ALGORITHMS
-                    keys[key.key_id] = key.key, algorithms
+            return {None: [(serialization.load_pem_public_key(text), ALGORITHMS)]}
+        keys = dict[str | None, list[IssuerKey]]()
+        for number, jwk in enumerate(msgspec.convert(parse_json(text), JwkSet).keys, 1):
+            try:
+                key = self._jwt.PyJWK(jwk)
+                if jwk.get("use") in (None, "sig") and key.algorithm_name in ALGORITHMS:
+                    algorithms = [key.algorithm_name] if jwk.get("alg") else ALGORITHMS
+                    keys.setdefault(key.key_id, []).append((key.key, algorithms))
+            except Exception as error:  # noqa: BLE001 (one odd entry says nothing of the others)
+                log.debug("entry %d of the JWKS is left out: %s", number, type(error).__name__)
         if not keys:
             raise ValueError("there is no public key to check signatures with")
         return keys
 
 
 class JwkSet(Struct):
-    keys: list[Table]
+    keys: list[Any]
 
 
 async def _content(place: Place) -> bytes:
+    """Return what lies at a place; raises where that is more than keys can be."""
     if "://" not in place:
-        return await asyncio.to_thread(Path(place).read_bytes)
-    async with (
-        ClientSession(timeout=ClientTimeout(total=FETCH_PATIENCE)) as session,
-        session.get(place, allow_redirects=False) as response,
-    ):
-        if response.status != 200:
-            raise ValueError(f"the answer has status {response.status}")
-        return await response.read()
+        text = await asyncio.to_thread(_beginning, place)
+    else:
+        text = b""
+        async with (
+            ClientSession() as session,
+            session.get(place, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise ValueError(f"the answer has status {response.status}")
+            while len(text) <= JWKS_BYTES and not response.content.at_eof():
+                text += await response.content.readany()
+    if len(text) > JWKS_BYTES:
+        raise ValueError(f"it has more than {JWKS_BYTES} bytes")
+    return text
+
+
+def _beginning(file: str) -> bytes:
+    with open(file, "rb") as opened_file:
+        return opened_file.read(JWKS_BYTES + 1)
 
 
 def name_of(claims: Mapping[str, object]) -> str:

@@ -16,10 +16,11 @@ import errno
 import fcntl
 import functools
 import logging
+import math
 import os
 import pwd
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backends.raw import NoAccess, StorageFull, StorageUnavailable
@@ -28,6 +29,9 @@ log = logging.getLogger("dropzone")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 FILE, FOLDER = os.R_OK | os.W_OK, os.R_OK | os.W_OK | os.X_OK  # the rights that are needed
+NO_ROOM = "the disk is full; try again later"
+BYTES_PER_FILE = 16 * 1024  # of the reserve; for so many bytes mke2fs makes an inode
+BESIDE = 256  # bytes that a payload takes besides: its name in a folder, its head in the journal
 
 
 def sync_data(descriptor: int) -> None:
@@ -142,9 +146,44 @@ def storage_error(error: Exception) -> StorageUnavailable:
         return NoAccess(wrong)
     log.error("the data folder failed", exc_info=error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return StorageFull("the disk is full; try again later")
+        return StorageFull(NO_ROOM)
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
     return StorageUnavailable(f"the payload could not be stored ({reason}); try again later")
+
+
+class Room:
+    """What may still be written to the disk of a folder: bytes and files, without the reserve.
+
+    The reserve is so many bytes, or a twentieth of the disk if that is less; and of the files that
+    the disk can have as many as that is worth, or a twentieth.
+    """
+
+    def __init__(self, folder: Path, reserve: int) -> None:
+        disk = os.statvfs(existing(folder))
+        self.free = disk.f_bavail * disk.f_frsize
+        self.reserve = min(reserve, disk.f_blocks * disk.f_frsize // 20)
+        self._block = disk.f_frsize
+        self._bytes = self.free - self.reserve
+        self._files: float = disk.f_favail - min(reserve // BYTES_PER_FILE, disk.f_files // 20)
+        if not disk.f_files:  # it makes them as they are needed, as Btrfs does
+            self._files = math.inf
+
+    def is_used_up(self) -> bool:
+        """Say whether not even the smallest payload finds room."""
+        return self._bytes < self._block + 1 + BESIDE or self._files < 1
+
+    def take(self, sizes: Sequence[int]) -> bool:
+        """Set room aside for payloads of these sizes; return False where there is too little.
+
+        Each takes whole blocks as a file, and its bytes once more in the journal.
+        """
+        blocks = sum(-(-size // self._block) for size in sizes)
+        needed = blocks * self._block + sum(sizes) + len(sizes) * BESIDE
+        if needed > self._bytes or len(sizes) > self._files:
+            return False
+        self._bytes -= needed
+        self._files -= len(sizes)
+        return True
 
 
 def existing(path: Path) -> Path:

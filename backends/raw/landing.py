@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -40,8 +41,9 @@ from backends.raw import (
 )
 from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import (
+    NO_ROOM,
+    Room,
     denied,
-    existing,
     make_folder,
     storage_error,
     sync_file,
@@ -57,6 +59,7 @@ T = TypeVar("T")
 BATCHES = 2  # groups under way at once where many payloads come together; else it is one
 LARGE_GROUP = 16  # requests
 GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
+GROUP_FILES = 1000  # likewise
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
 MIN_FREE_BYTES = 256 * 1024 * 1024
@@ -115,14 +118,14 @@ class Writer:
         self._starting: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    async def write(self, group: Sequence[Batch]) -> Written | None:
+    async def write(self, group: Sequence[Batch], others: Sequence[int]) -> Written | None:
         """Return the answers to a group, None where the process is not there (yet)."""
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             self._starting = self._starting or asyncio.create_task(self._start())
             return None
         try:
-            return await self._exchange(process, msgspec.msgpack.encode(group))
+            return await self._exchange(process, msgspec.msgpack.encode((group, others)))
         except (OSError, RuntimeError, asyncio.IncompleteReadError):  # uvloop: it is closed
             if self._process is process:  # or else another has been started
                 self._process = None
@@ -159,7 +162,7 @@ class Writer:
             await self._process.wait()
 
 
-GROUP = msgspec.msgpack.Decoder(list[Batch])
+GROUP = msgspec.msgpack.Decoder(tuple[list[Batch], list[int]])
 WRITTEN = msgspec.msgpack.Decoder(Written)
 
 
@@ -171,8 +174,8 @@ def write_forever(settings: str) -> None:
     with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
         write_all(1, b"!")
         while size := sys.stdin.buffer.read(4):
-            group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
-            written = msgspec.msgpack.encode(store.write(group))
+            group, others = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
+            written = msgspec.msgpack.encode(store.write(group, others))
             write_all(1, len(written).to_bytes(4) + written)
     store.close_here()
 
@@ -205,6 +208,7 @@ class RawStore(Folders):
         self._observer = observer
         self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
+        self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
         self._writer = Writer(
             {
                 "folder": str(self.raw),
@@ -290,12 +294,15 @@ class RawStore(Folders):
         try:
             while self._gathered:
                 half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
-                group, waiting, size = [], [], 0
-                while self._gathered and size < GROUP_BYTES and len(group) < half:
+                group, waiting, size, files = [], [], 0, 0
+                while self._gathered and len(group) < half:
+                    if size >= GROUP_BYTES or files >= GROUP_FILES:
+                        break
                     batch, landed = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
                     size += sum(map(len, batch.bodies))
+                    files += len(batch.bodies)
                 written = await self._written(group, size)
                 for landed, answer in zip(waiting, written.answers, strict=True):
                     if not landed.done():  # or else the caller has gone
@@ -306,22 +313,33 @@ class RawStore(Folders):
     async def _written(self, group: Sequence[Batch], size: int) -> Written:
         """Land a group of `size` bytes by the writer process or by a thread, and tell of it."""
         begun = time.monotonic()
-        written = await self._writer.write(group) if size >= WRITER_BYTES else None
-        if written is None:
-            written = await self._in_thread(self.write, group)
+        others = tuple(itertools.chain(*self._writing))
+        sizes = tuple(len(body) for batch in group for body in batch.bodies)
+        self._writing.append(sizes)
+        try:
+            written = await self._writer.write(group, others) if size >= WRITER_BYTES else None
+            if written is None:
+                written = await self._in_thread(self.write, group, others)
+        finally:
+            self._writing.remove(sizes)
         if self._observer and written.payloads:
             seconds = time.monotonic() - begun
             self._observer.landed(written.payloads, written.bytes, seconds, written.sync_seconds)
         return written
 
-    def write(self, group: Sequence[Batch]) -> Written:
-        """Land a group, in the order that `journal.py` explains, and answer it."""
+    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+        """Land a group, in the order that `journal.py` explains, and answer it.
+
+        `others` are the sizes of payloads that are written meanwhile, which need room, too. A batch
+        for which there is too little room is refused, and the others land.
+        """
         journal = self._journal
         try:
-            self._check_room(sum(len(body) for batch in group for body in batch.bodies))
+            room = self._room_left()
+            room.take(others)  # where they find too little, they are refused, and need none
             has_keys = any(batch.key for batch in group)
             with journal.keys_locked() if has_keys else contextlib.nullcontext():
-                answers, record = self._assign(group)
+                answers, record = self._assign(group, room)
                 written = self._commit(record, answers) if record.payloads else Written(answers)
                 with contextlib.suppress(OSError):  # it is on disk, whether counted or not
                     self._tally.add(landed=written.payloads)
@@ -333,7 +351,7 @@ class RawStore(Folders):
         journal.begin_checkpoint()
         return written
 
-    def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
+    def _assign(self, group: Sequence[Batch], room: Room) -> tuple[list[Answer], Record]:
         """Return the answers to a group, and the record of what is to be stored for them."""
         answers: list[Answer] = []
         record = Record([], [])
@@ -344,6 +362,9 @@ class RawStore(Folders):
                 if use and use.digest != digest_of(bodies):
                     wrong = "this Idempotency-Key came with another body before"
                     answers.append(Answer([], KeyReused.code, wrong))
+                    continue
+                if not (use and use.landed) and not room.take([len(body) for body in bodies]):
+                    answers.append(Answer([], StorageFull.code, NO_ROOM))
                     continue
                 raw_ids = use.raw_ids if use else [next_id() for _ in bodies]
                 answers.append(Answer(raw_ids))
@@ -390,19 +411,19 @@ class RawStore(Folders):
         for done in parts_done:
             done.result()
 
-    def _check_room(self, size: int) -> None:
+    def _room_left(self) -> Room:
         """Refuse before anything is written, so that what is acknowledged can be processed too."""
         if self._journal.is_behind():
             raise OSError(errno.EIO, "the checkpoint of the journal fails")
-        free, reserve = self.room()
-        if free < reserve + 2 * size:
+        room = Room(self.raw, self._min_free)
+        if room.is_used_up():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return room
 
     def room(self) -> tuple[int, int]:
         """See PayloadStore.room."""
-        disk = os.statvfs(existing(self.raw))
-        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
-        return disk.f_bavail * disk.f_frsize, reserve
+        room = Room(self.raw, self._min_free)
+        return room.free, room.reserve
 
     def activity(self) -> Activity:
         """See PayloadStore.activity."""
@@ -414,7 +435,7 @@ class RawStore(Folders):
             if not os.access(folder, os.W_OK | os.X_OK):
                 return f"{folder} is not there or not writable"
         try:
-            self._check_room(0)
+            self._room_left()
             self.publish(self.journal / "probe", b"")
             sync_file(self.journal)
         except OSError as error:
@@ -424,9 +445,9 @@ class RawStore(Folders):
     def problems(self) -> dict[str, list[str]]:
         """See PayloadStore.problems."""
         found = super().problems()
-        free, reserve = self.room()
-        if free < reserve:
-            wrong = f"the disk of {self.raw} is nearly full: make room, payloads are refused"
+        if Room(self.raw, self._min_free).is_used_up():
+            full = f"the disk of {self.raw} is nearly full, in bytes or in files (inodes)"
+            wrong = f"{full}: make room, payloads are refused"
             found["data folder"].append(wrong)
         return found
 

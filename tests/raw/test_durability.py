@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 from uuid import UUID
 
 import aiohttp
@@ -43,7 +44,7 @@ from backends import raw
 from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
 from backends.raw.disk import Room
 from backends.raw.journal import Log, Record
-from backends.raw.landing import Batch, RawStore
+from backends.raw.landing import Batch, RawStore, Written
 
 Note = Callable[[str, object], None]
 Told = Callable[..., list[str]]
@@ -367,6 +368,26 @@ def test_room_for_the_others(told: Told):
     assert told(LINES, one, blocks=2000, files=5000, others=[1] * 1000) == [FULL, ""]
     assert told(LINES, blocks=3000, files=1999, others=[1] * 1000) == [FULL]
     assert told(LINES, blocks=3000, files=2000, others=[1] * 1000) == [""]
+
+
+class Attentive(RawStore):
+    """A store that notes which other payloads each group is told of."""
+
+    others: ClassVar[list[list[int]]] = []
+
+    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+        self.others.append(list(others))
+        return super().write(group, others)
+
+
+async def test_groups_know_of_each_other(tmp_path: Path):
+    """A group that is landed beside another is told of its payloads, and of none that are done."""
+    store = Attentive(tmp_path / "raw")
+    await store.open()
+    await asyncio.gather(store.land(LINES), store.land([b"1", b"22"]))
+    await store.land([b"1"])
+    await store.close()
+    assert store.others == [[], [1] * 1000, []]
 
 
 def test_reserve_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2576,7 +2576,11 @@ async def trouble_of(backend: Backend) -> str | None:
 
 
 @Route(
-    "POST", "/ingest", "ingest", {202: (Accepted, AcceptedBatch)}, (400, 408, 413, 415, 422, 503)
+    "POST",
+    "/ingest",
+    "ingest",
+    {202: (Accepted, AcceptedBatch)},
+    (400, 408, 413, 415, 422, 501, 503),
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
@@ -2976,6 +2980,9 @@ def hash_of(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
+BLANK_HASHES = {hash_of(blank) for blank in ("", "\n", "\r\n", " ")}  # as `sha256sum` makes them
+
+
 class Guard:
     """Knows which caller may do what: by the configured keys, and by the tokens of an issuer.
 
@@ -3019,6 +3026,8 @@ def callers_of(config: Config) -> dict[bytes, Caller]:
     """Return the name and scopes of each key, by its digest; raises `ConfigError`."""
     callers = dict[bytes, Caller]()
     key = config.auth.api_key.reveal()
+    if key.isspace():
+        raise ConfigError("auth.api_key is blank: give a key, or leave it out")
     if key:
         callers[hash_of(key)] = ("api_key", SCOPES)
     names = {"api_key"}
@@ -3030,6 +3039,9 @@ def callers_of(config: Config) -> dict[bytes, Caller]:
             raise ConfigError(f"auth.keys: the name {each.name} is taken, give each key its own")
         if not match:
             raise ConfigError(f"auth.keys: the hash of {each.name} is not sha256:<64 hex digits>")
+        if digest in BLANK_HASHES:
+            wrong = f"auth.keys: the hash of {each.name} is that of no key at all"
+            raise ConfigError(f"{wrong}: `key new` makes a key and its hash")
         if digest in callers:
             raise ConfigError(f"auth.keys: {each.name} is the same key as {callers[digest][0]}")
         names.add(each.name)
@@ -3488,7 +3500,8 @@ def problem(request: web.Request, error: Exception) -> web.Response:
 
 
 REFUSAL_CODES = (  # of problem documents
-    *("header_invalid", "query_invalid", "body_broken", "body_too_slow", "encoding_unsupported"),
+    *("header_invalid", "query_invalid", "body_broken", "body_too_slow"),
+    *("encoding_unsupported", "transfer_encoding_unsupported"),
     *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
     *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
     *("not_found", "method_not_allowed", "expectation_failed"),
@@ -3528,11 +3541,11 @@ async def authenticate(request: web.Request) -> Collection[str]:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
-    caller = guard.callers.get(hash_of(key or bearer))
+    given = key or bearer
+    caller = guard.callers.get(hash_of(given)) if given.strip() else None
     if caller is None and guard.tokens and not key and bearer.count(".") == 2:
         caller = await guard.tokens.judge(bearer)
     if caller is None:
-        given = key or bearer
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
     request[CALLER], scopes = caller
@@ -3644,6 +3657,9 @@ def raw_id_in(request: web.Request) -> UUID:
     raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID")
 
 
+CHUNKED = "chunked"
+
+
 async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     """Return the body with its Content-Encoding undone, `max_body_bytes` at most, within time.
 
@@ -3654,7 +3670,11 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
         raise DropzoneError(wrong, "encoding_unsupported", 415)
-    if (request.content_length or 0) > limits.max_body_bytes:
+    length = request.content_length
+    if length is None and request.headers.get("Transfer-Encoding", CHUNKED).lower() != CHUNKED:
+        wrong = "of all values of Transfer-Encoding only chunked is undone: use Content-Encoding"
+        raise DropzoneError(wrong, "transfer_encoding_unsupported", 501)
+    if length is not None and length > limits.max_body_bytes:
         raise too_large(limits.max_body_bytes)
     try:
         if content.is_eof():  # most bodies have arrived whole by now, and need no timer

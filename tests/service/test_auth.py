@@ -219,6 +219,37 @@ def test_keys_that_contradict(config_of: Callable[..., Config], keys: list[KeyCo
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("blank", ["", "\n", "\r\n", " "])
+async def test_hash_of_no_key(config_of: Callable[..., Config], file: Path, blank: str):
+    """The hash of nothing, as a script makes it of a variable that is not set, admits nobody."""
+    with pytest.raises(ConfigError, match="the hash of a is that of no key"):
+        create_app(config_of(keys=(key_of("b", "one", "read"), key_of("a", blank, "read"))))
+    file.write_text(table("a", blank, "read"))
+    done = run(file.parent, "check")
+    assert (done.returncode, done.stderr) == (78, "")
+    assert "wrong  keys: auth.keys: the hash of a is that of no key at all" in done.stdout
+    assert run(file.parent, "--port", "0").returncode == 78
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \t"])
+def test_blank_api_key(config_of: Callable[..., Config], blank: str):
+    """A key for everything that is blank is refused, as nobody could show it."""
+    with pytest.raises(ConfigError, match=r"auth\.api_key is blank"):
+        create_app(config_of(api_key=Secret(blank)))
+
+
+async def test_blank_keys_are_none(serve: Serve, config_of: Callable[..., Config]):
+    """Whoever shows an empty or blank key is asked for one, whatever is configured."""
+    service = await serve(config_of(keys=(key_of("a", "one", "read"),)))
+    guard = service.client.app[dropzone.GUARD]
+    for blank in ("", " ", "\t"):
+        guard.callers[dropzone.hash_of(blank)] = ("key:a", ("read",))
+    for headers in ({}, {"x_api_key": ""}, {"x_api_key": " "}, {"Authorization": "Bearer "}):
+        status, problem, _ = await service(**headers)
+        assert (status, problem["code"]) == (401, "key_refused"), headers
+        assert "send an API key" in problem["detail"]
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [

@@ -4046,22 +4046,31 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+class NewestContext(ssl.SSLContext):
+    """Hands each connection to the context that was loaded last.
+
+    Its sessions are its own: none of a client of another authority is resumed, which would need no
+    certificate. A context that is only handed over by SNI goes on to use the sessions of the first.
+    """
+
+    newest: ssl.SSLContext
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        return self.newest.wrap_bio(*arguments, **options)
+
+
 def followed(config: ServerConfig, reloader: Reloader) -> ssl.SSLContext | None:
     """Return a context whose every handshake uses the certificates that were loaded last."""
-    front = tls_context(config)
-    if front is None:
+    first = tls_context(config)
+    if first is None:
         return None
-    newest = front
-
-    def hand_over(handshake: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: object) -> None:
-        handshake.context = newest
+    front = NewestContext(ssl.PROTOCOL_TLS_SERVER)
+    front.newest = first
 
     def reload() -> None:
-        nonlocal newest
-        newest = tls_context(config) or newest
+        front.newest = tls_context(config) or front.newest
         log.info("the certificates were loaded again")
 
-    front.sni_callback = hand_over  # it is called also where a client names no server
     reloader.watch((config.tls_cert, config.tls_key, config.tls_client_ca), reload)
     return front
 

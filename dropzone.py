@@ -2585,14 +2585,15 @@ async def trouble_of(backend: Backend) -> str | None:
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
     app, caller, key = request.app, caller_of(request), idempotency_key(request)
+    owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
     with app[ADMISSION].admitted(caller, app[CONFIG].server.max_body_bytes) as take:
         body = await read_body(request, take)
         if request.content_type in NDJSON:
             lines = await payloads_of(app, lines_of, body, caller)
-            request[LANDED] = await app[RAW].land(lines, key, request.get(CALLER, ""))
+            request[LANDED] = await app[RAW].land(lines, key, owner)
             return answer(AcceptedBatch(request[LANDED]), 202)
         document = await payloads_of(app, document_of, body, caller)
-        request[LANDED] = [raw_id] = await app[RAW].land(document, key, request.get(CALLER, ""))
+        request[LANDED] = [raw_id] = await app[RAW].land(document, key, owner)
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 

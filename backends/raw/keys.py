@@ -20,7 +20,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from backends.raw import StorageUnavailable, uuid_at
+from backends.raw import uuid_at
 from backends.raw.disk import set_aside
 
 log = logging.getLogger("dropzone")
@@ -76,18 +76,11 @@ class Keys:
         self._inode = 0
 
     def open(self, *, is_expected: bool) -> None:
-        """Open the file, or make it; where it `is_expected` to be there, say that it is not.
-
-        Raises `StorageUnavailable`.
-        """
+        """Open the file, or make it; where it `is_expected` to be there, say that it is not."""
         if is_expected and not (self._path.exists() and self._path.stat().st_size):
             self._tell_lost()
-        try:
-            self._mended(self._connect)
-            self._mended(self._look_through)
-        except sqlite3.Error as error:
-            wrong = f"{self._path}: {error}; let the user that runs Dropzone read and write it"
-            raise StorageUnavailable(wrong) from error
+        self._mended(self._connect)
+        self._mended(self._look_through)
 
     def close(self) -> None:
         """Close the file."""

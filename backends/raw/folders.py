@@ -135,7 +135,7 @@ NUMBERS = struct.Struct("<QQ")
 SLOT = struct.Struct("<16sI")  # two numbers, and their CRC-32
 TALLY_BYTES = SLOT.size * (1 + MINUTES)
 OLD_TALLY = NUMBERS.size * (1 + MINUTES)  # bytes: older versions have no checksums
-TALLY_PATIENCE = 2.0  # seconds for another process to let go of it, or else nothing is counted
+TALLY_PATIENCE = 1.0  # seconds for another process to let go of it, or else nothing is counted
 
 
 class Tally:
@@ -674,9 +674,7 @@ class Folders:
             ]
         troubles += self.out_of_reach()
         kept = self.journal.glob(f"*{DAMAGED}*")
-        troubles += [
-            f"{path} was set aside as damaged: see what is lost, delete it" for path in kept
-        ]
+        troubles += [f"{path} was damaged, and kept: look at it, then delete it" for path in kept]
         if self.processed.is_dir() and os.access(self.processed, os.R_OK | os.X_OK):
             troubles += filter(None, (pack.trouble() for pack in self.packs()))
         behind = self._clock_trouble()

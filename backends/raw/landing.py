@@ -188,7 +188,8 @@ class Writer:
     def kill(self) -> None:
         """Kill the process, which does not end by itself; the next start recovers its log."""
         if self._started and self._started.returncode is None:
-            self._started.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._started.kill()
 
 
 GROUP = msgspec.msgpack.Decoder(list[Batch])

@@ -2520,16 +2520,24 @@ async def health(_: web.Request) -> web.Response:
 @Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)}, limited=False)
 async def ready(request: web.Request) -> web.Response:
     """Say whether payloads can be landed; what else is wrong is shown, and landing goes on."""
-    app, oldest = request.app, list[str]()
-    raw = await asyncio.to_thread(app[RAW].trouble)
-    with contextlib.suppress(StorageUnavailable):  # of which the checks say more
-        oldest, _ = await app[PENDING].look(patient=False)
-    checks = {
-        "raw": raw or "ok",
-        "processing": await asyncio.to_thread(app[RAW].processing_trouble, oldest) or "ok",
-        "backend": await trouble_of(app[BACKEND]) or "ok",
-    }
+    app = request.app
+    raw, processing, backend = await asyncio.gather(
+        app[RAW].landing_trouble(), processing_trouble(app), trouble_of(app[BACKEND])
+    )
+    checks = {"raw": raw or "ok", "processing": processing or "ok", "backend": backend or "ok"}
     return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
+
+
+async def processing_trouble(app: web.Application) -> str | None:
+    """Return what keeps payloads from being processed, None if nothing does."""
+    oldest = list[str]()
+    try:
+        async with asyncio.timeout(PING_PATIENCE):  # the disk may hang
+            with contextlib.suppress(StorageUnavailable):  # of which the checks say more
+                oldest, _ = await app[PENDING].look(patient=False)
+            return await asyncio.to_thread(app[RAW].processing_trouble, oldest)
+    except TimeoutError:
+        return f"the disk does not answer within {PING_PATIENCE} s"
 
 
 @Route("GET", "/status", "read", {200: (Status,)}, (503,))

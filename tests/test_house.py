@@ -18,8 +18,16 @@ ROOMS = {
     "backends.raw": ("backends",),
     "backends.raw.disk": ("backends.raw",),
     "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
-    "backends.raw.folders": ("backends", "backends.raw", "backends.raw.disk", "backends.raw.packs"),
-    "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.tally": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.folders": (
+        "backends",
+        "backends.raw",
+        "backends.raw.disk",
+        "backends.raw.packs",
+        "backends.raw.tally",
+    ),
+    "backends.raw.keys": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.journal": ("backends.raw", "backends.raw.disk", "backends.raw.keys"),
     "backends.raw.backup": ("backends.raw", "backends.raw.disk", "backends.raw.folders"),
     "backends.raw.landing": (
         "backends.raw",
@@ -27,6 +35,7 @@ ROOMS = {
         "backends.raw.disk",
         "backends.raw.folders",
         "backends.raw.journal",
+        "backends.raw.keys",
     ),
 }
 NOT_BELOW = {"aiohttp", "prometheus_client", "tomllib", "dotenv"}

@@ -5,6 +5,7 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 
 - `landing.py`: takes payloads in, many at a time, and acknowledges them when they are on disk;
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
+- `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `backup.py`: a copy of all of it, made while payloads land;
@@ -331,7 +332,10 @@ class PayloadStore(Payloads, Protocol):
         """
 
     async def close(self) -> None:
-        """Wait until everything that was handed to `land` is on disk, then let go of it."""
+        """Wait until everything that was handed to `land` is on disk, then let go of it.
+
+        It does not wait for ever where the disk hangs: the next `open` recovers what is left.
+        """
 
     async def land(
         self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
@@ -341,7 +345,8 @@ class PayloadStore(Payloads, Protocol):
         If the `caller` has used the Idempotency-Key `key` in the last 24 hours, return the raw_ids
         of that time and store nothing, or raise `KeyReused` if the bodies differ.
 
-        Raises `StorageUnavailable` where the disk refuses: then none of them is acknowledged.
+        Raises `StorageUnavailable` where the disk refuses: then none of them is acknowledged. Where
+        it hangs, that is so after some seconds, and they may land all the same.
         """
 
     def portable(self) -> Payloads:
@@ -353,8 +358,8 @@ class PayloadStore(Payloads, Protocol):
     def room(self) -> tuple[int, int]:
         """Return how many bytes are free, and how many have to stay so."""
 
-    def trouble(self) -> str | None:
-        """Try to write and sync; return what stands in the way of landing, or None."""
+    async def landing_trouble(self) -> str | None:
+        """Return what stands in the way of landing, or None; within seconds, if the disk hangs."""
 
     def strays(self) -> list[str]:
         """Return the names among the pending payloads that are not those of payloads."""

@@ -20,18 +20,30 @@ import math
 import os
 import pwd
 import shlex
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
 from backends.raw import NoAccess, StorageFull, StorageUnavailable
 
 log = logging.getLogger("dropzone")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 FILE, FOLDER = os.R_OK | os.W_OK, os.R_OK | os.W_OK | os.X_OK  # the rights that are needed
 NO_ROOM = "the disk is full; try again later"
 BYTES_PER_FILE = 16 * 1024  # of the reserve; for so many bytes mke2fs makes an inode
 BESIDE = 256  # bytes that a payload takes besides: its name in a folder, its head in the journal
+UNREADABLE = {errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)}  # a bad block, say
+BLOCK = 4096  # bytes that a disk cannot read are skipped in such steps
+DAMAGED = ".damaged-"  # in the names of files that were set aside
+LOCK_POLL = 0.002  # seconds
 
 
 def sync_data(descriptor: int) -> None:
@@ -110,14 +122,110 @@ def read_file(path: str) -> bytes:
         os.close(descriptor)
 
 
+def read_around(descriptor: int, offset: int, size: int) -> bytes:
+    """Read a part of a file, as far as it is there; blocks that cannot be read are zeros."""
+    parts, end = list[bytes](), offset + size
+    while offset < end:
+        try:
+            part = os.pread(descriptor, end - offset, offset)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            part = bytes(min(BLOCK - offset % BLOCK, end - offset))
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Move what is damaged into a folder, for somebody to look at it; return where it lies."""
+    now = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
+    return path.rename(folder / f"{path.name}{DAMAGED}{now}")
+
+
+@functools.lru_cache(maxsize=1000)
+def tell_once(sentence: str) -> None:
+    """Log an error, once for as long as the program runs."""
+    log.error("%s", sentence)
+
+
 @contextlib.contextmanager
-def locked(file: int) -> Iterator[None]:
-    """Hold an open file locked against every other process and descriptor."""
-    fcntl.flock(file, fcntl.LOCK_EX)
+def locked(file: int, patience: float | None = None) -> Iterator[None]:
+    """Hold an open file locked against every other process and descriptor.
+
+    Whoever holds it may have been stopped: raises TimeoutError after `patience` seconds, if given.
+    """
+    if patience is None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    else:
+        _lock_within(file, patience)
     try:
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock_within(file: int, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                wrong = f"locked for {patience:.0f} s by a process that does not go on"
+                raise TimeoutError(errno.ETIMEDOUT, wrong) from None
+        time.sleep(LOCK_POLL)
+
+
+class Hands(Executor):
+    """Threads for work on a disk that may hang: the end of the program does not wait for them."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._calls = SimpleQueue[Callable[[], None] | None]()
+        self._are_gone = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
+        """See Executor.submit."""
+        if self._are_gone:
+            raise RuntimeError("this store is closed")
+        done = Future[T]()
+
+        def work() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                result = call(*args, **options)
+            except BaseException as error:  # noqa: BLE001 (whoever waits for it hears of it)
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+
+        self._calls.put(work)
+        return done
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            call()
+            del call  # and with it what it was called with
+
+    def shutdown(self, wait: bool = True, **_: Any) -> None:  # noqa: FBT001, FBT002 (Executor's)
+        """See Executor.shutdown."""
+        if not self._are_gone:
+            self._are_gone = True
+            for _thread in self._threads:
+                self._calls.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ from test_cli import OK, Program, Server
 import dropzone
 from backends.memory import MemoryBackend
 from backends.raw import uuid_at
-from backends.raw.journal import NOTE_KEY, digest_of
+from backends.raw.journal import digest_of
+from backends.raw.keys import NOTE_KEY
 from backends.raw.landing import RawStore
 from dropzone import AuthConfig, Config, KeyConfig, RawConfig, Secret, ServerConfig, create_app
 
@@ -283,7 +284,7 @@ async def test_retry_after_a_crash_before_the_commit(serve: Serve, body: bytes):
     digest = digest_of([body])
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False))
+        keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False, None))
     keys.close()
     again = await serve()
     if body is LARGE:
@@ -298,7 +299,7 @@ async def test_key_beyond_its_life(service: Service):
     old = UUID(int=(int(time.time() - 25 * 3600) * 1000) << 80 | 7 << 76 | 2 << 62)
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(NOTE_KEY, ("a", b"of another body", old.bytes, True))
+        keys.execute(NOTE_KEY, ("a", b"of another body", old.bytes, True, None))
     keys.close()
     answer = await service.post(b"[1]", "a")
     assert answer.status == 202

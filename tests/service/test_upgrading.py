@@ -108,7 +108,7 @@ def test_raw_ids_go_on(program: Kept):
     """A new payload comes behind all that were landed, also where the old clock was ahead."""
     ahead = uuid_at(datetime.now(UTC) + timedelta(hours=1))
     last = program.home / "data" / "journal" / "last_raw_id"
-    assert UUID(bytes=last.read_bytes()) >= program.raw_ids["in the journal"]
+    assert UUID(bytes=last.read_bytes()[:16]) >= program.raw_ids["in the journal"]
     last.write_bytes(ahead.bytes)
     server = Server(program)
     assert UUID(server.json("POST", "/ingest", b"{}")["raw_id"]) > ahead
@@ -125,6 +125,7 @@ def test_keys(program: Kept):
         keys.row_factory = sqlite3.Row
         kept = dict(keys.execute("SELECT * FROM keys WHERE key = 'kept'").fetchone())
         recent = kept | {"key": "recent", "raw_ids": hour_ago.bytes}
+        recent.pop("checksum", None)  # which is that of the key as it was
         columns, values = ", ".join(recent), ", ".join("?" * len(recent))
         keys.execute(f"INSERT INTO keys ({columns}) VALUES ({values})", (*recent.values(),))
         keys.commit()

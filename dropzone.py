@@ -1792,7 +1792,7 @@ class Processor:
         while batch:
             judged = JUDGED.decode(await run(judge, read, batch, PORTION_BYTES, largest))
             if not judged.checked:
-                judged = JUDGED.decode(await self._workers.run(judge, read, batch[:1]))
+                judged = JUDGED.decode(await self._workers.run(judge, read, batch, PORTION_BYTES))
             rejected = judged.rejected
             if judged.rows:
                 rejected += await self._upsert(judged.rows)

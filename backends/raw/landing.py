@@ -369,10 +369,10 @@ class RawStore(Folders):
 
     async def _land_group(self, group: Sequence[Batch], waiting: Answers, size: int) -> None:
         """Land a group of `size` bytes and answer those who wait for it, whatever happens."""
-        number, payloads = id(waiting), sum(len(batch.bodies) for batch in group)
-        patience = LAND_PATIENCE + payloads / LEAST_PAYLOADS + size / LEAST_BYTES
-        loop, begun = asyncio.get_running_loop(), time.monotonic()
-        watch = loop.call_later(patience, self._give_up, number, waiting, begun)
+        number, begun = id(waiting), time.monotonic()
+        watch = asyncio.get_running_loop().call_later(
+            self._patience(group, size), self._give_up, number, waiting, begun
+        )
         refusal, answers = STOPPED, list[Answer]()
         try:
             answers = (await self._written(group, size)).answers
@@ -386,6 +386,12 @@ class RawStore(Folders):
             since = self._overdue.pop(number, None)
         if since is not None:
             log.warning("landing goes on after %.0f s", time.monotonic() - since)
+
+    def _patience(self, group: Sequence[Batch], size: int) -> float:
+        """Return the seconds that a group may take, beside those that are under way."""
+        payloads = sum(len(batch.bodies) for batch in group) + sum(map(len, self._writing))
+        total = size + sum(map(sum, self._writing))
+        return LAND_PATIENCE + payloads / LEAST_PAYLOADS + total / LEAST_BYTES
 
     def _give_up(self, number: int, waiting: Answers, begun: float) -> None:
         """Refuse a group that takes too long, and all that waits behind it."""

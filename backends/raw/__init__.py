@@ -8,6 +8,7 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 - `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
+- `tally.py`: how many landed and were processed, for all processes together;
 - `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
 """

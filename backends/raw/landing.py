@@ -4,9 +4,9 @@
 one record of the journal, one sync, and then one file for each payload; `journal.py` says why none
 that was acknowledged can be lost.
 
-A disk may hang, and a process may be stopped. Then nobody waits for longer than `LAND_PATIENCE`: a
-group that takes longer, and all that waits behind it, is refused, and so is what comes, until that
-group is done. It may have landed all the same. What waited behind it has not.
+A disk may hang, and a process may be stopped. A group that takes longer than `LAND_PATIENCE`, and
+all that waits behind it, is refused, and so is what comes, until that group is done. It may have
+landed all the same. What waited behind it has not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ GROUP_FILES = 1000  # likewise
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
 MIN_FREE_BYTES = 256 * 1024 * 1024
-LAND_PATIENCE = 10.0  # seconds in which a payload lands, or is refused as landing stands still
+LAND_PATIENCE = 10.0  # seconds for a group, and more for what it holds, before it stands still
+LEAST_PAYLOADS = 500  # in a second, and
+LEAST_BYTES = 2 * 1024 * 1024  # in a second: what is slower stands still
 PROBE_PATIENCE = 3.0  # seconds
 CLOSE_PATIENCE = 10.0  # seconds for what is under way, before the writer process is killed
 KILL_PATIENCE = 3.0  # seconds for what waited for it
@@ -240,7 +242,7 @@ class RawStore(Folders):
         )
         self._min_free = min_free_bytes
         self._observer = observer
-        self._gathered: deque[tuple[Batch, asyncio.Future[Answer], float]] = deque()
+        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
         self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
         self._overdue: dict[int, float] = {}  # groups that stand still, and since when
@@ -334,9 +336,8 @@ class RawStore(Folders):
         """See PayloadStore.land."""
         if self._overdue:
             raise StorageUnavailable(self._standstill())
-        loop = asyncio.get_running_loop()
-        landed: asyncio.Future[Answer] = loop.create_future()
-        self._gathered.append((Batch(list(bodies), key, caller), landed, loop.time()))
+        landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._gathered.append((Batch(list(bodies), key, caller), landed))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(asyncio.create_task(self._land_gathered()))
         return (await landed).result()
@@ -352,27 +353,26 @@ class RawStore(Folders):
             while self._gathered:
                 half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
                 group, waiting, size, files = [], [], 0, 0
-                due = self._gathered[0][2] + LAND_PATIENCE
                 while self._gathered and len(group) < half:
                     if size >= GROUP_BYTES or files >= GROUP_FILES:
                         break
-                    batch, landed, _ = self._gathered.popleft()
+                    batch, landed = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
                     size += sum(map(len, batch.bodies))
                     files += len(batch.bodies)
-                await self._land_group(group, waiting, size, due)
+                await self._land_group(group, waiting, size)
         finally:  # at once: a caller that has just been answered and lands again begins another
             self._landing.difference_update({asyncio.current_task()})
             if self._gathered and not self._landing:  # this task was cancelled
                 self._refuse_gathered(STOPPED)
 
-    async def _land_group(
-        self, group: Sequence[Batch], waiting: Answers, size: int, due: float
-    ) -> None:
-        """Land a group and answer those who wait for it, whatever happens."""
-        number = id(waiting)
-        watch = asyncio.get_running_loop().call_at(due, self._give_up, number, waiting)
+    async def _land_group(self, group: Sequence[Batch], waiting: Answers, size: int) -> None:
+        """Land a group of `size` bytes and answer those who wait for it, whatever happens."""
+        number, begun = id(waiting), time.monotonic()
+        watch = asyncio.get_running_loop().call_later(
+            self._patience(group, size), self._give_up, number, waiting, begun
+        )
         refusal, answers = STOPPED, list[Answer]()
         try:
             answers = (await self._written(group, size)).answers
@@ -387,16 +387,22 @@ class RawStore(Folders):
         if since is not None:
             log.warning("landing goes on after %.0f s", time.monotonic() - since)
 
-    def _give_up(self, number: int, waiting: Answers) -> None:
+    def _patience(self, group: Sequence[Batch], size: int) -> float:
+        """Return the seconds that a group may take, beside those that are under way."""
+        payloads = sum(len(batch.bodies) for batch in group) + sum(map(len, self._writing))
+        total = size + sum(map(sum, self._writing))
+        return LAND_PATIENCE + payloads / LEAST_PAYLOADS + total / LEAST_BYTES
+
+    def _give_up(self, number: int, waiting: Answers, begun: float) -> None:
         """Refuse a group that takes too long, and all that waits behind it."""
-        self._overdue[number] = time.monotonic() - LAND_PATIENCE
+        self._overdue[number] = begun
         log.error("%s", self._standstill())
         refusal = Answer([], StorageUnavailable.code, self._standstill())
         _answer(waiting, [refusal] * len(waiting))
         self._refuse_gathered(refusal)
 
     def _refuse_gathered(self, refusal: Answer) -> None:
-        waiting = [landed for _, landed, _ in self._gathered]
+        waiting = [landed for _, landed in self._gathered]
         self._gathered.clear()
         _answer(waiting, [refusal] * len(waiting))
 

@@ -74,6 +74,10 @@ class Batch(Struct, frozen=True, array_like=True):
     key: str | None
     caller: str = ""
 
+    def is_large(self) -> bool:
+        """Say whether it is landed alone."""
+        return len(self.bodies) > LARGE_BATCH
+
 
 class Answer(Struct, frozen=True, array_like=True):
     """The raw_ids for a batch; or the error that refuses it, by its code, and its detail."""
@@ -292,7 +296,7 @@ class RawStore(Folders):
     ) -> list[UUID]:
         """See PayloadStore.land."""
         batch = Batch(list(bodies), key, caller)
-        if len(bodies) <= LARGE_BATCH:
+        if not batch.is_large():
             return await self._land(batch)
         async with self._turns_of_large:
             self._large += 1
@@ -325,8 +329,8 @@ class RawStore(Folders):
                 while self._gathered and len(group) < half:
                     if size >= GROUP_BYTES or files >= GROUP_FILES:
                         break
-                    if group and len(self._gathered[0][0].bodies) > LARGE_BATCH:
-                        break  # for nobody has to wait for it
+                    if group and (group[0].is_large() or self._gathered[0][0].is_large()):
+                        break  # nobody else has to wait for it
                     batch, landed = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
@@ -344,7 +348,7 @@ class RawStore(Folders):
         begun = time.monotonic()
         others = tuple(itertools.chain(*self._writing))
         sizes = tuple(len(body) for batch in group for body in batch.bodies)
-        is_large = len(sizes) > LARGE_BATCH
+        is_large = group[0].is_large()
         by_writer = is_large or (size >= WRITER_BYTES and not self._large)
         self._writing.append(sizes)
         try:

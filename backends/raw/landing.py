@@ -65,6 +65,8 @@ T = TypeVar("T")
 
 BATCHES = 2  # groups under way at once where many payloads come together; else it is one
 LARGE_GROUP = 16  # requests
+LARGE_BATCH = 200  # payloads; a larger one is landed alone, and the others pass it
+LARGE_BATCHES = 2  # under way at once
 GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
 GROUP_FILES = 1000  # likewise
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
@@ -84,6 +86,10 @@ class Batch(Struct, frozen=True, array_like=True):
     bodies: list[bytes]
     key: str | None
     caller: str = ""
+
+    def is_large(self) -> bool:
+        """Say whether it is landed alone."""
+        return len(self.bodies) > LARGE_BATCH
 
 
 class Answer(Struct, frozen=True, array_like=True):
@@ -142,11 +148,20 @@ class Writer:
         self._starting: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    async def write(self, group: Sequence[Batch], others: Sequence[int]) -> Written | None:
-        """Return the answers to a group, None where the process is not there (yet)."""
+    async def write(
+        self, group: Sequence[Batch], others: Sequence[int], *, patient: bool
+    ) -> Written | None:
+        """Return the answers to a group, None where the process is not there (yet).
+
+        Who is `patient` waits until it has started.
+        """
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             self._starting = self._starting or asyncio.create_task(self._start())
+            if patient:
+                await asyncio.wait([self._starting])
+            process = self._process if patient else None
+        if process is None:
             return None
         try:
             return await self._exchange(process, msgspec.msgpack.encode((group, others)))
@@ -244,6 +259,8 @@ class RawStore(Folders):
         self._observer = observer
         self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
+        self._large = 0  # large batches under way
+        self._turns_of_large = asyncio.Semaphore(LARGE_BATCHES)
         self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
         self._overdue: dict[int, float] = {}  # groups that stand still, and since when
         self._probing: asyncio.Future[str | None] | None = None
@@ -334,11 +351,25 @@ class RawStore(Folders):
         self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
     ) -> list[UUID]:
         """See PayloadStore.land."""
+        batch = Batch(list(bodies), key, caller)
+        if not batch.is_large():
+            return await self._land(batch)
+        async with self._turns_of_large:
+            self._large += 1
+            try:
+                return await self._land(batch)
+            finally:
+                self._large -= 1
+
+    async def _land(self, batch: Batch) -> list[UUID]:
         if self._overdue:
             raise StorageUnavailable(self._standstill())
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((Batch(list(bodies), key, caller), landed))
-        if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
+        self._gathered.append((batch, landed))
+        most = BATCHES if len(batch.bodies) > 1 else 1
+        if self._large:  # or else the small ones would wait for it
+            most = LARGE_BATCHES + 1
+        if len(self._landing) < most:
             self._landing.add(asyncio.create_task(self._land_gathered()))
         return (await landed).result()
 
@@ -356,6 +387,8 @@ class RawStore(Folders):
                 while self._gathered and len(group) < half:
                     if size >= GROUP_BYTES or files >= GROUP_FILES:
                         break
+                    if group and (group[0].is_large() or self._gathered[0][0].is_large()):
+                        break  # nobody else has to wait for it
                     batch, landed = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
@@ -418,9 +451,13 @@ class RawStore(Folders):
         begun = time.monotonic()
         others = tuple(itertools.chain(*self._writing))
         sizes = tuple(len(body) for batch in group for body in batch.bodies)
+        is_large = group[0].is_large()
+        by_writer = is_large or (size >= WRITER_BYTES and not self._large)
         self._writing.append(sizes)
         try:
-            written = await self._writer.write(group, others) if size >= WRITER_BYTES else None
+            written = None
+            if by_writer:
+                written = await self._writer.write(group, others, patient=is_large)
             if written is None:
                 written = await self._in_thread(self.write, group, others)
         finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import UUID, uuid4
 
+import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from backends.raw import (
     next_raw_id,
     raw_id_of,
 )
-from backends.raw.landing import RawStore
+from backends.raw.landing import LARGE_BATCH, RawStore
 
 REPO = Path(__file__).parents[2]
 NEVER = UUID("0190a3b4-5c6d-7e8f-9012-3456789abcde")  # a raw_id that nobody was given
@@ -257,6 +258,28 @@ async def test_opening_a_folder_that_another_store_lands_in(store: RawStore, fol
     finally:
         over.set()
         await landing
+
+
+async def test_small_ones_pass_large_batches(store: RawStore):
+    """While large batches are written, however many of them wait, single payloads land."""
+    many = [b"1"] * (LARGE_BATCH + 1)
+    await store.land(many)
+    [writer] = [
+        child for child in psutil.Process().children() if "write_forever" in str(child.cmdline())
+    ]
+    writer.suspend()
+    try:
+        large = [asyncio.create_task(store.land(many)) for _ in range(5)]
+        async with asyncio.timeout(60):
+            for size in (1, 100_000):  # such that would go to the writer process, too
+                await asyncio.gather(*(store.land([b"1" * size]) for _ in range(40)))
+            await store.land([b"1"] * LARGE_BATCH)
+        assert not any(batch.done() for batch in large)
+    finally:
+        writer.resume()
+    landed = await asyncio.gather(*large)
+    assert len(pending_in(store)) == 6 * len(many) + 80 + LARGE_BATCH
+    assert set(pending_in(store)) >= {raw_id for batch in landed for raw_id in batch}
 
 
 async def test_a_caller_that_leaves(store: RawStore):

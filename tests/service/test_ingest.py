@@ -253,7 +253,7 @@ async def test_key_of_nobody(serve: Serve):
     noted = uuid_at(datetime.now(UTC) - timedelta(hours=1))
     service = await serve(["one", "two"])
     with sqlite3.connect(service.folder / "journal" / "keys.sqlite") as keys:
-        keys.execute(NOTE_KEY, ("a", digest_of([b"[1]"]), noted.bytes, True))
+        keys.execute(NOTE_KEY, ("a", digest_of([b"[1]"]), noted.bytes, True, None))
     keys.close()
     for name in ("one", "two"):
         assert (await service.post(b"[1]", "a", x_api_key=name)).json["raw_id"] == str(noted)

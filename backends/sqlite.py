@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 from backends import (
@@ -81,88 +80,23 @@ PING = "SELECT 1"
 REFUSALS = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 
 
-class SqliteBackend:
-    """A Backend in the file `path`, whose folder is created.
+class Lane:
+    """A thread, and the connection that it alone touches, which is why there are no locks."""
 
-    `busy_timeout` is how many seconds a call waits for another process's write to end before it
-    raises BackendUnavailable. The sign of a zero is not kept: -0.0 reads back as 0.0.
-    """
-
-    def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
-        self._path = Path(path)
+    def __init__(self, path: Path, busy_timeout: float, name: str) -> None:
+        self._path = path
         self._busy_timeout = busy_timeout
-        # Only this one thread touches the connection, which is why there are no locks.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite {name}")
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None  # device and inode of the open file
 
-    def __repr__(self) -> str:
-        return f"SqliteBackend({str(self._path)!r})"
-
-    async def open(self) -> None:
-        """See Backend.open."""
-        await self._in_thread(self._opened)
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do some work in the thread, with the connection, which is opened where it is not."""
+        return await self._in_thread(lambda: work(self._opened()))
 
     async def close(self) -> None:
-        """See Backend.close."""
+        """Close the connection, behind the work that was asked for before."""
         await self._in_thread(self._close)
-
-    async def ping(self) -> None:
-        """See Backend.ping."""
-        await self._fetch(PING)
-
-    async def upsert(self, measurements: Sequence[Measurement]) -> None:
-        """See Backend.upsert."""
-        rows = [_row(measurement) for measurement in winners(measurements)]
-        await self._in_thread(partial(self._write, UPSERT, rows))
-
-    async def delete(self, measurements: Sequence[Measurement]) -> None:
-        """See Backend.delete."""
-        rows = [(timestamp_text(row.timestamp_utc), str(row.raw_id)) for row in measurements]
-        await self._in_thread(partial(self._write, DELETE, rows))
-
-    async def get(self, timestamp_utc: datetime) -> Measurement:
-        """See Backend.get."""
-        rows = await self._fetch(GET, timestamp_text(timestamp_utc))
-        if not rows:
-            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
-        return self._measurement(rows[0])
-
-    async def find(
-        self,
-        *,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        after: datetime | None = None,
-        limit: int = 100,
-        descending: bool = False,
-    ) -> list[Measurement]:
-        """See Backend.find."""
-        bounds = window(since, until, after, limit, descending=descending)
-        texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
-        rows = await self._fetch(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
-        return [self._measurement(row) for row in rows]
-
-    async def count(self) -> int:
-        """See Backend.count."""
-        return int((await self._fetch(COUNT))[0][0])
-
-    async def summarize(
-        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
-    ) -> list[Bucket]:
-        """See Backend.summarize."""
-        spans = [
-            (timestamp_text(a), timestamp_text(b) if b else "~")
-            for a, b in await edges(self, since, until, buckets)
-        ]
-        rows = await self._in_thread(lambda: list(map(self._summarize, spans)))
-        return [self._bucket(*row) for row in rows if row[0]]
-
-    def _summarize(self, span: tuple[str, str]) -> Any:
-        return self._opened().execute(SUMMARIZE, span).fetchone()
-
-    async def _fetch(self, sql: str, *parameters: object) -> list[Row]:
-        return await self._in_thread(lambda: self._opened().execute(sql, parameters).fetchall())
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         with self._errors():
@@ -230,16 +164,102 @@ class SqliteBackend:
             else:
                 return
 
-    def _write(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
-        with self._opened() as connection:
-            # Asking for the write lock first means waiting for it here, never failing halfway.
-            connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(sql, rows)
-
     def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+class SqliteBackend:
+    """A Backend in the file `path`, whose folder is created.
+
+    `busy_timeout` is how many seconds a call waits for another process's write to end before it
+    raises BackendUnavailable. The sign of a zero is not kept: -0.0 reads back as 0.0.
+
+    Reads wait neither for writes nor, where they look for single rows or pages, for those that go
+    through a whole range.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
+        self._path = Path(path)
+        self._writes, self._reads, self._sums = (
+            Lane(self._path, busy_timeout, name) for name in ("writes", "reads", "sums")
+        )
+
+    def __repr__(self) -> str:
+        return f"SqliteBackend({str(self._path)!r})"
+
+    async def open(self) -> None:
+        """See Backend.open."""
+        await self._writes.run(_ping)
+
+    async def close(self) -> None:
+        """See Backend.close."""
+        for lane in (self._writes, self._reads, self._sums):
+            await lane.close()
+
+    async def ping(self) -> None:
+        """See Backend.ping."""
+        await self._reads.run(_ping)
+
+    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.upsert."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            _write(connection, UPSERT, [_row(measurement) for measurement in winners(measurements)])
+
+        await self._writes.run(write)
+
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        """See Backend.delete."""
+        rows = [(timestamp_text(row.timestamp_utc), str(row.raw_id)) for row in measurements]
+        await self._writes.run(lambda connection: _write(connection, DELETE, rows))
+
+    async def get(self, timestamp_utc: datetime) -> Measurement:
+        """See Backend.get."""
+        rows = await self._rows(GET, timestamp_text(timestamp_utc))
+        if not rows:
+            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
+        return rows[0]
+
+    async def find(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: datetime | None = None,
+        limit: int = 100,
+        descending: bool = False,
+    ) -> list[Measurement]:
+        """See Backend.find."""
+        bounds = window(since, until, after, limit, descending=descending)
+        texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
+        return await self._rows(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
+
+    async def count(self) -> int:
+        """See Backend.count."""
+        return await self._sums.run(lambda connection: int(connection.execute(COUNT).fetchone()[0]))
+
+    async def summarize(
+        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+    ) -> list[Bucket]:
+        """See Backend.summarize."""
+        spans = [
+            (timestamp_text(a), timestamp_text(b) if b else "~")
+            for a, b in await edges(self, since, until, buckets)
+        ]
+
+        def sums(connection: sqlite3.Connection) -> list[Bucket]:
+            rows = (connection.execute(SUMMARIZE, span).fetchone() for span in spans)
+            return [self._bucket(*row) for row in rows if row[0]]
+
+        return await self._sums.run(sums)
+
+    async def _rows(self, sql: str, *parameters: object) -> list[Measurement]:
+        def read(connection: sqlite3.Connection) -> list[Measurement]:
+            return list(map(self._measurement, connection.execute(sql, parameters).fetchall()))
+
+        return await self._reads.run(read)
 
     def _measurement(self, row: Row) -> Measurement:
         timestamp, mean, std_dev, raw_id = row
@@ -261,6 +281,17 @@ class SqliteBackend:
                 f"{self._path} has a row that is no measurement from {first} to {last}: "
                 f"delete it ({error})"
             ) from error
+
+
+def _ping(connection: sqlite3.Connection) -> None:
+    connection.execute(PING)
+
+
+def _write(connection: sqlite3.Connection, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
+    with connection:
+        # Asking for the write lock first means waiting for it here, never failing halfway.
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(sql, rows)
 
 
 def _row(measurement: Measurement) -> Row:

@@ -177,14 +177,14 @@ class SqliteBackend:
     raises BackendUnavailable. The sign of a zero is not kept: -0.0 reads back as 0.0.
 
     Reads wait neither for writes nor, where they look for single rows or pages, for those that go
-    through a whole range.
+    through a whole range; a ping waits for nothing.
     """
 
     def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
         self._path = Path(path)
-        self._writes, self._reads, self._sums = (
-            Lane(self._path, busy_timeout, name) for name in ("writes", "reads", "sums")
-        )
+        self._writes, self._reads, self._sums, self._pings = self._lanes = [
+            Lane(self._path, busy_timeout, name) for name in ("writes", "reads", "sums", "pings")
+        ]
 
     def __repr__(self) -> str:
         return f"SqliteBackend({str(self._path)!r})"
@@ -195,12 +195,12 @@ class SqliteBackend:
 
     async def close(self) -> None:
         """See Backend.close."""
-        for lane in (self._writes, self._reads, self._sums):
+        for lane in self._lanes:
             await lane.close()
 
     async def ping(self) -> None:
         """See Backend.ping."""
-        await self._reads.run(_ping)
+        await self._pings.run(_ping)
 
     async def upsert(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.upsert."""

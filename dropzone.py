@@ -1681,11 +1681,8 @@ def look_at_pending(
 
 def look_at_rejected(payloads: Payloads, glances: Executor | None = None) -> Lately[Counter[str]]:
     """Look at how many payloads are rejected, by code."""
-
-    def count() -> Counter[str]:
-        return Counter(rejection.code for rejection in payloads.rejections())
-
-    return Lately(functools.partial(payloads.changed, "rejected"), count, Counter(), glances)
+    changed = functools.partial(payloads.changed, "rejected")
+    return Lately(changed, payloads.take_stock, Counter(), glances)
 
 
 class Shared(Generic[T]):
@@ -2177,6 +2174,9 @@ class RejectedQuery(RetryQuery, frozen=True):
     after: Annotated[UUID, Meta(description="The `next` of a page.")] | None = None
     limit: PageSize = 1000
 
+    def is_behind(self, rejection: Rejection) -> bool:
+        return self.after is None or rejection.raw_id > self.after
+
 
 # ── HTTP: routes ──────────────────────────────────────────────────────────────────────────────────
 
@@ -2592,25 +2592,32 @@ async def payload(request: web.Request) -> web.Response:
     return web.Response(body=body, content_type="application/json")
 
 
-@Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery, turns=READS)
+@Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
 async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
     """List the rejected payloads with their reasons, in order of arrival, and count their codes."""
-    reads = request.app[READS]
-    return json_answer(
-        await reads.run(json_of, await reads.run(quarantine, request.app[RAW], query))
-    )
+    app, reads = request.app, request.app[READS]
+    await app[REJECTED].look()  # what others have done in the folder
+    async with reads.turn(request):
+        found = await reads.run(quarantine, app[RAW], query)
+        return json_answer(await reads.run(json_of, found))
 
 
 def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
-    codes, page = Counter[str](), list[Rejection]()
-    for rejection in payloads.rejections(query.raw_id):
-        codes[rejection.code] += query.in_time(rejection)
-        behind = query.after is None or rejection.raw_id > query.after
-        if behind and len(page) <= query.limit and query.fits(rejection):
-            page.append(rejection)
+    if query.raw_id:
+        of_one = list(payloads.rejections(query.raw_id))
+        codes = Counter(each.code for each in of_one if query.in_time(each))
+        page = [each for each in of_one if query.fits(each) and query.is_behind(each)]
+    else:
+        page, codes = payloads.find_rejections(
+            code=query.code,
+            since=query.since,
+            until=query.until,
+            after=query.after,
+            limit=query.limit + 1,
+        )
     total = codes.total() if query.code is None else codes[query.code]
     shown = page[: query.limit]
-    return RejectionPage(shown, total, +codes, shown[-1].raw_id if len(page) > len(shown) else None)
+    return RejectionPage(shown, total, codes, shown[-1].raw_id if len(page) > len(shown) else None)
 
 
 @Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery, turns=RETRIES)
@@ -3467,15 +3474,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     payloads = store.portable()
     app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
     app[CHECKER] = Workers(1)  # one large document at a time
-    app[GLANCES] = glances = ThreadPoolExecutor(2, "glances")
-    app[PENDING] = look_at_pending(payloads, glances)
-    app[REJECTED] = look_at_rejected(payloads, glances)
-    app[BACKEND_TROUBLE] = Shared(lambda: trouble_of(app[BACKEND]))
-    app[LANDING_TROUBLE] = Shared(
-        lambda: asyncio.get_running_loop().run_in_executor(glances, store.trouble)
-    )
-    app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
-    app[RETRIES] = Turns("retries", 1)
+    add_looks(app, payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
@@ -3484,6 +3483,19 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app
+
+
+def add_looks(app: web.Application, payloads: Payloads) -> None:
+    """Add what looks at the state of the service, and the turns in which requests read."""
+    app[GLANCES] = glances = ThreadPoolExecutor(2, "glances")
+    app[PENDING] = look_at_pending(payloads, glances)
+    app[REJECTED] = look_at_rejected(payloads, glances)
+    app[BACKEND_TROUBLE] = Shared(lambda: trouble_of(app[BACKEND]))
+    app[LANDING_TROUBLE] = Shared(
+        lambda: asyncio.get_running_loop().run_in_executor(glances, app[RAW].trouble)
+    )
+    app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
+    app[RETRIES] = Turns("retries", 1)
 
 
 def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:

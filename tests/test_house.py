@@ -18,7 +18,14 @@ ROOMS = {
     "backends.raw": ("backends",),
     "backends.raw.disk": ("backends.raw",),
     "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
-    "backends.raw.folders": ("backends", "backends.raw", "backends.raw.disk", "backends.raw.packs"),
+    "backends.raw.rejections": ("backends", "backends.raw"),
+    "backends.raw.folders": (
+        "backends",
+        "backends.raw",
+        "backends.raw.disk",
+        "backends.raw.packs",
+        "backends.raw.rejections",
+    ),
     "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
     "backends.raw.landing": (
         "backends.raw",

@@ -6,6 +6,7 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 - `landing.py`: takes payloads in, many at a time, and acknowledges them when they are on disk;
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
+- `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -238,6 +240,25 @@ class Payloads(Protocol):
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """Yield why each rejected payload (or just one) is, in order of arrival."""
+
+    def find_rejections(
+        self,
+        *,
+        code: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: UUID | None = None,
+        limit: int = sys.maxsize,
+    ) -> tuple[list[Rejection], Counter[str]]:
+        """Return the `limit` earliest arrivals behind `after` that are rejected with a code.
+
+        Only those that were rejected in `since <= rejected_at < until`; the numbers are how many
+        that are in all, by code. It reads the reasons of those that it returns alone. What others
+        than this program have done in the folder is seen when stock was taken.
+        """
+
+    def take_stock(self) -> Counter[str]:
+        """Go through the rejected payloads for what nobody has noted; count them by code."""
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """Return the last rejection of a payload, whatever has become of it since."""

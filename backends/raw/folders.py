@@ -20,6 +20,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,6 +56,7 @@ from backends.raw.disk import (
     writing_trouble,
 )
 from backends.raw.packs import PACK, PACK_NAME, Pack
+from backends.raw.rejections import RejectionIndex
 
 log = logging.getLogger("dropzone")
 
@@ -186,6 +188,7 @@ class Folders:
         self.journal = folder.parent / "journal"
         self.keep_days = keep_days
         self._expired = self.journal / "expired"
+        self._index = RejectionIndex(self.journal / "rejected.sqlite")
 
     @property
     def workspace(self) -> Path:
@@ -298,6 +301,9 @@ class Folders:
         for rejection in counted:
             self._record(rejection)  # before the payload, so that none is without its reason
             self._move(rejection.raw_id, self.rejected)
+        if counted:
+            with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
+                self._index.note(counted)
         for day, raw_ids in itertools.groupby(processed, day_of):
             folder = self.processed / day
             folder.mkdir(parents=True, exist_ok=True)
@@ -442,9 +448,29 @@ class Folders:
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
-        for raw_id in [one] if one else earliest(self.rejected):
+        for raw_id in [str(one)] if one else self.rejected_names():
             with contextlib.suppress(RawIdUnknown):  # it was put back meanwhile
-                yield self.rejection(raw_id)
+                yield self.rejection(UUID(raw_id))
+
+    def find_rejections(
+        self,
+        *,
+        code: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: UUID | None = None,
+        limit: int = sys.maxsize,
+    ) -> tuple[list[Rejection], Counter[str]]:
+        """See Payloads.find_rejections."""
+        return self._index.find(self, code, since, until, after, limit)
+
+    def take_stock(self) -> Counter[str]:
+        """See Payloads.take_stock."""
+        return self._index.take_stock(self)
+
+    def rejected_names(self, limit: int = sys.maxsize, after: str = "") -> list[str]:
+        """Return the `limit` earliest rejected raw_ids behind `after`, in order of arrival."""
+        return earliest_names(self.rejected, limit, after)[0]
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """See Payloads.last_rejection."""
@@ -461,6 +487,8 @@ class Folders:
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
             os.rename(source, self.path(raw_id, "pending"))
+            with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds it
+                self._index.forget([str(raw_id)])
             return True
         except RawIdUnknown:
             return False

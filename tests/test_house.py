@@ -17,7 +17,8 @@ ROOMS = {
     "backends.postgres": ("backends", "backends.postgres_url"),
     "backends.raw": ("backends",),
     "backends.raw.disk": ("backends.raw",),
-    "backends.raw.packs": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.unpacking": ("backends.raw",),
+    "backends.raw.packs": ("backends.raw", "backends.raw.disk", "backends.raw.unpacking"),
     "backends.raw.rejections": ("backends", "backends.raw"),
     "backends.raw.folders": (
         "backends",

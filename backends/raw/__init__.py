@@ -8,6 +8,7 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
+- `unpacking.py`: large payloads of these, piece by piece;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
 """
 
@@ -18,6 +19,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
@@ -33,6 +35,7 @@ STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+PIECE = 64 * 1024  # bytes of a payload that are read at a time
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -152,6 +155,15 @@ class Rejection(Struct, frozen=True):
         require_utc(self.retried_at or self.rejected_at)
 
 
+@dataclass
+class OpenPayload:
+    """The bytes of a payload, to be read piece by piece; each piece may block on the disk."""
+
+    size: int
+    pieces: Iterator[bytes]
+    close: Callable[[], object] = tuple  # to be called in the end, however far one has read
+
+
 class Activity(Struct, frozen=True):
     """What all processes of a store have done together, to be seen at a glance.
 
@@ -209,6 +221,9 @@ class Payloads(Protocol):
 
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload:
+        """Return the same bytes to be read piece by piece; raises `RawIdUnknown`."""
 
     def read_pending(self, raw_id: UUID) -> bytes:
         """Return a pending payload.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -33,8 +34,10 @@ import msgspec
 from backends import json_of
 from backends.raw import (
     PAYLOAD_NAME,
+    PIECE,
     STATES,
     Activity,
+    OpenPayload,
     PayloadUnreadable,
     Portion,
     RawIdUnknown,
@@ -59,6 +62,7 @@ from backends.raw.packs import PACK, PACK_NAME, Pack
 from backends.raw.rejections import RejectionIndex
 
 log = logging.getLogger("dropzone")
+T = TypeVar("T")
 
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
@@ -219,6 +223,18 @@ class Folders:
         if packed is None:
             raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
         return "processed", packed
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload:
+        """See Payloads.open_payload."""
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                file = open(self.path(raw_id, state), "rb", 0)
+                size = os.fstat(file.fileno()).st_size
+                return OpenPayload(size, iter(functools.partial(file.read, PIECE), b""), file.close)
+        packed = self._look_in_packs(raw_id, Pack.open_payload)
+        if packed is None:
+            raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+        return packed
 
     def read_pending(self, raw_id: UUID) -> bytes:
         """See Payloads.read_pending."""
@@ -420,17 +436,20 @@ class Folders:
         return False
 
     def _packed(self, raw_id: UUID) -> bytes | None:
+        return self._look_in_packs(raw_id, Pack.read)
+
+    def _look_in_packs(self, raw_id: UUID, look: Callable[[Pack, UUID], T | None]) -> T | None:
         damage = None
         for pack in self.packs(day_of(raw_id)):
             try:
-                body = pack.read(raw_id)
+                found = look(pack, raw_id)
             except FileNotFoundError:
                 continue  # it has just expired
             except StorageUnavailable as error:
                 damage = error
                 continue
-            if body is not None:
-                return body
+            if found is not None:
+                return found
         if damage:
             raise damage
         return None

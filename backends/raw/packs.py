@@ -7,6 +7,7 @@ to the one member that a payload is in.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -21,12 +22,14 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import PackDamaged, RawIdUnknown, StorageUnavailable
+from backends.raw import OpenPayload, PackDamaged, RawIdUnknown, StorageUnavailable
 from backends.raw.disk import sync_file
+from backends.raw.unpacking import open_packed
 
 PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
 PACK = ".ndjson.gz"
 MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
+LARGE_MEMBER = 4 * MEMBER_BYTES  # bytes of text, beyond which one is read piece by piece
 
 
 class PackLine(Struct, frozen=True, omit_defaults=True):
@@ -84,8 +87,33 @@ class Pack:
         return _read_member(self.path, self.index(), number)
 
     def read(self, raw_id: UUID) -> bytes | None:
-        number = bisect.bisect(self.index().members, raw_id, key=lambda member: member[0]) - 1
-        return self.member(number).get(raw_id) if number >= 0 else None
+        found = self.open_payload(raw_id)
+        return b"".join(found.pieces) if found else None
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload | None:
+        members = self.index().members
+        number = bisect.bisect(members, raw_id, key=lambda member: member[0]) - 1
+        if number < 0:
+            return None
+        if self._text_bytes(number) <= LARGE_MEMBER:
+            body = self.member(number).get(raw_id)
+            return None if body is None else OpenPayload(len(body), iter([body]))
+        start, end = self._place_of(number)
+        with _damage_at(self.path, start):
+            return open_packed(self.path, start, end, raw_id)
+
+    def _place_of(self, number: int) -> tuple[int, int]:
+        index = self.index()
+        starts = [start for _, start in index.members[number : number + 2]] + [index.bytes]
+        return starts[0], starts[1]
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _text_bytes(self, number: int) -> int:
+        """Return the size of a member's text, which stands at its end (RFC 1952, ISIZE)."""
+        _, end = self._place_of(number)
+        with open(self.path, "rb") as file:
+            file.seek(end - 4)
+            return int.from_bytes(file.read(4), "little")
 
     @classmethod
     def write(cls, path: Path, folder: Path, raw_ids: Sequence[UUID]) -> Pack:
@@ -152,12 +180,18 @@ def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]
     with open(path, "rb") as file:
         file.seek(starts[number])
         packed = file.read(starts[number + 1] - starts[number])
-    try:
+    with _damage_at(path, starts[number]):
         text = gzip.decompress(packed)
         lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
         return {line.raw_id: line.body() for line in lines}
+
+
+@contextlib.contextmanager
+def _damage_at(path: Path, start: int) -> Iterator[None]:
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
-        wrong = f"{path} is damaged at byte {starts[number]}, restore it from a copy: {error}"
+        wrong = f"{path} is damaged at byte {start}, restore it from a copy: {error}"
         raise PackDamaged(wrong) from error
 
 

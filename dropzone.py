@@ -112,9 +112,11 @@ from backends import (
     timestamp_text,
 )
 from backends.raw import (
+    PIECE,
     Activity,
     KeyReused,
     Observer,
+    OpenPayload,
     PackDamaged,
     Payloads,
     PayloadStore,
@@ -2178,6 +2180,236 @@ class RejectedQuery(RetryQuery, frozen=True):
         return self.after is None or rejection.raw_id > self.after
 
 
+# ── HTTP: sending, no faster than a client takes it ───────────────────────────────────────────────
+
+STALLED = 30.0  # seconds after which a client that takes nothing of its answer is cut off
+UNTAKEN = 64 * 1024 * 1024  # bytes of answers that are held until their clients take them
+LOOK_AROUND = 1.0  # seconds between two looks at all clients
+
+
+class Taking(Struct):
+    """A client that has not taken all yet: what is `held` for it, what waits to be sent to it."""
+
+    held: int = 0
+    waiting: int = 0
+    since: float = 0.0  # when it took something last
+
+
+class Clients:
+    """Those to whom something was sent just now, and what of it they have not taken yet.
+
+    One that takes nothing for `STALLED` seconds is cut off. Where `UNTAKEN` bytes are held for all
+    of them, those are that have taken nothing for the longest time.
+    """
+
+    def __init__(self) -> None:
+        self._taking: dict[asyncio.BaseTransport, Taking] = {}
+        self._held = 0
+
+    def note(self, client: asyncio.BaseTransport, held: int = 0) -> None:
+        """Hear that something is sent, and how many bytes are in memory for what follows."""
+        taking = self._taking.get(client)
+        if taking is None:
+            taking = self._taking[client] = Taking()
+        self._held += held - taking.held
+        taking.held, taking.since = held, time.monotonic()
+
+    def require_room(self, size: int) -> None:
+        """Raise where so many bytes more cannot be held; one answer alone always can."""
+        if self._held and self._held + size > UNTAKEN:
+            self._cut_off_slowest(UNTAKEN - size)
+        if self._held and self._held + size > UNTAKEN:
+            raise DropzoneError("too many answers are under way", "overloaded", 503)
+
+    async def look_around(self) -> NoReturn:
+        """Cut off, again and again, those that have to be."""
+        while True:
+            await asyncio.sleep(LOOK_AROUND)
+            stalled = self._look()
+            if stalled:
+                log.info("cut off %d clients that did not take their answers", stalled)
+
+    def _look(self) -> int:
+        now, cut = time.monotonic(), 0
+        for client, taking in list(self._taking.items()):
+            waiting = cast("asyncio.WriteTransport", client).get_write_buffer_size()
+            if waiting != taking.waiting:
+                taking.waiting, taking.since = waiting, now
+            if not (waiting or taking.held):
+                del self._taking[client]
+            elif waiting and now - taking.since > STALLED:
+                self._cut_off(client)
+                cut += 1
+        return cut + self._cut_off_slowest(UNTAKEN)
+
+    def _cut_off_slowest(self, limit: int) -> int:
+        """Cut off clients until no more than `limit` bytes are held and wait for the others.
+
+        Not those that took something within the last second, nor those that are waiting themselves.
+        """
+        untaken = sum(taking.held + taking.waiting for taking in self._taking.values())
+        if untaken <= limit:
+            return 0
+        before, cut = time.monotonic() - LOOK_AROUND, 0
+        for client, taking in sorted(self._taking.items(), key=lambda each: each[1].since):
+            if untaken <= limit or taking.since > before:
+                break
+            if taking.waiting:
+                untaken -= taking.held + taking.waiting
+                self._cut_off(client)
+                cut += 1
+        return cut
+
+    def _cut_off(self, client: asyncio.BaseTransport) -> None:
+        self._held -= self._taking.pop(client).held
+        reset(client)
+
+
+class Sent(web.StreamResponse):
+    """An answer that is too large to be handed over whole, before its client takes any of it.
+
+    `held` is how many bytes it takes in memory meanwhile.
+    """
+
+    clients: Clients  # is set by `edge`
+    held = PIECE
+
+    def admit(self, clients: Clients) -> None:
+        """Raise where there is no room for it."""
+        self.clients = clients
+        clients.require_room(self.held)
+
+    async def hand_over(self, client: asyncio.BaseTransport | None, text: bytes) -> None:
+        """Send in pieces; what is beyond the next one waits here, and not in the system."""
+        rest = memoryview(text)
+        while rest:
+            if client is None:
+                raise ConnectionResetError("the client has gone")
+            self.clients.note(client, self.held)
+            await self.write(rest[:PIECE])
+            rest = rest[PIECE:]
+
+    def begin(self, client: asyncio.BaseTransport | None) -> None:
+        """Have system and TLS take little at a time, which they would hold as well."""
+        if client is None:
+            return
+        cast("asyncio.WriteTransport", client).set_write_buffer_limits(PIECE)
+        connection = client.get_extra_info("socket")
+        with contextlib.suppress(AttributeError, OSError):  # it is no TCP connection
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE)
+
+    def end(self, client: asyncio.BaseTransport | None) -> None:
+        """Hold nothing any more."""
+        if client:
+            self.clients.note(client)
+
+
+class InPieces(Sent, web.Response):
+    """An answer whose body is in memory; `shared` if it is so anyhow, for all who ask."""
+
+    def __init__(self, *, body: bytes, shared: bool = False, **options: Any) -> None:
+        super().__init__(body=body, **options)
+        self.held = PIECE if shared else len(body)
+        self._client: asyncio.BaseTransport | None = None
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send the head."""
+        self._client = request.transport if request.method != "HEAD" else None
+        return await super().prepare(request)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send the body, and end."""
+        body, client = self.body, self._client
+        if (
+            client and isinstance(body, bytes) and not self.compression
+        ):  # else aiohttp compressed it
+            self.body = None
+            self.begin(client)
+            try:
+                await self.hand_over(client, body)
+            finally:
+                self.end(client)
+        await super().write_eof(data)
+
+
+Portions = AsyncIterator[tuple[bytes, int]]  # a part of an answer, and how many units it has
+
+
+class WhileRead(Sent):
+    """An answer that is sent while it is read.
+
+    Between two portions nothing of the source is held, however slow the client is. What fails in
+    the middle cuts the connection, so that nobody takes a part for the whole.
+    """
+
+    def __init__(
+        self,
+        portions: Portions,
+        name: str,
+        unit: str,
+        *,
+        close: Callable[[], object] = tuple,
+        held: int = PIECE,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(headers=headers)
+        self._portions, self._name, self._unit = portions, name, unit
+        self._close, self.held = close, held
+
+    def admit(self, clients: Clients) -> None:
+        """Raise where there is no room for it; then it is closed."""
+        try:
+            super().admit(clients)
+        except DropzoneError:
+            self._close()
+            raise
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send the head, then all portions; aiohttp sends the end."""
+        client = request.transport
+        try:
+            begun = await super().prepare(request)
+            if request.method != "HEAD":
+                self.begin(client)
+                await self._send(request)
+        finally:
+            self._close()
+            self.end(client)
+        return begun
+
+    async def _send(self, request: web.BaseRequest) -> None:
+        sent = 0
+        try:
+            async for text, count in self._portions:
+                await self.hand_over(request.transport, text)
+                sent += count
+        except BaseException as error:
+            cut_off(request)
+            if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+                raise  # the client has gone, or the service stops
+            defect = None if isinstance(error, BackendError | PayloadStoreError) else error
+            wrong = f"request %s: its {self._name} was cut off behind %d {self._unit}: %s"
+            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            raise ConnectionResetError("the answer was cut off") from error
+
+
+def cut_off(request: web.BaseRequest) -> None:
+    """Reset the connection of a request."""
+    if request.transport:  # or else the client has gone
+        reset(request.transport)
+
+
+def reset(client: asyncio.BaseTransport) -> None:
+    """Reset a connection (RST), so that no client takes its end for the end of the answer.
+
+    To HTTP/1.0, which some proxies speak to what is behind them, the regular end is just that.
+    """
+    connection = client.get_extra_info("socket")
+    with contextlib.suppress(AttributeError, OSError):  # it is none, or has just been closed
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    cast("asyncio.WriteTransport", client).abort()
+
+
 # ── HTTP: routes ──────────────────────────────────────────────────────────────────────────────────
 
 Handler = Callable[..., Any]  # takes the request, and its query where there is one
@@ -2202,6 +2434,7 @@ RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
 PING_PATIENCE = 3.0  # seconds
 
 
+CLIENTS = web.AppKey("CLIENTS", Clients)
 GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the state
 
 
@@ -2438,7 +2671,10 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.St
     backend, reads = request.app[BACKEND], request.app[READS]
     as_csv = query.format == "csv" or (query.format is None and wants_csv(request))
     if as_csv and query.limit is None:
-        return WholeRange(backend, query, await find_rows(backend, query, CSV_ROWS))
+        rows = await find_rows(backend, query, CSV_ROWS)
+        headers = {"Vary": "Accept", "Content-Type": "text/csv; charset=utf-8"}
+        portions = csv_portions(request.app, request, query, rows)
+        return WhileRead(portions, "CSV", "rows", held=CSV_BYTES, headers=headers)
     limit = query.limit or PAGE_ROWS
     rows = await find_rows(backend, query, limit + 1)
     rows, more = rows[:limit], len(rows) > limit
@@ -2448,13 +2684,14 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.St
         headers["Link"] = f'<{following}>; rel="next"'
     if as_csv:
         body = CSV_HEAD + await reads.run(csv_lines, rows)
-        return web.Response(body=body, content_type="text/csv", charset="utf-8", headers=headers)
+        return InPieces(body=body, content_type="text/csv", charset="utf-8", headers=headers)
     page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
     return json_answer(await reads.run(json_of, page), headers=headers)
 
 
 PAGE_ROWS = 1000  # of JSON, unless a limit is given
 CSV_ROWS = 5000  # that are read and written at a time, so that any range fits into memory
+CSV_BYTES = 100 * CSV_ROWS  # that these have
 CSV_HEAD = b"timestamp_utc,mean,std_dev,raw_id\r\n"
 
 
@@ -2484,58 +2721,24 @@ def csv_lines(rows: Iterable[Measurement]) -> bytes:
     return text.getvalue().encode()
 
 
-class WholeRange(web.StreamResponse):
-    """The CSV of a whole range, which is sent while it is read.
+async def csv_portions(
+    app: web.Application, request: web.Request, query: MeasurementsQuery, rows: list[Measurement]
+) -> Portions:
+    """Yield the CSV of a whole range whose first `rows` are known, and how many rows each part has.
 
-    Between two portions nothing of the database is held, however slow the reader is. What fails
-    in the middle cuts the connection, so that nobody takes a part for the whole.
+    Raises `BackendError`.
     """
-
-    def __init__(
-        self, backend: Backend, query: MeasurementsQuery, first: list[Measurement]
-    ) -> None:
-        super().__init__(headers={"Vary": "Accept"})
-        self.content_type, self.charset = "text/csv", "utf-8"
-        self._backend, self._query, self._first = backend, query, first
-
-    async def prepare(self, request: web.BaseRequest) -> Any:
-        """Send the head, then all rows; aiohttp sends the end."""
-        begun = await super().prepare(request)
-        if request.method == "HEAD":
-            return begun
-        sent = 0
-        try:
-            await self.write(CSV_HEAD)
-            rows, self._first = self._first, []
-            while rows:
-                lines, last, count = csv_lines(rows), rows[-1].timestamp_utc, len(rows)
-                rows.clear()  # a slow reader makes the text wait, not the rows as well
-                await self.write(lines)
-                sent += count
-                rows = await find_rows(self._backend, self._query, CSV_ROWS, last)
-        except BaseException as error:
-            cut_off(request)
-            if isinstance(error, ConnectionError) or not isinstance(error, Exception):
-                raise  # the client has gone, or the service stops
-            defect = None if isinstance(error, BackendError) else error
-            wrong = "request %s: its CSV was cut off behind %d rows: %s"
-            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
-            raise ConnectionResetError("the answer was cut off") from error
-        return begun
-
-
-def cut_off(request: web.BaseRequest) -> None:
-    """Reset a connection (RST), so that no client takes its end for the end of the answer.
-
-    To HTTP/1.0, which some proxies speak to what is behind them, the regular end is just that.
-    """
-    transport = request.transport
-    if transport is None:  # the client has gone
-        return
-    connection = transport.get_extra_info("socket")
-    if connection is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
+    backend, reads = app[BACKEND], app[READS]
+    text = CSV_HEAD + await reads.run(csv_lines, rows)
+    while text:
+        last, count = rows[-1].timestamp_utc if rows else None, len(rows)
+        rows.clear()  # a slow reader makes the text wait, not the rows as well
+        yield text, count
+        text = b""
+        if last:
+            async with reads.turn(request):
+                rows = await find_rows(backend, query, CSV_ROWS, last)
+                text = await reads.run(csv_lines, rows)
 
 
 @Route(
@@ -2586,10 +2789,24 @@ async def row_in_place_of(backend: Backend, raw_id: UUID, body: bytes) -> Measur
 
 
 @Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
-async def payload(request: web.Request) -> web.Response:
+async def payload(request: web.Request) -> web.StreamResponse:
     """Return the exact bytes that arrived."""
-    _, body = await asyncio.to_thread(request.app[RAW].read, raw_id_in(request))
-    return web.Response(body=body, content_type="application/json")
+    reads, raw = request.app[READS], request.app[RAW]
+    found = await reads.run(raw.open_payload, raw_id_in(request))
+    if found.size <= PIECE:
+        with contextlib.closing(found):
+            body = await reads.run(b"".join, found.pieces)
+        return web.Response(body=body, content_type="application/json")
+    headers = {"Content-Type": "application/json", "Content-Length": str(found.size)}
+    portions = payload_portions(reads, found)
+    return WhileRead(portions, "payload", "bytes", close=found.close, headers=headers)
+
+
+async def payload_portions(reads: Turns, found: OpenPayload) -> Portions:
+    piece = await reads.run(next, found.pieces, b"")
+    while piece:
+        yield piece, len(piece)
+        piece = await reads.run(next, found.pieces, b"")
 
 
 @Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)
@@ -2707,10 +2924,21 @@ async def docs(_: web.Request) -> web.Response:
 @Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
 async def docs_asset(request: web.Request) -> web.StreamResponse:
     """Return a file of the page, which comes with the package swagger-ui-py."""
+    name = request.match_info["asset"]
+    body, digest = await asyncio.to_thread(read_asset, name)
+    headers = {"Cache-Control": "no-cache", "ETag": f'"{digest}"'}  # kept, and asked for again
+    if digest in [etag.value for etag in request.if_none_match or ()]:
+        return web.Response(status=304, headers=headers)
+    media = "text/css" if name.endswith(".css") else "text/javascript"
+    return InPieces(body=body, shared=True, content_type=media, headers=headers)
+
+
+@functools.cache
+def read_asset(name: str) -> tuple[bytes, str]:
+    """Return a file of the page, and its SHA-256."""
     spec = importlib.util.find_spec("swagger_ui")
-    folder = Path(spec.origin or "").parent if spec else Path()
-    cached = {"Cache-Control": "no-cache"}  # kept, and asked for again by its ETag
-    return web.FileResponse(folder / "static" / request.match_info["asset"], headers=cached)
+    body = Path(spec.origin or "" if spec else "").with_name("static").joinpath(name).read_bytes()
+    return body, hashlib.sha256(body).hexdigest()
 
 
 DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#page", validatorUrl: null})'
@@ -3016,6 +3244,8 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 def json_answer(
     body: bytes, status: int = 200, headers: dict[str, str] | None = None
 ) -> web.Response:
+    if len(body) > PIECE:
+        return InPieces(body=body, status=status, headers=headers, content_type="application/json")
     if status in STATUS_HEADERS:
         headers = STATUS_HEADERS[status] | (headers or {})
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
@@ -3030,8 +3260,12 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     begun = time.perf_counter()
     try:
         response: web.StreamResponse = await handler(request)
+        if isinstance(response, Sent):
+            response.admit(request.app[CLIENTS])
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
+    if request.transport:
+        request.app[CLIENTS].note(request.transport)
     response.headers["X-Request-ID"] = request_id
     if RATE_HEADERS in request:
         response.headers.update(request[RATE_HEADERS])
@@ -3466,6 +3700,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     app[RAW] = store = store_of(config, metrics)
     app[BACKEND] = measured(backend_of(config) if backend is None else backend, metrics)
     app[ADMISSION] = Admission()
+    app[CLIENTS] = Clients()
     app[GUARD] = guard = Guard(config)
     app[RELOADER] = Reloader()
     if config.files:
@@ -3540,7 +3775,10 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
         tokens = app[GUARD].tokens
         if tokens:
             await tokens.fetch()
-        tasks = [asyncio.create_task(app[RELOADER].run())]
+        tasks = [
+            asyncio.create_task(app[RELOADER].run()),
+            asyncio.create_task(app[CLIENTS].look_around()),
+        ]
         every = app[CONFIG].process.every
         if every:
             tasks.append(asyncio.create_task(app[PROCESSOR].process_forever(every)))

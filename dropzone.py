@@ -110,6 +110,7 @@ from backends import (
     paired,
     same,
     timestamp_text,
+    unhurried,
 )
 from backends.raw import (
     PIECE,
@@ -2686,7 +2687,7 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.St
         body = CSV_HEAD + await reads.run(csv_lines, rows)
         return InPieces(body=body, content_type="text/csv", charset="utf-8", headers=headers)
     page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
-    return json_answer(await reads.run(json_of, page), headers=headers)
+    return json_answer(await reads.run(json_of_page, page), headers=headers)
 
 
 PAGE_ROWS = 1000  # of JSON, unless a limit is given
@@ -2713,11 +2714,18 @@ async def find_rows(
     )
 
 
-def csv_lines(rows: Iterable[Measurement]) -> bytes:
+def json_of_page(page: MeasurementPage) -> bytes:
+    """Do as `json_of`, in a thread that others need not wait for."""
+    rows = [json_of(some)[1:-1] for some in unhurried(page.measurements)]
+    return b'{"measurements":[%s],"next":%s}' % (b",".join(rows), json_of(page.next))
+
+
+def csv_lines(rows: Sequence[Measurement]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    for row in rows:
-        writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
+    for some in unhurried(rows):
+        for row in some:
+            writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
     return text.getvalue().encode()
 
 

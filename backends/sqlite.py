@@ -20,6 +20,7 @@ from backends import (
     MeasurementNotFound,
     edges,
     timestamp_text,
+    unhurried,
     window,
     winners,
 )
@@ -257,7 +258,8 @@ class SqliteBackend:
 
     async def _rows(self, sql: str, *parameters: object) -> list[Measurement]:
         def read(connection: sqlite3.Connection) -> list[Measurement]:
-            return list(map(self._measurement, connection.execute(sql, parameters).fetchall()))
+            found = connection.execute(sql, parameters).fetchall()
+            return [self._measurement(row) for some in unhurried(found) for row in some]
 
         return await self._reads.run(read)
 

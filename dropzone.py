@@ -44,6 +44,7 @@ import pwd
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -56,7 +57,9 @@ import tempfile
 import threading
 import time
 import tomllib
+import warnings
 import zlib
+from array import array
 from calendar import isleap
 from collections import Counter
 from collections.abc import (
@@ -81,13 +84,15 @@ from pathlib import Path
 from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
+from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
 import prometheus_client as prometheus
-from aiohttp import ClientError, ClientSession, ClientTimeout, StreamReader, web
+from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_urldispatcher import MatchInfoError
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
@@ -113,9 +118,12 @@ from backends import (
     unhurried,
 )
 from backends.raw import (
-    PIECE,
+    PIECE_BYTES,
     Activity,
+    Copied,
+    FolderTaken,
     KeyReused,
+    NoAccess,
     Observer,
     OpenPayload,
     PackDamaged,
@@ -134,13 +142,20 @@ from backends.raw import (
     raw_id_of,
 )
 from backends.raw.disk import (
+    FILE,
+    FOLDER,
+    access_trouble,
+    denied,
     disk_errors,
     locked,
     make_folder,
+    owner_of,
     storage_error,
     sync_file,
+    user_name,
     write_all,
     writing_trouble,
+    wrong_owner,
 )
 from backends.raw.landing import RawStore
 
@@ -177,6 +192,14 @@ class DropzoneError(Exception):
 
 class ConfigError(DropzoneError):
     code = "config_invalid"
+
+
+class WrongUser(ConfigError):
+    """This user must not work here. `user` is the one who may, where there is one."""
+
+    def __init__(self, detail: str, user: str = "") -> None:
+        super().__init__(detail)
+        self.user = user
 
 
 class PayloadNotJson(DropzoneError):
@@ -339,12 +362,14 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True, dict=True):
     """Every setting, checked, with its paths made absolute.
 
-    A configuration that was loaded knows the file that is its `source`, the `keys_file` that holds
-    further keys, all `files` that it depends on, whether they exist or not, and how to `reload`
-    itself. One that a program has made by itself has none of these.
+    A configuration that was loaded knows the file that is its `source`, the `dotenv` that goes
+    before it, the `keys_file` that holds further keys, all `files` that it depends on, whether they
+    exist or not, and how to `reload` itself. One that a program has made by itself has none of
+    these.
     """
 
     source: ClassVar[Path | None] = None
+    dotenv: ClassVar[Path | None] = None
     keys_file: ClassVar[Path | None] = None
     files: ClassVar[Sequence[Path]] = ()
     reload: ClassVar[functools.partial[Config]]
@@ -409,8 +434,8 @@ def load_config(
     that is empty is ignored. Raises `ConfigError`, with a line for each wrong setting.
     """
     here = Path.cwd()
-    dotenv = _found(".env")
-    variables = _variables(_read_dotenv(dotenv), dotenv.parent if dotenv else here)
+    dotenv = next(filter(_sets_ours, filter(os.path.isfile, _places(".env"))), None)
+    variables = _variables(_read_dotenv(dotenv), dotenv.parent) if dotenv else []
     variables += _variables(environ, here)
     file = here / path if path else _config_file(variables)
     given = _in_file(file) if file else []
@@ -424,7 +449,7 @@ def load_config(
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
     if not any(each.setting == AUTH_KEYS and isinstance(each.value, str) for each in given):
         config.__dict__["keys_file"] = keys_file_of(config)
-    config.__dict__["source"] = file
+    config.__dict__["source"], config.__dict__["dotenv"] = file, dotenv
     files = ((file,) if file else _places("config.toml")) + _places(".env")
     config.__dict__["files"] = (*files, keys_file_of(config))
     config.__dict__["reload"] = functools.partial(
@@ -450,6 +475,9 @@ def kept_keys(file: Path) -> tuple[KeyConfig, ...]:
     """Return the keys that such a file holds, none where there is no file."""
     if not os.path.exists(file):
         return ()
+    trouble = access_trouble(file, os.R_OK)
+    if trouble:
+        raise ConfigError(trouble)
     given = _in_file(file)
     for each in given:
         if each.setting != AUTH_KEYS:
@@ -462,17 +490,13 @@ def _places(name: str) -> tuple[Path, ...]:
     return Path.cwd() / name, Path(__file__).resolve().parent / name
 
 
-def _found(name: str) -> Path | None:
-    return next((file for file in _places(name) if file.is_file()), None)
-
-
 def _config_file(variables: Sequence[Given]) -> Path | None:
     """Return the file that a variable names, or the first of ours in reach."""
     for each in reversed(variables):
         if each.setting == CONFIG_FILE:
             return each.home / str(each.value)
     places = _places("config.toml")
-    return next((file for file in places if file.is_file() and _is_ours(file)), None)
+    return next(filter(_is_ours, filter(os.path.isfile, places)), None)
 
 
 def _is_ours(file: Path) -> bool:
@@ -481,17 +505,30 @@ def _is_ours(file: Path) -> bool:
     return not sections or bool(sections & {*Config.__struct_fields__})
 
 
+def _sets_ours(file: Path) -> bool:
+    """Say whether an .env has a variable of Dropzone's, or none at all."""
+    names = _read_dotenv(file).keys()
+    return not names or any(name.startswith("DROPZONE_") for name in names)
+
+
 def _read_toml(file: Path) -> Table:
-    try:
+    with _reading(file):
         return tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # also where it is no UTF-8
-        raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def _read_dotenv(file: Path | None) -> Mapping[str, str | None]:
+def _read_dotenv(file: Path) -> Mapping[str, str | None]:
+    with _reading(file):
+        return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        return dotenv_values(stream=io.StringIO(file.read_text("utf-8"))) if file else {}
-    except (OSError, ValueError) as error:
+        yield
+    except PermissionError:
+        me = user_name(os.geteuid())
+        raise WrongUser(f"the settings in {file} are not for {me} to read", "root") from None
+    except (OSError, ValueError) as error:  # also where it is no UTF-8
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
@@ -734,18 +771,22 @@ def audited(action: str, caller: str, **facts: object) -> Iterator[dict[str, obj
         audit(action, caller, **facts)
 
 
+@functools.cache
 def operator_name() -> str:
-    """Return the user who runs a command, as audit lines name callers."""
-    try:
-        return f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
-    except KeyError:  # a container may run as a user without a name
-        return f"cli:{os.getuid()}"
+    """Return the user who runs a command, as audit lines name callers.
+
+    The first call counts: root may take the identity of another user.
+    """
+    return f"cli:{user_name(os.getuid())}"
 
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-LARGE_JSON = 64 * 1024  # bytes; a smaller document is checked at once, however odd it is
+LARGE_JSON = 64 * 1024  # bytes; a smaller document is parsed at once, however odd it is
+NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(-?(?:NaN|Infinity))', re.DOTALL)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+NO_NUMBER = b"\x7f"  # fills the text that stands in the place of NaN and infinities
 
 
 def parse_json(body: bytes) -> object:
@@ -763,16 +804,63 @@ def parse_json(body: bytes) -> object:
 def check_json(body: bytes, *, patient: bool = True) -> None:
     """Raise `PayloadNotJson` where `parse_json` would, in a tenth of the time, without the values.
 
-    The values of a large document can take a gigabyte of memory, and seconds in which nothing else
-    runs: unless `patient`, raise one of `REFUSED` where it would have to be parsed.
+    A large document that is not strictly JSON can take seconds in which nothing else runs: unless
+    `patient`, raise one of `REFUSED` for it.
     """
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
         check_utf8(body)
     except REFUSED:
-        if not patient and len(body) > LARGE_JSON:
+        if len(body) <= LARGE_JSON:
+            _parse_leniently(body)
+        elif patient:
+            strict_json(body)
+        else:
             raise
-        _parse_leniently(body)
+
+
+def strict_json(body: bytes) -> bytes:
+    """Return a document that `parse_json` accepts as one that is strictly JSON, or raise likewise.
+
+    No values are made, which can take a gigabyte for a large document. In the place of NaN and
+    infinities there is text of their length, so that every position remains, and in that of
+    surrogates, of which msgspec takes pairs alone, there are letters.
+    """
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+        check_utf8(body)
+    except REFUSED:
+        pass
+    else:
+        return body
+    strict = bytearray(body)
+    if body.startswith(codecs.BOM_UTF8):
+        strict[: len(codecs.BOM_UTF8)] = b" " * len(codecs.BOM_UTF8)
+    for found in NOT_FINITE.finditer(body):
+        if found[1]:
+            strict[found.start() : found.end()] = b'"%s"' % (NO_NUMBER * (len(found[1]) - 2))
+    for found in SURROGATE.finditer(strict):
+        strict[found.start() : found.end()] = b"\\u0041"
+    try:
+        msgspec.json.decode(strict, type=msgspec.Raw)
+        check_utf8(body)
+    except RecursionError:
+        raise PayloadNotJson("nested too deeply: send a flatter document") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(body, error.start, error.reason) from None
+    except msgspec.DecodeError as error:
+        [problem, position] = _problem_at(str(error), len(body))
+        line_start = body.rfind(b"\n", 0, position) + 1
+        line = 1 + body.count(b"\n", 0, position)
+        place = f"line {line}, column {1 + position - line_start} (byte {position})"
+        raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
+    return bytes(strict)
+
+
+def _problem_at(words: str, end: int) -> tuple[str, int]:
+    """Return what msgspec says is wrong, and at which byte; a document cut short ends there."""
+    found = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", words)
+    return (found[1], int(found[2])) if found else ("it ends too early", end)
 
 
 def check_utf8(body: bytes) -> None:
@@ -788,15 +876,18 @@ def _parse_leniently(body: bytes) -> object:
     except RecursionError:
         raise PayloadNotJson("nested too deeply: send a flatter document") from None
     except UnicodeDecodeError as error:
-        position = mark + error.start
-        line = 1 + body.count(b"\n", 0, position)
-        place = f"line {line} (byte {position})"
-        raise PayloadNotJson(f"not UTF-8: {error.reason} at {place}", position=position) from None
+        raise _not_utf8(body, mark + error.start, error.reason) from None
     except json.JSONDecodeError as error:
         problem = error.msg if error.doc.strip() else "the body is empty"
         position = mark + len(error.doc[: error.pos].encode())
         place = f"line {error.lineno}, column {error.colno} (byte {position})"
         raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
+
+
+def _not_utf8(body: bytes, position: int, reason: str) -> PayloadNotJson:
+    line = 1 + body.count(b"\n", 0, position)
+    place = f"line {line} (byte {position})"
+    return PayloadNotJson(f"not UTF-8: {reason} at {place}", position=position)
 
 
 def _parse_int(digits: str) -> int | float:
@@ -1055,6 +1146,7 @@ class GoodPayload(Struct):
 
 
 GOOD_PAYLOAD = msgspec.json.Decoder(GoodPayload)
+EXPONENTS = 64  # letters e in a text of numbers, from which on msgspec may be the slower way
 
 
 def transform(raw_id: UUID, body: bytes) -> Measurement:
@@ -1063,13 +1155,16 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
     at least one finite number. Other members are left alone.
     """
+    if len(body) > LARGE_JSON:
+        return _transform_large(raw_id, body)
     try:  # the way of nearly all, several times as fast as finding out what is wrong
-        good = GOOD_PAYLOAD.decode(body)
-        check_utf8(body)
-        if good.data:  # all finite, as the decoder takes no other numbers
-            mean, std_dev = mean_and_std_dev(good.data)
-            return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if body.count(b"e") + body.count(b"E") < EXPONENTS:
+            good = GOOD_PAYLOAD.decode(body)
+            check_utf8(body)
+            if good.data:  # all finite, as the decoder takes no other numbers
+                mean, std_dev = mean_and_std_dev(good.data)
+                return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
+    except REFUSED:
         pass
     return _transform_carefully(raw_id, body)
 
@@ -1080,9 +1175,7 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     except PayloadNotJson as error:
         raise DataQualityError(error.code, error.detail) from None
     if not isinstance(document, dict):
-        raise DataQualityError(
-            "payload_not_object", f"the payload is {_shown(document)}, no object"
-        )
+        raise _no_object(_shown(document))
     if "time_stamp" not in document:
         raise DataQualityError("time_stamp_missing", "the payload has no time_stamp")
     timestamp_utc = parse_time_stamp(document["time_stamp"])
@@ -1092,12 +1185,71 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
+def _no_object(shown: str) -> DataQualityError:
+    return DataQualityError("payload_not_object", f"the payload is {shown}, no object")
+
+
+class LargePayload(Struct):
+    """The members of a large payload that count, as text; empty where they are missing."""
+
+    time_stamp: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+
+
+LARGE_PAYLOAD = msgspec.json.Decoder(LargePayload)
+
+
+def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
+    """Do as `_transform_carefully`, but without the values of the document, which may take 1 GB."""
+    try:
+        payload = LARGE_PAYLOAD.decode(strict_json(body))
+    except PayloadNotJson as error:
+        raise DataQualityError(error.code, error.detail) from None
+    except msgspec.ValidationError:
+        raise _no_object(_shown_text(body)) from None
+    time_stamp, data = memoryview(payload.time_stamp), memoryview(payload.data)
+    if not time_stamp:
+        raise DataQualityError("time_stamp_missing", "the payload has no time_stamp")
+    timestamp_utc = _large_time_stamp(time_stamp)
+    if not data:
+        raise DataQualityError("data_missing", "the payload has no data")
+    mean, std_dev = mean_and_std_dev(_many_finite_values(data))
+    return Measurement(timestamp_utc, mean, std_dev, raw_id)
+
+
+def time_stamp_in(body: bytes) -> datetime:
+    """Return the moment (UTC) that the time stamp of a payload names, and look at nothing else.
+
+    Raises `DataQualityError` and `PayloadNotJson`.
+    """
+    if len(body) <= LARGE_JSON:
+        document = parse_json(body)
+        return parse_time_stamp(document.get("time_stamp") if isinstance(document, dict) else None)
+    with contextlib.suppress(msgspec.ValidationError):  # no object
+        text = memoryview(LARGE_PAYLOAD.decode(strict_json(body)).time_stamp)
+        if text:
+            return _large_time_stamp(text)
+    return parse_time_stamp(None)
+
+
+def _large_time_stamp(text: memoryview) -> datetime:
+    if len(text) <= LARGE_JSON:
+        return parse_time_stamp(parse_json(bytes(text)))
+    wrong = f"time_stamp is {_shown_text(text)}: {len(text)} bytes; {SEND_GOOD}"
+    raise DataQualityError("time_stamp_invalid", wrong)
+
+
 def _shown(value: object) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def _shown_text(text: bytes | memoryview) -> str:
+    """Show the begin of a long text in JSON."""
+    return bytes(text[: 4 * SHOWN]).decode(errors="replace")[:SHOWN] + "…"
 
 
 def parse_time_stamp(value: object) -> datetime:
@@ -1235,31 +1387,119 @@ def _bad_value(data: list[Any]) -> DataQualityError:
     return DataQualityError("value_not_finite", wrong)
 
 
+PIECE = 16 * 1024  # bytes of a large array that are read at a time
+COMMA = re.compile(rb",")
+ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\"))\s*(?:,|\Z)")
+NUMBERS = msgspec.json.Decoder(list[float])
+
+
+def _many_finite_values(text: memoryview) -> array[float]:
+    """Do as `_finite_values` with the text of a large array."""
+    if text[0] != ord("["):
+        raise DataQualityError(
+            "data_not_array", f"data is {_shown_text(text)}, no array of numbers"
+        )
+    if not bytes(text[1:-1]).strip():
+        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+    values = array("d")
+    try:
+        for piece in _pieces_of(text):
+            values.extend(_numbers_in(piece))
+    except (*REFUSED, ValueError, DataQualityError):
+        raise _bad_value_in(text) from None
+    return values
+
+
+def _pieces_of(text: memoryview) -> Iterator[bytes]:
+    """Cut an array at commas; where it has numbers alone, the pieces are arrays as well."""
+    start, end = 1, len(text) - 1
+    while start < end:
+        comma = COMMA.search(text, start + PIECE, end)
+        stop = comma.start() if comma else end
+        yield b"".join((b"[", text[start:stop], b"]"))
+        start = stop + 1
+
+
+def _numbers_in(piece: bytes) -> list[float]:
+    """Return the numbers of an array; raises where it has anything but finite ones.
+
+    msgspec is the fastest, but takes microseconds for some numbers with exponents.
+    """
+    if piece.count(b"e") + piece.count(b"E") < EXPONENTS:
+        with contextlib.suppress(*REFUSED):
+            return NUMBERS.decode(piece)
+    return _finite_values(json.loads(piece))
+
+
+def _bad_value_in(text: memoryview) -> DataQualityError:
+    """Do as `_bad_value` with the text of a large array."""
+    index, not_finite = 0, None
+    for piece in _pieces_of(text):
+        with contextlib.suppress(*REFUSED, ValueError, DataQualityError):
+            index += len(_numbers_in(piece))
+            continue
+        inner = memoryview(piece)[1:-1]
+        position = 0
+        while position < len(inner):
+            element = ELEMENT.match(inner, position)
+            if element is None:
+                wrong = f"data[{index}] is {_shown_text(inner[position:])}, no number"
+                return DataQualityError("value_not_numeric", wrong)
+            if not_finite is None and not (element[1] and math.isfinite(float(element[1]))):
+                shown = "NaN or an infinity" if element[2] else _shown_text(element[1])
+                not_finite = f"data[{index}] is {shown}, no finite double"
+            index, position = index + 1, element.end()
+    return DataQualityError("value_not_finite", not_finite or "data is no array of numbers")
+
+
+AT_ONCE = 65_536  # values whose deviations are in memory at a time
+DOWN = 2.0**-32  # a scale at which no sum of a payload leaves the range of a double
+
+
 def mean_and_std_dev(values: Sequence[float]) -> tuple[float, float]:
     """Return the arithmetic mean and the population standard deviation of finite values.
 
-    Two passes with exact sums: the mean is within 1 ulp, the deviation within a few. The rounding
-    error of the mean is the mean of the deviations from it, and is taken out of them again (the
-    corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so that squares
-    neither overflow nor vanish. Where sums leave the range of a double, exact fractions take over.
+    Two passes with exact sums: the mean is within 1 ulp, the deviation within a few. Where sums
+    leave the range of a double, exact fractions and a smaller scale take over.
     """
-    count = len(values)
     try:
-        mean = math.fsum(values) / count
-        deviations = list(map(operator.sub, values, itertools.repeat(mean)))
-        residual = math.fsum(deviations) / count
-        std_dev = math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
+        mean = math.fsum(values) / len(values)
+        std_dev = _deviation(values, mean)
         if math.isfinite(std_dev):
             return mean, std_dev
     except OverflowError:  # of fsum, near 1e308
         pass
-    return statistics.mean(values), statistics.pstdev(values)
+    mean = statistics.mean(values)
+    scaled = array("d", map(operator.mul, values, itertools.repeat(DOWN)))
+    return mean, min(_deviation(scaled, mean * DOWN) / DOWN, sys.float_info.max)
+
+
+def _deviation(values: Sequence[float], mean: float) -> float:
+    """Return the root of the mean square of the deviations from a mean that was rounded.
+
+    The rounding error of the mean is the mean of the deviations from it, and is taken out of them
+    again (the corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so
+    that squares neither overflow nor vanish.
+    """
+    count = len(values)
+    if count <= AT_ONCE:
+        deviations = list(map(operator.sub, values, itertools.repeat(mean)))
+        residual = math.fsum(deviations) / count
+        return math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
+    residual = math.fsum(map(operator.sub, values, itertools.repeat(mean))) / count
+    distances = list[float]()
+    for start in range(0, count, AT_ONCE):
+        portion = values[start : start + AT_ONCE]
+        deviations = list(map(operator.sub, portion, itertools.repeat(mean)))
+        distances.append(math.dist(deviations, itertools.repeat(residual, len(portion))))
+    return math.hypot(*distances) / math.sqrt(count)
 
 
 # ── Processing: pending payloads become rows ──────────────────────────────────────────────────────
 
 LOCK_PATIENCE = 10.0  # seconds that a second processor waits for the first
 LONGEST_PAUSE = 60.0  # seconds between two tries while the backend is away
+STUCK_PAUSE = 10.0  # seconds, while the data folder has payloads that cannot be read or moved
 REJECTIONS_SHOWN = 1000
 LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
@@ -1276,6 +1516,7 @@ class Judged(Struct, frozen=True, array_like=True):
     rows: list[Measurement]
     rejected: list[Rejection]
     checked: int
+    unread: list[str]  # why this user may not read the others
 
 
 JUDGED = msgspec.msgpack.Decoder(Judged)
@@ -1286,27 +1527,35 @@ def tell_nobody(*_: int) -> None:
 
 
 def judge(
-    read: Callable[[UUID], bytes], raw_ids: Iterable[UUID | str], most_bytes: int = sys.maxsize
+    read: Callable[[UUID], bytes],
+    raw_ids: Iterable[UUID | str],
+    most_bytes: int = sys.maxsize,
+    largest: int = sys.maxsize,
 ) -> bytes:
     """Transform payloads, one in memory at a time; return `Judged` as MessagePack.
 
-    It stops behind the payload with which it has read `most_bytes`.
+    It stops behind the payload with which it has read `most_bytes`, and before one that has more
+    than `largest` bytes.
     """
-    rows, rejected = list[Measurement](), list[Rejection]()
+    rows, rejected, unread = list[Measurement](), list[Rejection](), list[str]()
     checked = size = 0
     for raw_id in (UUID(str(each)) for each in raw_ids):
-        checked += 1
         try:
             body = read(raw_id)
+            if len(body) > largest:
+                break
             size += len(body)
             rows.append(transform(raw_id, body))
         except RawIdUnknown:
-            continue  # it has left meanwhile
+            pass  # it has left meanwhile
+        except NoAccess as error:
+            unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
             rejected.append(Rejection(raw_id, error.code, str(error), datetime.now(UTC)))
+        checked += 1
         if size >= most_bytes:
             break
-    return msgspec.msgpack.encode(Judged(rows, rejected, checked))
+    return msgspec.msgpack.encode(Judged(rows, rejected, checked, unread))
 
 
 class Workers:
@@ -1324,6 +1573,9 @@ class Workers:
             return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
         except BrokenProcessPool:
             self._pool = None
+            if not os.access(sys.executable, os.X_OK):
+                wrong = f"{user_name(os.geteuid())} may not run {sys.executable}"
+                raise StorageUnavailable(f"{wrong}: install it where every user may") from None
             raise StorageUnavailable("a process of this service has ended; try again") from None
 
     def begin(self) -> asyncio.Future[Any]:
@@ -1394,6 +1646,18 @@ class ProcessResult(Struct):
     rejected: list[Rejection] = []
 
 
+@dataclass
+class Stuck:
+    """How many payloads stay pending, as this user may not read or move them, and why the first."""
+
+    count: int = 0
+    why: str = ""
+
+    def add(self, reasons: Sequence[str]) -> None:
+        self.why = self.why or next(iter(reasons), "")
+        self.count += len(reasons)
+
+
 class Processor:
     """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
@@ -1421,15 +1685,16 @@ class Processor:
         number of all.
 
         Raises `BackendUnavailable`, and then what is not in the backend is still pending;
-        `ProcessorBusy` when another processor holds the data folder for longer than 10 s.
+        `ProcessorBusy` when another processor holds the data folder for longer than 10 s;
+        `NoAccess`, when all others are processed, where this user may not read or move a payload.
         """
-        result = ProcessResult()
+        result, stuck = ProcessResult(), Stuck()
         async with self._alone():
             window, pending = await asyncio.to_thread(self._window, limit)
             todo = pending if limit is None else min(limit, pending)
 
             async def work(run: Callable[..., Awaitable[Any]], batch: list[str]) -> None:
-                await self._process_batch(run, batch, result)
+                await self._process_batch(run, batch, result, stuck)
                 progress(result.checked, todo)
 
             batches = self._batches(window, todo)
@@ -1443,6 +1708,9 @@ class Processor:
                 result.failed,
                 result.remaining,
             )
+        if stuck.count:
+            rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
+            raise NoAccess(f"{stuck.why}. {rest}")
         return result
 
     async def _process_in_thread(
@@ -1475,7 +1743,10 @@ class Processor:
                 pause = every  # the other processor does the work
             except Exception as error:  # else nothing would ever be processed again
                 pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
-                defect = None if isinstance(error, BackendError | DropzoneError) else error
+                if isinstance(error, NoAccess):  # to some payloads: the others must not wait long
+                    pause = max(every, STUCK_PAUSE)
+                expected = BackendError | DropzoneError | PayloadStoreError
+                defect = None if isinstance(error, expected) else error
                 again = "processing stopped, next try within %.0f s: %s"
                 log.warning(again, pause, error, exc_info=defect)
             await asyncio.sleep(pause * uniform(0.5, 1))  # noqa: S311 (not all of them at once)
@@ -1498,7 +1769,8 @@ class Processor:
         except Timeout:
             raise ProcessorBusy(busy) from None
         except OSError as error:  # of the data folder
-            raise storage_error(error) from error
+            trouble = await asyncio.to_thread(self._payloads.processing_trouble)
+            raise (StorageUnavailable(trouble) if trouble else storage_error(error)) from error
         finally:
             self._turn.release()
 
@@ -1517,23 +1789,35 @@ class Processor:
             window, _ = self._window(todo, window[-1])
 
     async def _process_batch(
-        self, run: Callable[..., Awaitable[Any]], batch: Sequence[str], result: ProcessResult
+        self,
+        run: Callable[..., Awaitable[Any]],
+        batch: Sequence[str],
+        result: ProcessResult,
+        stuck: Stuck,
     ) -> None:
-        """Read, transform, upsert and move; large payloads in several portions."""
+        """Read, transform, upsert and move; large payloads in several portions.
+
+        In this process none is transformed that is so large that it might hold up all else.
+        """
+        read = self._payloads.read_pending
+        largest = sys.maxsize if run == self._workers.run else LARGE_JSON
         while batch:
-            judged = JUDGED.decode(
-                await run(judge, self._payloads.read_pending, batch, PORTION_BYTES)
-            )
+            judged = JUDGED.decode(await run(judge, read, batch, PORTION_BYTES, largest))
+            if not judged.checked:
+                judged = JUDGED.decode(await self._workers.run(judge, read, batch, PORTION_BYTES))
             rejected = judged.rejected
             if judged.rows:
                 rejected += await self._upsert(judged.rows)
             refused = {rejection.raw_id for rejection in rejected}
             stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-            rejected = await run(self._payloads.settle, stored, rejected)
-            self._metrics.processed.inc(len(stored))
+            settled = await run(self._payloads.settle, stored, rejected)
+            rejected = settled.rejected
+            processed = len(stored) - len(settled.stuck.keys() - refused)
+            stuck.add([*judged.unread, *settled.stuck.values()])
+            self._metrics.processed.inc(processed)
             for rejection in rejected:
                 self._metrics.rejected.labels(rejection.code).inc()
-            result.processed += len(stored)
+            result.processed += processed
             result.failed += len(rejected)
             result.checked = result.processed + result.failed
             result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
@@ -1647,8 +1931,11 @@ class Lately(Generic[T]):
         self._seen, self._due = 0, 0.0
         self._looking: asyncio.Future[None] | None = None
 
-    async def look(self) -> T:
-        """Return what was found; raises `StorageUnavailable`."""
+    async def look(self, *, patient: bool = True) -> T:
+        """Return what was found; raises `StorageUnavailable`.
+
+        The first look is waited for, however long it takes, unless the caller is not `patient`.
+        """
         with disk_errors():
             loop = asyncio.get_running_loop()
             changed = await loop.run_in_executor(self._glances, self._changed)
@@ -1656,7 +1943,7 @@ class Lately(Generic[T]):
                 self._looking = asyncio.ensure_future(asyncio.to_thread(self._look, changed))
             looking = self._looking
             if looking:
-                patience = LOOK_PATIENCE if self._due else None
+                patience = None if patient and not self._due else LOOK_PATIENCE
                 done, _ = await asyncio.wait([looking], timeout=patience)
                 if done and looking is self._looking:
                     self._looking = None
@@ -1757,10 +2044,13 @@ def derive(portion: Portion) -> bytes:
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
+    damage += judged.unread
     return msgspec.msgpack.encode(Derived(judged.rows, damage, judged.checked))
 
 
 def sentence_of(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return denied(error)
     if isinstance(error, OSError):
         return f"{error.filename} cannot be read: {error.strerror}"
     return str(error)
@@ -1808,7 +2098,8 @@ class Proof:
         try:
             await self._derive(derived, progress)
             if refuse_empty and not await derived.find(limit=1):
-                raise ConfigError(f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}")
+                nothing = f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}"
+                raise ConfigError(". ".join([nothing, *self.damage[:1]]))
             async for right, row in paired(derived, self._backend, since, until):
                 if right and row and same(right, row):
                     self.counts["right"] += 1
@@ -1867,6 +2158,9 @@ class Proof:
 
     async def _derive(self, derived: Backend, progress: Callable[[int], object]) -> None:
         done = self._scratch / "done"
+        trouble = access_trouble(self._scratch, FOLDER)  # another user's run may have been stopped
+        if trouble:
+            raise NoAccess(trouble)
 
         async def derive_portion(portion: Portion) -> None:
             made = DERIVED.decode(await self._workers.run(derive, portion))
@@ -2026,7 +2320,11 @@ class Health(Struct, frozen=True):
 
 
 class Readiness(Struct, frozen=True):
-    """Whether payloads can be landed; each check is `ok` or says what is wrong."""
+    """Whether payloads can be landed; each check is `ok` or says what is wrong.
+
+    `raw` alone decides. While the `backend` does not answer, or `processing` has no right to a file
+    or a folder, payloads go on landing and wait.
+    """
 
     status: Literal["ok", "unavailable"]
     checks: dict[str, str]
@@ -2052,7 +2350,8 @@ class Status(Struct, frozen=True):
     `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
     how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
     `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
-    so of rows that could not be written, until some can.
+    so of rows that could not be written, until some can. `processing` is `ok` or names the file or
+    folder that keeps payloads from being processed.
     """
 
     now: datetime
@@ -2066,6 +2365,7 @@ class Status(Struct, frozen=True):
     reserve_bytes: int
     backend: str
     failed_write: FailedWrite | None
+    processing: str
 
 
 class Summary(Struct, frozen=True):
@@ -2273,7 +2573,7 @@ class Sent(web.StreamResponse):
     """
 
     clients: Clients  # is set by `edge`
-    held = PIECE
+    held = PIECE_BYTES
 
     def admit(self, clients: Clients) -> None:
         """Raise where there is no room for it."""
@@ -2287,17 +2587,17 @@ class Sent(web.StreamResponse):
             if client is None:
                 raise ConnectionResetError("the client has gone")
             self.clients.note(client, self.held)
-            await self.write(rest[:PIECE])
-            rest = rest[PIECE:]
+            await self.write(rest[:PIECE_BYTES])
+            rest = rest[PIECE_BYTES:]
 
     def begin(self, client: asyncio.BaseTransport | None) -> None:
         """Have system and TLS take little at a time, which they would hold as well."""
         if client is None:
             return
-        cast("asyncio.WriteTransport", client).set_write_buffer_limits(PIECE)
+        cast("asyncio.WriteTransport", client).set_write_buffer_limits(PIECE_BYTES)
         connection = client.get_extra_info("socket")
         with contextlib.suppress(AttributeError, OSError):  # it is no TCP connection
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_BYTES)
 
     def end(self, client: asyncio.BaseTransport | None) -> None:
         """Hold nothing any more."""
@@ -2310,7 +2610,7 @@ class InPieces(Sent, web.Response):
 
     def __init__(self, *, body: bytes, shared: bool = False, **options: Any) -> None:
         super().__init__(body=body, **options)
-        self.held = PIECE if shared else len(body)
+        self.held = PIECE_BYTES if shared else len(body)
         self._client: asyncio.BaseTransport | None = None
 
     async def prepare(self, request: web.BaseRequest) -> Any:
@@ -2350,7 +2650,7 @@ class WhileRead(Sent):
         unit: str,
         *,
         close: Callable[[], object] = tuple,
-        held: int = PIECE,
+        held: int = PIECE_BYTES,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__(headers=headers)
@@ -2422,12 +2722,12 @@ PROCESSOR = web.AppKey("PROCESSOR", Processor)
 PENDING = web.AppKey("PENDING", Lately[tuple[list[str], int]])
 REJECTED = web.AppKey("REJECTED", Lately[Counter[str]])
 BACKEND_TROUBLE = web.AppKey("BACKEND_TROUBLE", Shared[str | None])
-LANDING_TROUBLE = web.AppKey("LANDING_TROUBLE", Shared[str | None])
+PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-CALLER = web.RequestKey("CALLER", str)  # the name of the key or token; not set where none is needed
+CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
 LANDED = web.RequestKey("LANDED", list[UUID])
 REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
@@ -2436,6 +2736,7 @@ PING_PATIENCE = 3.0  # seconds
 
 
 CLIENTS = web.AppKey("CLIENTS", Clients)
+ARRIVALS = web.AppKey("ARRIVALS", ThreadPoolExecutor)  # threads for what lands and is large
 GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the state
 
 
@@ -2465,6 +2766,7 @@ class Turns:
 
 
 READS = web.AppKey("READS", Turns)  # of rows and payloads
+RECEIPTS = web.AppKey("RECEIPTS", Turns)  # each of which holds a payload, however large
 SUMMARIES = web.AppKey("SUMMARIES", Turns)  # of all rows of a range, which may take seconds
 RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
 
@@ -2487,12 +2789,15 @@ class Route:
     problems: tuple[int, ...] = ()  # besides those of every route with a scope or a query
     query: type[Struct] | None = None  # the checked query is the handler's second argument
     turns: web.AppKey[Turns] | None = None  # that it waits for; None: it is answered at once
+    limited: bool = True  # whether the limits count it
     handler: Handler = field(init=False)
 
     def statuses(self) -> list[int]:
         """Return the statuses that its answers may have, in order."""
-        guarded = (401, 403, 429, 503) if self.scope else ()
-        return sorted({*self.answers, *self.problems, *guarded, *([400] if self.query else ())})
+        guarded = (401, 403, 503) if self.scope else ()
+        limited = (429,) if self.limited else ()
+        wrong = (400,) if self.query else ()
+        return sorted({*self.answers, *self.problems, *guarded, *limited, *wrong})
 
     def __call__(self, handler: Handler) -> Handler:
         self.handler = handler
@@ -2501,10 +2806,12 @@ class Route:
 
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
+        if self.limited:
+            admit_address(request)  # guessed keys count, too
         if self.scope:
-            admit(request, "address", network_of(request.remote or ""))  # guessed keys count, too
-            await authorize(request, self.scope)
+            scopes = await authenticate(request)
             admit(request, "key", request.get(CALLER, ""))
+            authorize(request, self.scope, scopes)
         arguments = [query_in(request, self.query)] if self.query else []
         if self.turns is None:
             return await self.handler(request, *arguments)
@@ -2512,18 +2819,33 @@ class Route:
             return await self.handler(request, *arguments)
 
 
-@Route("GET", "/health", None, {200: (Health,)})
+@Route("GET", "/health", None, {200: (Health,)}, limited=False)
 async def health(_: web.Request) -> web.Response:
     """Say that the process lives."""
     return answer(Health())
 
 
-@Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)})
+@Route("GET", "/ready", None, {200: (Readiness,), 503: (Readiness,)}, limited=False)
 async def ready(request: web.Request) -> web.Response:
-    """Say whether payloads can be landed; the backend is shown, but landing does not need it."""
-    raw = await request.app[LANDING_TROUBLE].look()
-    checks = {"raw": raw or "ok", "backend": await request.app[BACKEND_TROUBLE].look() or "ok"}
+    """Say whether payloads can be landed; what else is wrong is shown, and landing goes on."""
+    app = request.app
+    raw, processing, backend = await asyncio.gather(
+        app[RAW].landing_trouble(), app[PROCESSING_TROUBLE].look(), app[BACKEND_TROUBLE].look()
+    )
+    checks = {"raw": raw or "ok", "processing": processing or "ok", "backend": backend or "ok"}
     return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
+
+
+async def processing_trouble(app: web.Application) -> str | None:
+    """Return what keeps payloads from being processed, None if nothing does."""
+    oldest = list[str]()
+    try:
+        async with asyncio.timeout(PING_PATIENCE):  # the disk may hang
+            with contextlib.suppress(StorageUnavailable):  # of which the checks say more
+                oldest, _ = await app[PENDING].look(patient=False)
+            return await in_glance(app, app[RAW].processing_trouble, oldest)
+    except TimeoutError:
+        return f"the disk does not answer within {PING_PATIENCE} s"
 
 
 @Route("GET", "/status", "read", {200: (Status,)}, (503,))
@@ -2534,6 +2856,9 @@ async def status(request: web.Request) -> web.Response:
         activity, (free, reserve), failed = await glance(app)
     last = activity.last_landed
     oldest, pending = await app[PENDING].look()
+    processing, rejected = await in_glance(app, app[RAW].processing_trouble, oldest), Counter[str]()
+    with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
+        rejected = await app[REJECTED].look()
     return answer(
         Status(
             now=datetime.now(UTC),
@@ -2542,11 +2867,12 @@ async def status(request: web.Request) -> web.Response:
             pending=pending,
             oldest_pending_seconds=age_of(oldest),
             processed=activity.processed,
-            rejected=await app[REJECTED].look(),
+            rejected=rejected,
             free_bytes=free,
             reserve_bytes=reserve,
             backend=await app[BACKEND_TROUBLE].look() or "ok",
             failed_write=failed,
+            processing=processing or "ok",
         )
     )
 
@@ -2554,9 +2880,12 @@ async def status(request: web.Request) -> web.Response:
 async def glance(app: web.Application) -> tuple[Activity, tuple[int, int], FailedWrite | None]:
     """Return what landed lately, the room that there is, and what could not be written."""
     raw = app[RAW]
-    return await asyncio.get_running_loop().run_in_executor(
-        app[GLANCES], lambda: (raw.activity(), raw.room(), failed_write(raw.workspace))
-    )
+    return await in_glance(app, lambda: (raw.activity(), raw.room(), failed_write(raw.workspace)))
+
+
+async def in_glance(app: web.Application, look: Callable[..., T], *arguments: object) -> T:
+    """Look at something in a thread that no other work can hold up."""
+    return await asyncio.get_running_loop().run_in_executor(app[GLANCES], look, *arguments)
 
 
 async def trouble_of(backend: Backend) -> str | None:
@@ -2573,33 +2902,39 @@ async def trouble_of(backend: Backend) -> str | None:
 
 
 @Route(
-    "POST", "/ingest", "ingest", {202: (Accepted, AcceptedBatch)}, (400, 408, 413, 415, 422, 503)
+    "POST",
+    "/ingest",
+    "ingest",
+    {202: (Accepted, AcceptedBatch)},
+    (400, 408, 413, 415, 422, 501, 503),
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
-    app = request.app
-    with app[ADMISSION].admitted(app[CONFIG].server.max_body_bytes) as take:
+    app, caller, key = request.app, caller_of(request), idempotency_key(request)
+    owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
+    with app[ADMISSION].admitted(caller, app[CONFIG].server.max_body_bytes) as take:
         body = await read_body(request, take)
-        key = idempotency_key(request)
         if request.content_type in NDJSON:
-            lines = await payloads_of(app, lines_of, body)
-            request[LANDED] = await app[RAW].land(lines, key)
+            lines = await payloads_of(app, lines_of, body, caller)
+            request[LANDED] = await app[RAW].land(lines, key, owner)
             return answer(AcceptedBatch(request[LANDED]), 202)
-        document = await payloads_of(app, document_of, body)
-        request[LANDED] = [raw_id] = await app[RAW].land(document, key)
+        document = await payloads_of(app, document_of, body, caller)
+        request[LANDED] = [raw_id] = await app[RAW].land(document, key, owner)
     return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
 
 
 async def payloads_of(
-    app: web.Application, split: Callable[..., list[bytes]], body: bytes
+    app: web.Application, split: Callable[..., list[bytes]], body: bytes, caller: str
 ) -> list[bytes]:
-    """Split a body; one that has to be parsed to be judged, and is large, in another process."""
+    """Split a body; one that is large and not strictly JSON in another process, where few wait."""
     try:
         if len(body) <= LARGE_JSON:
             return split(body)
-        return await asyncio.to_thread(split, body, patient=False)
+        strictly = functools.partial(split, body, patient=False)
+        return await asyncio.get_running_loop().run_in_executor(app[ARRIVALS], strictly)
     except REFUSED:
-        return await app[CHECKER].run(split, body)
+        with app[ADMISSION].to_be_checked.taken(caller, len(body)):
+            return await app[CHECKER].run(split, body)
 
 
 def document_of(body: bytes, *, patient: bool = True) -> list[bytes]:
@@ -2772,27 +3107,27 @@ async def measurement(request: web.Request) -> web.Response:
     return answer(await request.app[BACKEND].get(timestamp))
 
 
-@Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503), turns=READS)
+@Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503), turns=RECEIPTS)
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
-    raw, raw_id = request.app[RAW], raw_id_in(request)
-    state, body = await asyncio.to_thread(raw.read, raw_id)
-    row = None
-    if state == "processed":
-        row = await row_in_place_of(request.app[BACKEND], raw_id, body)
+    app, raw_id = request.app, raw_id_in(request)
+    raw, run = app[RAW], app[RECEIPTS].run
+    state, body = await run(raw.read, raw_id)
+    size, digest = len(body), await run(hashlib.sha256, body)
+    row = await row_in_place_of(app, body) if state == "processed" else None
     known = raw.rejection if state == "rejected" else raw.last_rejection
-    rejection = await asyncio.to_thread(known, raw_id)
+    rejection = await run(known, raw_id)
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
-    arrival, digest = arrival_of(raw_id), hashlib.sha256(body).hexdigest()
-    return answer(Receipt(raw_id, state, arrival, len(body), digest, own, superseded_by, rejection))
+    arrival, sha256 = arrival_of(raw_id), digest.hexdigest()
+    return answer(Receipt(raw_id, state, arrival, size, sha256, own, superseded_by, rejection))
 
 
-async def row_in_place_of(backend: Backend, raw_id: UUID, body: bytes) -> Measurement | None:
+async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | None:
     """Return the row that stands at the timestamp of a payload, None if there is none."""
-    with contextlib.suppress(DataQualityError, MeasurementNotFound):
-        made = await asyncio.to_thread(transform, raw_id, body)
-        return await backend.get(made.timestamp_utc)
+    with contextlib.suppress(DataQualityError, PayloadNotJson, MeasurementNotFound):
+        run = app[RECEIPTS].run if len(body) <= LARGE_JSON else app[CHECKER].run
+        return await app[BACKEND].get(await run(time_stamp_in, body))
     return None
 
 
@@ -2801,7 +3136,7 @@ async def payload(request: web.Request) -> web.StreamResponse:
     """Return the exact bytes that arrived."""
     reads, raw = request.app[READS], request.app[RAW]
     found = await reads.run(raw.open_payload, raw_id_in(request))
-    if found.size <= PIECE:
+    if found.size <= PIECE_BYTES:
         with contextlib.closing(found):
             body = await reads.run(b"".join, found.pieces)
         return web.Response(body=body, content_type="application/json")
@@ -2886,7 +3221,7 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
 
 
-@Route("GET", "/openapi.json", None, {200: ("application/json",)})
+@Route("GET", "/openapi.json", None, {200: ("application/json",)}, limited=False)
 async def openapi(request: web.Request) -> web.Response:
     """Describe this API (OpenAPI 3.1)."""
     return json_answer(openapi_json(request.app[PREFIX]))
@@ -2923,13 +3258,13 @@ def source_hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-@Route("GET", "/docs", None, {200: ("text/html",)})
+@Route("GET", "/docs", None, {200: ("text/html",)}, limited=False)
 async def docs(_: web.Request) -> web.Response:
     """Show the description of this API as a page."""
     return web.Response(text=DOCS_PAGE, content_type="text/html", headers=PAGE_HEADERS)
 
 
-@Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {})
+@Route("GET", r"/docs/{asset:swagger-ui\.css|swagger-ui-bundle\.js}", None, {}, limited=False)
 async def docs_asset(request: web.Request) -> web.StreamResponse:
     """Return a file of the page, which comes with the package swagger-ui-py."""
     name = request.match_info["asset"]
@@ -2984,11 +3319,15 @@ ALGORITHMS = (  # asymmetric ones alone: with HS256, whoever knows the public ke
     *("ES256", "ES384", "ES512", "EdDSA"),
 )
 LEEWAY = 30  # seconds by which the clocks of issuer and Dropzone may differ
-FETCH_PATIENCE = 5.0  # seconds
+FETCH_PATIENCE = 5.0  # seconds, to the last byte
 FETCH_PAUSE = 10.0  # seconds between fetches at least, however many unknown keys are named
+JWKS_BYTES = 1024 * 1024  # beyond that it is no set of keys
 TOKENS_KEPT = 10_000
 KEYS_LIFE = 600.0  # seconds after which a withdrawn key is missed
 Caller = tuple[str, Collection[str]]  # its name and its scopes
+NAME_CLAIMS = {"sub": "token", "azp": "client", "client_id": "client"}  # and the kind of name
+NAME_LENGTH = 128
+IssuerKey = tuple[Any, Sequence[str]]  # a public key and the algorithms that it may be used with
 
 
 def hash_of(key: str) -> bytes:
@@ -3000,12 +3339,21 @@ def hash_of(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
+BLANK_HASHES = {hash_of(blank) for blank in ("", "\n", "\r\n", " ")}  # as `sha256sum` makes them
+
+
 class Guard:
-    """Knows which caller may do what: by the configured keys, and by the tokens of an issuer."""
+    """Knows which caller may do what: by the configured keys, and by the tokens of an issuer.
+
+    The name of a caller begins with its kind, so that no token can pass for a key, nor for a person
+    at the command line.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.callers = callers_of(config)
+        self.callers = {
+            digest: (f"key:{name}", scopes) for digest, (name, scopes) in callers_of(config).items()
+        }
         self.tokens = Tokens(config.auth.jwt) if config.auth.jwt != JwtConfig() else None
 
     @property
@@ -3037,6 +3385,8 @@ def callers_of(config: Config) -> dict[bytes, Caller]:
     """Return the name and scopes of each key, by its digest; raises `ConfigError`."""
     callers = dict[bytes, Caller]()
     key = config.auth.api_key.reveal()
+    if key.isspace():
+        raise ConfigError("auth.api_key is blank: give a key, or leave it out")
     if key:
         callers[hash_of(key)] = ("api_key", SCOPES)
     names = {"api_key"}
@@ -3048,6 +3398,9 @@ def callers_of(config: Config) -> dict[bytes, Caller]:
             raise ConfigError(f"auth.keys: the name {each.name} is taken, give each key its own")
         if not match:
             raise ConfigError(f"auth.keys: the hash of {each.name} is not sha256:<64 hex digits>")
+        if digest in BLANK_HASHES:
+            wrong = f"auth.keys: the hash of {each.name} is that of no key at all"
+            raise ConfigError(f"{wrong}: `key new` makes a key and its hash")
         if digest in callers:
             raise ConfigError(f"auth.keys: {each.name} is the same key as {callers[digest][0]}")
         names.add(each.name)
@@ -3066,7 +3419,7 @@ class Tokens:
             raise ConfigError("auth.jwt.jwks: give an https address, or the path of a file")
         self._config = config
         self._jwt = importlib.import_module("jwt")
-        self._keys = dict[str | None, tuple[Any, Sequence[str]]]()
+        self._keys = dict[str | None, list[IssuerKey]]()  # by their kid
         self._judged = dict[str, tuple[float, Caller]]()  # until when: a signature takes 0.2 ms
         self._fetched = -math.inf
         self._trouble: str | None = None
@@ -3079,43 +3432,51 @@ class Tokens:
 
     async def judge(self, token: str) -> Caller:
         """Return whom a token names, and its scopes; raises `DropzoneError` with 401 or 503."""
-        jwt, config = self._jwt, self._config
         until, caller = self._judged.get(token, (0.0, ("", ())))
         if time.time() < until and time.monotonic() - self._fetched < KEYS_LIFE:
             return caller
         try:
-            key, algorithms = await self._key(jwt.get_unverified_header(token).get("kid"))
-            claims = jwt.decode(
-                token,
-                key,
-                algorithms=algorithms,
-                audience=config.audience,
-                issuer=config.issuer,
-                leeway=LEEWAY,
-                options={"require": ["exp"], "enforce_minimum_key_length": True},
-            )
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            kid = self._jwt.get_unverified_header(token).get("kid")
+            claims = self._claims(token, await self._keys_for(kid))
+        except (self._jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
             wrong = f"the token is refused: {error}"
             raise DropzoneError(wrong, "token_invalid", 401) from None
-        names = (claims.get(name) for name in ("sub", "azp", "client_id"))
-        name = next((name for name in names if name and isinstance(name, str)), "token")
-        scopes = claims.get(config.scope_claim)
+        scopes = claims.get(self._config.scope_claim)
         scopes = scopes.split() if isinstance(scopes, str) else scopes
-        caller = (_shown_name(name), scopes if isinstance(scopes, list) else ())
+        caller = (name_of(claims), scopes if isinstance(scopes, list) else ())
         if len(self._judged) == TOKENS_KEPT:
             self._judged.clear()
         self._judged[token] = (int(claims["exp"]) + LEEWAY, caller)
         return caller
 
-    async def _key(self, kid: str | None) -> tuple[Any, Sequence[str]]:
-        """Return a public key and its algorithms."""
+    def _claims(self, token: str, keys: Sequence[IssuerKey]) -> Mapping[str, Any]:
+        """Return what a token says that one of the keys has signed; raises where none has."""
+        wrong = Exception()
+        for key, algorithms in keys:
+            try:
+                claims: Mapping[str, Any] = self._jwt.decode(
+                    token,
+                    key,
+                    algorithms=algorithms,
+                    audience=self._config.audience,
+                    issuer=self._config.issuer,
+                    leeway=LEEWAY,
+                    options={"require": ["exp"], "enforce_minimum_key_length": True},
+                )
+                return claims
+            except (self._jwt.PyJWTError, ValueError, TypeError) as error:
+                wrong = error
+        raise wrong
+
+    async def _keys_for(self, kid: str | None) -> Sequence[IssuerKey]:
+        """Return the keys that may have signed a token: one, unless the issuer gives more."""
         if self._is_due(kid):
             async with self._lock:
                 if self._is_due(kid):  # else another request has fetched them meanwhile
                     await self.fetch()
-        key = self._find(kid)
-        if key is not None:
-            return key
+        keys = self._find(kid) or self._keys.get(None)
+        if keys:
+            return keys
         if self._trouble:
             wrong = "the keys to judge the token with cannot be fetched now: try again"
             raise DropzoneError(wrong, "issuer_unavailable", 503)
@@ -3123,11 +3484,12 @@ class Tokens:
 
     def _is_due(self, kid: str | None) -> bool:
         age = time.monotonic() - self._fetched
-        return age > KEYS_LIFE or (age > FETCH_PAUSE and self._find(kid) is None)
+        return age > KEYS_LIFE or (age > FETCH_PAUSE and not self._find(kid))
 
-    def _find(self, kid: str | None) -> tuple[Any, Sequence[str]] | None:
-        only = next(iter(self._keys)) if len(self._keys) == 1 and kid is None else kid
-        return self._keys.get(only) or self._keys.get(None)
+    def _find(self, kid: str | None) -> Sequence[IssuerKey]:
+        if len(self._keys) == 1 and (kid is None or None in self._keys):  # there is no choice
+            return next(iter(self._keys.values()))
+        return self._keys.get(kid, ())
 
     async def fetch(self) -> None:
         """Fetch the keys of the issuer; where that fails, those known before stay."""
@@ -3139,78 +3501,162 @@ class Tokens:
         """Do the same, and return why it failed, None if it did not."""
         place = self._config.jwks
         try:
-            self._keys = self._parsed(await _content(place))
+            async with asyncio.timeout(FETCH_PATIENCE):
+                text = await _content(place)
+            self._keys = await asyncio.to_thread(self._parsed, text)
             self._judged.clear()
             self._trouble = None
-        except (ClientError, TimeoutError, OSError, ValueError, self._jwt.PyJWTError) as error:
-            reason = str(error) or f"no answer within {FETCH_PATIENCE} s"
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next fetch has to wait)
+            late = f"it did not arrive within {FETCH_PATIENCE} s"
+            reason = str(error) or (late if isinstance(error, TimeoutError) else repr(error))
             self._trouble = f"auth.jwt.jwks: {place} gives no keys: {reason}"
-        self._fetched = time.monotonic()
+        finally:
+            self._fetched = time.monotonic()
         return self._trouble
 
-    def _parsed(self, text: bytes) -> dict[str | None, tuple[Any, Sequence[str]]]:
+    def _parsed(self, text: bytes) -> dict[str | None, list[IssuerKey]]:
+        """Return the keys by their kid; an entry of a JWKS that is none is left out."""
         if text.lstrip().startswith(b"-----BEGIN"):
             serialization = importlib.import_module("cryptography.hazmat.primitives.serialization")
-            return {None: (serialization.load_pem_public_key(text), ALGORITHMS)}
-        keys = dict[str | None, tuple[Any, Sequence[str]]]()
-        for each in msgspec.json.decode(text, type=JwkSet).keys:
-            with contextlib.suppress(self._jwt.PyJWTError, TypeError):  # no kind that is known here
-                key = self._jwt.PyJWK(each)
-                if each.get("use", "sig") == "sig" and key.algorithm_name in ALGORITHMS:
-                    algorithms = [key.algorithm_name] if "alg" in each else ALGORITHMS
-                    keys[key.key_id] = key.key, algorithms
+            return {None: [(serialization.load_pem_public_key(text), ALGORITHMS)]}
+        keys = dict[str | None, list[IssuerKey]]()
+        for number, jwk in enumerate(msgspec.convert(parse_json(text), JwkSet).keys, 1):
+            try:
+                key = self._jwt.PyJWK(jwk)
+                if jwk.get("use") in (None, "sig") and key.algorithm_name in ALGORITHMS:
+                    algorithms = [key.algorithm_name] if jwk.get("alg") else ALGORITHMS
+                    keys.setdefault(key.key_id, []).append((key.key, algorithms))
+            except Exception as error:  # noqa: BLE001 (one odd entry says nothing of the others)
+                log.debug("entry %d of the JWKS is left out: %s", number, type(error).__name__)
         if not keys:
             raise ValueError("there is no public key to check signatures with")
         return keys
 
 
 class JwkSet(Struct):
-    keys: list[Table]
+    keys: list[Any]
 
 
 async def _content(place: Place) -> bytes:
+    """Return what lies at a place; raises where that is more than keys can be."""
     if "://" not in place:
-        return await asyncio.to_thread(Path(place).read_bytes)
-    async with (
-        ClientSession(timeout=ClientTimeout(total=FETCH_PATIENCE)) as session,
-        session.get(place, allow_redirects=False) as response,
-    ):
-        if response.status != 200:
-            raise ValueError(f"the answer has status {response.status}")
-        return await response.read()
+        text = await asyncio.to_thread(_beginning, place)
+    else:
+        text = b""
+        async with (
+            ClientSession() as session,
+            session.get(place, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise ValueError(f"the answer has status {response.status}")
+            while len(text) <= JWKS_BYTES and not response.content.at_eof():
+                text += await response.content.readany()
+    if len(text) > JWKS_BYTES:
+        raise ValueError(f"it has more than {JWKS_BYTES} bytes")
+    return text
+
+
+def _beginning(file: str) -> bytes:
+    with open(file, "rb") as opened_file:
+        return opened_file.read(JWKS_BYTES + 1)
+
+
+def name_of(claims: Mapping[str, object]) -> str:
+    """Return the name of whoever a token names: short, on one line, and nobody else's."""
+    for claim, kind in NAME_CLAIMS.items():
+        name = claims.get(claim)
+        if name and isinstance(name, str):
+            return f"{kind}:{_shown_name(name)}"
+    return "token:"
 
 
 def _shown_name(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:128])
+    """Percent-encode what is not printable; of a long name the end becomes a digest of it."""
+    shown = "".join(
+        letter if letter.isprintable() and letter != "%" else quote(letter, errors="surrogatepass")
+        for letter in text
+    )
+    if len(shown) <= NAME_LENGTH:
+        return shown
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+    return f"{shown[: NAME_LENGTH - 34]}%~{digest}"  # no short name has a %~
 
 
 # ── HTTP: admission and the edge ──────────────────────────────────────────────────────────────────
 
-IN_FLIGHT = 256 * 1024 * 1024  # bytes of bodies that have arrived and are not answered yet
+INFLATED_AT_ONCE = 1024 * 1024  # bytes
+SMALL_BODY = 64 * 1024  # bytes
+SMALL_IN_FLIGHT = 64 * 1024 * 1024  # bytes of small bodies that are not answered yet
+LARGE_IN_FLIGHT = 128 * 1024 * 1024  # the same of larger ones, which cannot crowd out the small
+TO_BE_CHECKED = 64 * 1024 * 1024  # bytes of bodies that wait for the process that parses odd JSON
+
+
+class Budget:
+    """How many bytes may be held at a time: by all, and, half of that, by one caller."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._of = Counter[str]()  # by caller
+
+    def take(self, caller: str, size: int, before: int = 0) -> None:
+        """Count `size` bytes on top of the `before` of the same body; a body alone always fits.
+
+        Raises `DropzoneError` where they are too many.
+        """
+        own = self._of[caller] + size
+        too_many = self.bytes > before and self.bytes + size > self.limit
+        if too_many or (own > before + size and own > self.limit // 2):
+            raise DropzoneError("too much is in flight", "overloaded", 503)
+        self.bytes += size
+        self._of[caller] = own
+
+    def give_back(self, caller: str, size: int) -> None:
+        self.bytes -= size
+        self._of[caller] -= size
+        if not self._of[caller]:
+            del self._of[caller]
+
+    @contextlib.contextmanager
+    def taken(self, caller: str, size: int) -> Iterator[None]:
+        """Count bytes for as long as the context is open."""
+        self.take(caller, size)
+        try:
+            yield
+        finally:
+            self.give_back(caller, size)
 
 
 class Admission:
     """The requests and the bytes of bodies in flight, and whether any more are let in."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.small, self.large = Budget(SMALL_IN_FLIGHT), Budget(LARGE_IN_FLIGHT)
+        self.to_be_checked = Budget(TO_BE_CHECKED)
         self._requests: set[asyncio.Future[None]] = set()  # each is done when it is answered
         self._draining = False
 
+    @property
+    def bytes(self) -> int:
+        return self.small.bytes + self.large.bytes
+
     @contextlib.contextmanager
-    def admitted(self, limit: int) -> Iterator[Callable[[int], None]]:
+    def admitted(self, caller: str, limit: int) -> Iterator[Callable[[int], None]]:
         """Give out what counts the bytes of one request, `limit` at most, until it is answered."""
         if self._draining:
             raise DropzoneError("the service is about to stop", "draining", 503)
-        taken = 0
+        taken, share = 0, self.small
 
         def take(size: int) -> None:
-            nonlocal taken
+            nonlocal taken, share
             if taken + size > limit:
                 raise too_large(limit)
-            if self.bytes and self.bytes + size > IN_FLIGHT:
-                raise DropzoneError("too much is in flight", "overloaded", 503)
-            self.bytes += size
+            if share is self.small and taken + size > SMALL_BODY:
+                self.large.take(caller, taken + size)
+                self.small.give_back(caller, taken)
+                share = self.large
+            else:
+                share.take(caller, size, taken)
             taken += size
 
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -3220,7 +3666,7 @@ class Admission:
         finally:
             self._requests.remove(answered)
             answered.set_result(None)
-            self.bytes -= taken
+            share.give_back(caller, taken)
 
     async def drain(self, patience: float) -> None:
         """Let nothing in any more; wait `patience` seconds at most for what is in flight."""
@@ -3252,7 +3698,7 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 def json_answer(
     body: bytes, status: int = 200, headers: dict[str, str] | None = None
 ) -> web.Response:
-    if len(body) > PIECE:
+    if len(body) > PIECE_BYTES:
         return InPieces(body=body, status=status, headers=headers, content_type="application/json")
     if status in STATUS_HEADERS:
         headers = STATUS_HEADERS[status] | (headers or {})
@@ -3267,6 +3713,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     request[REQUEST_ID] = request_id
     begun = time.perf_counter()
     try:
+        if request.match_info.http_exception:  # no route
+            admit_address(request)
         response: web.StreamResponse = await handler(request)
         if isinstance(response, Sent):
             response.admit(request.app[CLIENTS])
@@ -3279,11 +3727,43 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.headers.update(request[RATE_HEADERS])
     for name, value in SAFE_HEADERS.items():
         response.headers.setdefault(name, value)
+    if not request.content.is_eof() and "Expect" in request.headers:
+        response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
     request.app[METRICS].answered(request, response.status, seconds)
     if REFUSAL in request or seconds >= SLOW or request.app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
+
+
+class NoRoute(MatchInfoError):
+    """What the router finds where no route is; an expectation is answered there, too."""
+
+    @property
+    def expect_handler(self) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+        return expected
+
+
+class Router(web.UrlDispatcher):
+    """The usual router, but `Expect` is answered behind `edge` whether a route is there or not."""
+
+    async def resolve(self, request: web.Request) -> web.UrlMappingMatchInfo:
+        found = await super().resolve(request)
+        return NoRoute(found.http_exception) if found.http_exception else found
+
+
+async def expected(request: web.Request) -> web.StreamResponse | None:
+    """Send no 100 Continue yet: `read_body` does, behind all that may refuse. 417 for the rest."""
+    if request.version < HttpVersion11 or request.headers["Expect"].lower() == "100-continue":
+        return None
+    return await edge(request, refuse_expectation)
+
+
+async def refuse_expectation(request: web.Request) -> NoReturn:
+    if not request.match_info.http_exception:  # or else it has been counted
+        admit_address(request)
+    wrong = "Expect may only be 100-continue: leave it out"
+    raise DropzoneError(wrong, "expectation_failed", 417)
 
 
 READING = ("GET", "HEAD")
@@ -3390,7 +3870,8 @@ def problem(request: web.Request, error: Exception) -> web.Response:
 
 
 REFUSAL_CODES = (  # of problem documents
-    *("header_invalid", "query_invalid", "body_broken", "body_too_slow", "encoding_unsupported"),
+    *("header_invalid", "query_invalid", "body_broken", "body_too_slow"),
+    *("encoding_unsupported", "transfer_encoding_unsupported"),
     *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
     *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
     *("not_found", "method_not_allowed", "expectation_failed"),
@@ -3422,25 +3903,41 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
-async def authorize(request: web.Request, scope: Scope) -> None:
-    """Note the caller; raise unless its key or token has the scope, or the API is open."""
+async def authenticate(request: web.Request) -> Collection[str]:
+    """Note the caller, and return its scopes; raise unless there is one, or the API is open."""
     guard = request.app[GUARD]
     if guard.is_open:
-        return
+        return SCOPES
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
-    caller = guard.callers.get(hash_of(key or bearer))
+    given = key or bearer
+    caller = guard.callers.get(hash_of(given)) if given.strip() else None
     if caller is None and guard.tokens and not key and bearer.count(".") == 2:
         caller = await guard.tokens.judge(bearer)
     if caller is None:
-        given = key or bearer
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
     request[CALLER], scopes = caller
+    return scopes
+
+
+def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
+    """Raise unless the scope is one of the caller's."""
     if scope not in scopes:
         wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
+
+
+def caller_of(request: web.Request) -> str:
+    """Return whose request it is: the name of a key or token, or where there is none an address."""
+    return request.get(CALLER) or network_of(request.remote or "")
+
+
+def admit_address(request: web.Request) -> None:
+    """Count a request of an address, and raise where it is beyond the limit."""
+    if "address" in request.app[LIMITERS]:
+        admit(request, "address", network_of(request.remote or ""))
 
 
 def admit(request: web.Request, by: str, who: str) -> None:
@@ -3530,6 +4027,9 @@ def raw_id_in(request: web.Request) -> UUID:
     raise RawIdUnknown(f"{_shown(text)} is no raw_id: it is a UUID")
 
 
+CHUNKED = "chunked"
+
+
 async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     """Return the body with its Content-Encoding undone, `max_body_bytes` at most, within time.
 
@@ -3540,13 +4040,19 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
         raise DropzoneError(wrong, "encoding_unsupported", 415)
-    if (request.content_length or 0) > limits.max_body_bytes:
+    length = request.content_length
+    if length is None and request.headers.get("Transfer-Encoding", CHUNKED).lower() != CHUNKED:
+        wrong = "of all values of Transfer-Encoding only chunked is undone: use Content-Encoding"
+        raise DropzoneError(wrong, "transfer_encoding_unsupported", 501)
+    if length is not None and length > limits.max_body_bytes:
         raise too_large(limits.max_body_bytes)
     try:
         if content.is_eof():  # most bodies have arrived whole by now, and need no timer
             body = content.read_nowait()
             take(len(body))
         else:
+            if "Expect" in request.headers and request.version >= HttpVersion11:
+                await invite(request)
             async with asyncio.timeout(limits.body_seconds):
                 body = b"".join([chunk async for chunk in _counted(content, take)])
     except (web.RequestPayloadError, ConnectionError) as error:
@@ -3556,9 +4062,20 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
         raise DropzoneError(wrong, "body_too_slow", 408) from None
     if encoding == "identity" or not body or content.total_compressed_bytes is not None:
         return body
-    whole = await asyncio.to_thread(inflate, body, limits.max_body_bytes)
-    take(max(0, len(whole) - len(body)))
-    return whole
+    return await inflated(body, limits.max_body_bytes, take, request.app[ARRIVALS])
+
+
+async def invite(request: web.Request) -> None:
+    """Send 100 Continue (RFC 9110, section 10.1.1), unless there is no room for the body."""
+    app, announced = request.app, request.content_length or 0
+    share = app[ADMISSION].small if announced <= SMALL_BODY else app[ADMISSION].large
+    with share.taken(caller_of(request), announced):
+        pass  # there is room, for now
+    free, reserve = await in_glance(app, app[RAW].room)
+    if free < reserve + 2 * announced:
+        raise StorageFull("the disk is full; try again later")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer has not begun
 
 
 async def _counted(content: StreamReader, take: Callable[[int], None]) -> AsyncIterator[bytes]:
@@ -3572,21 +4089,51 @@ def too_large(limit: int, unit: str = "bytes") -> DropzoneError:
     return DropzoneError(wrong, "payload_too_large", 413)
 
 
-def inflate(data: bytes | bytearray, limit: int) -> bytes:
-    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950)."""
+async def inflated(
+    body: bytes, limit: int, take: Callable[[int], None], threads: Executor
+) -> bytes:
+    """Undo gzip or deflate; what a large body becomes is counted while it grows."""
+    loop, further = asyncio.get_running_loop(), functools.partial(next, inflating(body), b"")
+    found, size, counted = list[bytes](), 0, len(body)
     try:
-        if data[:2] == b"\x1f\x8b":
-            whole = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-        else:
-            inflater = zlib.decompressobj()
-            whole = inflater.decompress(data, limit + 1)
-            if len(whole) <= limit and (not inflater.eof or inflater.unused_data):
-                raise EOFError("the data do not end where they should")
+        piece = further()
+        while piece:
+            found.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise too_large(limit)
+            if size > counted:
+                take(size - counted)
+                counted = size
+            is_large = size >= SMALL_BODY
+            piece = await loop.run_in_executor(threads, further) if is_large else further()
     except (OSError, EOFError, zlib.error) as error:
         raise DropzoneError(f"the compressed body is broken: {error}", "body_broken", 400) from None
-    if len(whole) > limit:
-        raise too_large(limit)
-    return whole
+    return b"".join(found)
+
+
+def inflating(data: bytes) -> Iterator[bytes]:
+    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950), piece by piece.
+
+    The first piece is small; a body that ends within it has no other.
+    """
+    size = SMALL_BODY
+    if data[:2] == b"\x1f\x8b":
+        file = gzip.GzipFile(fileobj=io.BytesIO(data))
+        while piece := file.read(size):
+            yield piece
+            size = INFLATED_AT_ONCE
+        return
+    inflater = zlib.decompressobj()
+    while not inflater.eof:
+        piece = inflater.decompress(data, size)
+        data = inflater.unconsumed_tail
+        if not piece and not data and not inflater.eof:
+            break
+        yield piece
+        size = INFLATED_AT_ONCE
+    if not inflater.eof or inflater.unused_data:
+        raise EOFError("the data do not end where they should")
 
 
 # ── HTTP: the description of the routes ───────────────────────────────────────────────────────────
@@ -3702,7 +4249,10 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     if config is None:
         config = load_config()
         log_to_stderr(config.log)
-    app = web.Application(middlewares=[cors, edge] if config.server.cors_origins else [edge])
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        # A router of one's own is deprecated, and the only way to an Expect without a route.
+        app = web.Application(router=Router())
+    app.middlewares.extend([cors, edge] if config.server.cors_origins else [edge])
     app[CONFIG] = config
     app[METRICS] = metrics = Metrics()
     app[RAW] = store = store_of(config, metrics)
@@ -3717,28 +4267,27 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     payloads = store.portable()
     app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
     app[CHECKER] = Workers(1)  # one large document at a time
-    add_looks(app, payloads)
+    add_threads(app, payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
     app[LIMITERS] = {by: rate.limiter() for by, rate in rates.items() if rate}
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
-        add(route.path, route.handle, name=route.handler.__name__)
+        add(route.path, route.handle, name=route.handler.__name__, expect_handler=expected)
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(lambda app: app[ADMISSION].drain(0))
     return app
 
 
-def add_looks(app: web.Application, payloads: Payloads) -> None:
-    """Add what looks at the state of the service, and the turns in which requests read."""
+def add_threads(app: web.Application, payloads: Payloads) -> None:
+    """Add threads for all that takes longer, each for its purpose, so that none waits for all."""
+    app[ARRIVALS] = ThreadPoolExecutor(2, "arrivals")
     app[GLANCES] = glances = ThreadPoolExecutor(2, "glances")
     app[PENDING] = look_at_pending(payloads, glances)
     app[REJECTED] = look_at_rejected(payloads, glances)
     app[BACKEND_TROUBLE] = Shared(lambda: trouble_of(app[BACKEND]))
-    app[LANDING_TROUBLE] = Shared(
-        lambda: asyncio.get_running_loop().run_in_executor(glances, app[RAW].trouble)
-    )
+    app[PROCESSING_TROUBLE] = Shared(lambda: processing_trouble(app))
     app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
-    app[RETRIES] = Turns("retries", 1)
+    app[RECEIPTS], app[RETRIES] = Turns("receipts", 2, threads=2), Turns("retries", 1)
 
 
 def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
@@ -3802,8 +4351,9 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
             await app[CHECKER].close()
             await store.close()
             await app[BACKEND].close()
-            app[GLANCES].shutdown(wait=False)
-            for turns in (app[READS], app[SUMMARIES], app[RETRIES]):
+            for threads in (app[ARRIVALS], app[GLANCES]):
+                threads.shutdown(wait=False)
+            for turns in (app[READS], app[RECEIPTS], app[SUMMARIES], app[RETRIES]):
                 turns.threads.shutdown(wait=False)
 
 
@@ -3893,22 +4443,31 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+class NewestContext(ssl.SSLContext):
+    """Hands each connection to the context that was loaded last.
+
+    Its sessions are its own: none of a client of another authority is resumed, which would need no
+    certificate. A context that is only handed over by SNI goes on to use the sessions of the first.
+    """
+
+    newest: ssl.SSLContext
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        return self.newest.wrap_bio(*arguments, **options)
+
+
 def followed(config: ServerConfig, reloader: Reloader) -> ssl.SSLContext | None:
     """Return a context whose every handshake uses the certificates that were loaded last."""
-    front = tls_context(config)
-    if front is None:
+    first = tls_context(config)
+    if first is None:
         return None
-    newest = front
-
-    def hand_over(handshake: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: object) -> None:
-        handshake.context = newest
+    front = NewestContext(ssl.PROTOCOL_TLS_SERVER)
+    front.newest = first
 
     def reload() -> None:
-        nonlocal newest
-        newest = tls_context(config) or newest
+        front.newest = tls_context(config) or front.newest
         log.info("the certificates were loaded again")
 
-    front.sni_callback = hand_over  # it is called also where a client names no server
     reloader.watch((config.tls_cert, config.tls_key, config.tls_client_ca), reload)
     return front
 
@@ -3974,7 +4533,11 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
                     total = sum(map(len, groups))  # all of it is checked
                 except (DropzoneError, OSError) as error:
                     code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
-                    print(f"{name}: {error}; nothing of it was landed", file=sys.stderr)
+                    reason = str(error)
+                    if isinstance(error, PermissionError):  # root works as another user here
+                        me = user_name(os.geteuid())
+                        reason = f"{me} may not read it, `ingest - < {shlex.quote(name)}` does"
+                    print(f"{name}: {reason}; nothing of it was landed", file=sys.stderr)
                     continue
                 with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
                     for group in groups_in(copy, config.server.max_body_bytes):
@@ -4048,7 +4611,7 @@ async def opened_store(
     Where it `must_exist`, none is made: a command that looks for payloads in a folder of its own
     making would find that there are none.
     """
-    if must_exist and not config.raw.dir.is_dir():
+    if must_exist and not os.path.isdir(config.raw.dir):
         raise ConfigError(
             f"there are no payloads, as there is no folder {config.raw.dir}: check "
             "DROPZONE_RAW_DIR and --config, and that its disk is mounted"
@@ -4163,7 +4726,7 @@ def count_readable(store: PayloadStore) -> int | None:
 
 def backend_to_look_at(config: Config) -> Backend:
     """Return the configured backend; for a SQLite file that is not there, which stays so, none."""
-    if config.storage.backend == "sqlite" and not config.storage.sqlite.path.exists():
+    if config.storage.backend == "sqlite" and not os.path.exists(config.storage.sqlite.path):
         return create_backend("memory")
     return backend_of(config)
 
@@ -4172,7 +4735,7 @@ def place_of_rows(config: Config, backend: Backend) -> str:
     """Return where the rows are, in words that show no password."""
     path = config.storage.sqlite.path
     if config.storage.backend == "sqlite":
-        return f"sqlite {path}" if path.exists() else f"sqlite {path} (which is not there)"
+        return f"sqlite {path}" + ("" if os.path.exists(path) else " (which is not there)")
     place = getattr(backend, "place", "")
     return f"{config.storage.backend} {place}".rstrip()
 
@@ -4258,7 +4821,8 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
-            for day in tqdm(store.finished_days(), unit=" days", disable=None):
+            days = store.finished_days()
+            for day in tqdm(days, unit=" days", disable=None):
                 try:
                     with audited("compact", operator_name(), day=day) as facts:
                         count = await asyncio.to_thread(store.compact, day)
@@ -4267,14 +4831,130 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
                 except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                     code = os.EX_TEMPFAIL
                     tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
-            for pack in await asyncio.to_thread(store.expire):
+            expired = await asyncio.to_thread(store.expire)
+            for pack in expired:
                 audit("expire", operator_name(), pack=pack)
                 print(f"{pack}: deleted, its day is more than {config.raw.keep_days} days ago")
+            if not (days or expired):
+                print("nothing to do: no day before today (UTC) has processed payloads to pack")
     return code
 
 
+async def backup(config: Config, args: argparse.Namespace) -> int:
+    """copy payloads, rows of SQLite, keys and settings to a new folder, while others land"""
+    folder: Path = args.folder
+    done = BackupSummary(folder)
+    try:
+        async with opened_store(config, must_exist=True) as (store, _metrics):
+            with audited("backup", operator_name(), folder=folder) as facts:
+                with store.new_backup(folder) as part:
+                    await back_up_all(config, store, part, done)
+                facts.update(done.files)
+    except FolderTaken as error:
+        print(f"dropzone: {error}", file=sys.stderr)
+        return os.EX_CANTCREAT
+    for trouble in done.troubles:
+        print(f"dropzone: not in the backup: {trouble}", file=sys.stderr)
+    print(done.text())
+    return os.EX_IOERR if done.troubles else os.EX_OK
+
+
+@dataclass
+class BackupSummary:
+    """What a backup has copied, and the sentences on what it could not."""
+
+    folder: Path
+    files: Counter[str] = field(default_factory=Counter)
+    troubles: dict[str, None] = field(default_factory=dict)  # in their order, each once
+    rows: str = ""
+    has_links: bool = False
+
+    def note(self, copied: Copied) -> None:
+        self.has_links |= copied.is_link
+        if copied.trouble:
+            self.troubles[copied.trouble] = None
+        elif copied.kind != "besides":
+            self.files[copied.kind] += 1
+
+    def text(self) -> str:
+        """Tell it to a person."""
+        count = self.files
+        text = (
+            f"{self.folder}: {count['packs']} packs, {count['processed']} processed, "
+            f"{count['rejected']} rejected and {count['pending']} pending payloads; {self.rows}"
+        )
+        if self.has_links:
+            text += "\nits payloads are hard links: keep a copy of it on another disk, too"
+        return text
+
+
+async def back_up_all(config: Config, store: PayloadStore, part: Path, done: BackupSummary) -> None:
+    """Copy everything; processing waits only when its bulk, what is processed, has been copied."""
+    with tqdm(unit=" files", disable=None) as bar:
+
+        async def copy(files: Iterator[Copied]) -> None:
+            for number, copied in enumerate(files):
+                done.note(copied)
+                bar.update()
+                if number % 1000 == 0:
+                    await asyncio.sleep(0)  # here Ctrl-C takes effect
+
+        async with held(Path(upkeep_lock(store).lock_file)):
+            await copy(store.back_up(part, processed_alone=True))
+            async with held(store.process_lock):
+                await copy(store.back_up(part))
+                await back_up_rows(config, part, done)
+    back_up_settings(config, part)
+
+
+async def back_up_rows(config: Config, part: Path, done: BackupSummary) -> None:
+    """Copy the rows where their backend can do that; what it cannot, a rebuild makes again."""
+    backend = backend_to_look_at(config)
+    place, copy = place_of_rows(config, backend), getattr(backend, "back_up", None)
+    rows: object = "not copied"
+    try:
+        if copy:
+            rows = await copy(part / "dropzone.sqlite")
+    except BackendError as error:
+        done.troubles[str(error)] = None
+        (part / "dropzone.sqlite").unlink(missing_ok=True)
+    finally:
+        await backend.close()
+    done.rows = f"rows of {place}: {rows}"
+
+
+BACKUP_PATIENCE = 3600.0  # seconds that a backup waits for another run
+
+
+@contextlib.asynccontextmanager
+async def held(lock_file: Path) -> AsyncIterator[None]:
+    """Hold a lock; wait for another run that has it, and say so."""
+    lock = AsyncFileLock(lock_file)
+    try:
+        await lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        print(f"dropzone: waiting for the run that holds {lock_file}", file=sys.stderr)
+        await lock.acquire(timeout=BACKUP_PATIENCE)
+    try:
+        yield
+    finally:
+        await lock.release()
+
+
+def back_up_settings(config: Config, part: Path) -> None:
+    """Copy the files that settings and keys were read from, for their owner alone."""
+    settings = part / "settings"
+    settings.mkdir()
+    keys = keys_file_of(config)
+    for file, copy in ((config.source, settings), (config.dotenv, settings), (keys, part)):
+        if file and os.path.exists(file):
+            descriptor = os.open(copy / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as out:
+                out.write(file.read_bytes())
+
+
 async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
-    """put rejected payloads back to pending: all, or those with a code or a raw_id"""
+    """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
         with audited("retry", operator_name()) as facts:
@@ -4378,14 +5058,11 @@ def changing_keys(file: Path) -> Iterator[None]:
 
 
 def write_keys(file: Path, keys: Iterable[KeyConfig]) -> None:
-    """Replace the file of the keys at once; only the owner of its folder, the service, reads it."""
+    """Replace the file of the keys at once; only this user, who is the service's, reads it."""
     beside = file.with_suffix(".part")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         write_all(descriptor, (KEYS_HEAD + "".join(map(table_of, keys))).encode())
-        folder = file.parent.stat()
-        if os.getuid() == 0:
-            os.fchown(descriptor, folder.st_uid, folder.st_gid)
         os.fsync(descriptor)
         os.rename(beside, file)
     except OSError:
@@ -4472,8 +5149,9 @@ async def shake_hands(host: str, port: int) -> str:
 
 
 def settings_source(config: Config) -> str:
-    """Return the file that settings were read from, in words."""
-    return str(config.source or "no file: what no variable sets has its default")
+    """Return the files that settings were read from, in words."""
+    files = [str(file) for file in (config.dotenv, config.source) if file]
+    return " and ".join(files) or "no file: what no variable sets has its default"
 
 
 def config_trouble(use: Callable[..., object], config: Section) -> str | None:
@@ -4495,9 +5173,16 @@ async def key_trouble(config: Config) -> str | None:
 
 async def storage_trouble(config: Config, backend: Backend) -> str | None:
     path = config.storage.sqlite.path
-    if config.storage.backend == "sqlite" and not os.path.exists(path):
+    if config.storage.backend != "sqlite":
+        return await trouble_of(backend)
+    if not os.path.exists(path):
         return writing_trouble(path.parent)
-    return await trouble_of(backend)
+    places = [
+        (path.parent, os.W_OK | os.X_OK),
+        *((f"{path}{end}", FILE) for end in ("", "-wal", "-shm")),
+    ]
+    trouble = next(filter(None, itertools.starmap(access_trouble, places)), None)
+    return trouble or await trouble_of(backend)
 
 
 def descriptor_trouble() -> str | None:
@@ -4521,17 +5206,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title = "The landing zone between devices and a database."
     parser = argparse.ArgumentParser(parents=[common], description=title)
     parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=serve, files=[])
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
-    runs |= {"key": list_keys, "ready": ask_ready}
+    runs |= {"backup": backup, "key": list_keys, "ready": ask_ready}
     added = _added(commands, runs, common)
     _add_options(added)
     keys = added["key"].add_subparsers(metavar="ACTION")
     acts = {"list": list_keys, "new": new_key, "revoke": revoke_key}
     _add_key_options(_added(keys, acts, common))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run is retry_rejected and bool(args.raw_ids or args.code) == args.all:
+        added["retry"].error("say which payloads: RAW_ID or --code CODE, or else --all")
+    return args
 
 
 def _added(commands: Any, runs: Mapping[str, Any], common: argparse.ArgumentParser) -> Parsers:
@@ -4556,8 +5244,10 @@ def _add_options(added: Parsers) -> None:
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
     )
+    added["backup"].add_argument("folder", type=absolute, metavar="DIR", help="which is made")
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
+    added["retry"].add_argument("--all", action="store_true", help="whatever the reason")
 
 
 def _add_key_options(added: Parsers) -> None:
@@ -4582,6 +5272,11 @@ def key_name(text: str) -> str:
     return text
 
 
+def absolute(text: str) -> Path:
+    """Return a path that means the same from every working directory."""
+    return Path(text).absolute()
+
+
 def positive(text: str) -> int:
     """Return a whole number of 1 or more; argparse names this function in its error."""
     if int(text) < 1:
@@ -4589,33 +5284,113 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code (of sysexits.h: 75 try again, 78 configuration)."""
-    args = arguments(argv)
-    given: dict[Setting, object] = {
-        ("server", n): getattr(args, n) for n in ("host", "port") if n in args
-    }
+def work_as_owner(config: Config) -> None:
+    """See that the user to whom the payloads belong does what is done, and nobody else.
+
+    Files that another user made there would be in the service's way later. Root takes the owner's
+    identity, before anything is opened. Raises `WrongUser` where that cannot be.
+    """
+    folder = config.raw.dir
+    owner, seen = owner_of(folder)
+    is_root = os.geteuid() == 0
+    if is_root and owner != 0:
+        operator_name()  # it stays root, also in audit lines
+        backend_of(config)  # its module may lie where the owner may not look
+        try:
+            become(owner, seen.stat().st_gid)
+        except OSError as error:
+            wrong = f"{seen} belongs to {user_name(owner)}, whose identity root cannot take"
+            raise WrongUser(f"{wrong}: {error.strerror}") from None
+    wrong_user = wrong_owner(folder)
+    if wrong_user:
+        why = "what another user makes there stops the service, so nothing was done"
+        raise WrongUser(f"{wrong_user}; {why}", "" if is_root else user_name(owner))
+
+
+def become(uid: int, gid: int) -> None:
+    """Take the identity of a user, with all of its groups; `gid` counts where it has no name."""
     try:
-        config = load_config(getattr(args, "config", None), overrides=given)
-        runs_on = args.run is serve or getattr(args, "watch", False)
-        # A command reports by itself.
-        log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            command = args.run(config, args)
-            code: int = runner.run(until_stopped(command) if runs_on else command)
-        sys.stdout.flush()
-        return code
+        account = pwd.getpwuid(uid)
+    except KeyError:
+        name, home = "", "/"
+        os.setgroups([gid])
+    else:
+        name, home, gid = account.pw_name, account.pw_dir, account.pw_gid
+        os.initgroups(name, gid)
+    os.setgid(gid)
+    os.setuid(uid)
+    os.environ["HOME"] = home  # libraries look for files in it, and root's is closed to this user
+    for variable in ("USER", "LOGNAME"):
+        os.environ.pop(variable, None)
+        if name:
+            os.environ[variable] = name
+
+
+def line_for(user: str, arguments: Sequence[str]) -> str:
+    """Return the line by which a user does what was asked of this program.
+
+    The names of variables are in it, for sudo to hand them on, and none of their values.
+    """
+    variables = ",".join(sorted(name for name in os.environ if name.startswith("DROPZONE_")))
+    sudo = ["sudo"] + ([f"--preserve-env={variables}"] if variables else [])
+    if not user.isdecimal() and user != "root":  # root itself takes the identity of the owner
+        sudo += ["-u", user]
+    program = os.path.abspath(sys.argv[0])
+    python = [] if os.access(program, os.X_OK) else [sys.executable]
+    return shlex.join([*sudo, *python, program, *arguments])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code (of sysexits.h; docs/operating.md has them all)."""
+    try:
+        return perform(arguments(argv))
     except KeyboardInterrupt:  # the next run goes on where this one was interrupted
         return 128 + signal.SIGINT
-    except Timeout as error:
-        print(f"dropzone: {error.lock_file} is held by another run; try again", file=sys.stderr)
-        return os.EX_TEMPFAIL
     except BrokenPipeError:  # nobody reads standard output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return os.EX_IOERR
-    except (BackendError, DropzoneError, PayloadStoreError) as error:
-        sys.stderr.write(f"dropzone: {error}\n")  # at once: an audit line may come in between
-        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    except (Timeout, PermissionError, BackendError, DropzoneError, PayloadStoreError) as error:
+        text, code = told(error)
+        if isinstance(error, WrongUser) and error.user:
+            line = line_for(error.user, sys.argv[1:] if argv is None else argv)
+            text = f"{text}. Use this line:\n{line}"
+        sys.stderr.write(f"dropzone: {text}\n")  # at once: an audit line may come in between
+        return code
+    except Exception:  # Python's own exit code is that of rows which are not right
+        log.exception("a defect of Dropzone has ended the command")
+        return os.EX_SOFTWARE
+
+
+def perform(args: argparse.Namespace) -> int:
+    """Run the command that was asked for; return its exit code."""
+    given: dict[Setting, object] = {
+        ("server", n): getattr(args, n) for n in ("host", "port") if n in args
+    }
+    config = load_config(getattr(args, "config", None), overrides=given)
+    if args.run is not ask_ready:  # which opens nothing
+        work_as_owner(config)
+    if not os.access(os.curdir, os.X_OK):  # root's home, say: other processes could not start there
+        args.files = [name if name == "-" else os.path.abspath(name) for name in args.files]
+        os.chdir(os.sep)
+    runs_on = args.run is serve or getattr(args, "watch", False)
+    # A command reports by itself.
+    log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        command = args.run(config, args)
+        code: int = runner.run(until_stopped(command) if runs_on else command)
+    sys.stdout.flush()
+    return code
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """Return an error in words, and the exit code for it."""
+    if isinstance(error, Timeout):
+        return f"{error.lock_file} is held by another run; try again", os.EX_TEMPFAIL
+    if isinstance(error, PermissionError):
+        return denied(error), os.EX_TEMPFAIL
+    if isinstance(error, WrongUser):
+        return str(error), os.EX_NOPERM
+    return str(error), os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Rows in one SQLite file: durable, nothing to install, open to several processes at once."""
 
 import asyncio
+import errno
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from time import monotonic, sleep
 from typing import TypeVar
 from uuid import UUID
@@ -81,15 +84,46 @@ PING = "SELECT 1"
 REFUSALS = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 
 
+class Place:
+    """A path, and the file that the first connection has found there: all others want the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.opening = Lock()
+        self._file: tuple[int, int] | None = None  # device and inode
+
+    def require_same_file(self) -> None:
+        """Raise BackendUnavailable where another file lies there by now, or none."""
+        if self._file is not None and self._file_there() != self._file:
+            # What is written now would go to a file that nobody finds after a restart.
+            raise BackendUnavailable(
+                f"{self.path} was moved, deleted or replaced while it was open: put it back, or "
+                "restart Dropzone on the file that is to count (rebuild makes its rows again)"
+            )
+
+    def keep(self) -> None:
+        """Let the file that lies there be the one."""
+        self._file = self._file_there()
+
+    def forget(self) -> None:
+        """Let it be whichever file lies there next time."""
+        self._file = None
+
+    def _file_there(self) -> tuple[int, int] | None:
+        with suppress(FileNotFoundError):
+            there = self.path.stat()
+            return there.st_dev, there.st_ino
+        return None
+
+
 class Lane:
     """A thread, and the connection that it alone touches, which is why there are no locks."""
 
-    def __init__(self, path: Path, busy_timeout: float, name: str) -> None:
-        self._path = path
+    def __init__(self, place: Place, busy_timeout: float, name: str) -> None:
+        self._place, self._path = place, place.path
         self._busy_timeout = busy_timeout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite {name}")
         self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None  # device and inode of the open file
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do some work in the thread, with the connection, which is opened where it is not."""
@@ -116,7 +150,11 @@ class Lane:
             ) from error
 
     def _opened(self) -> sqlite3.Connection:
-        if self._connection is None:
+        if self._connection is not None:
+            self._place.require_same_file()
+            return self._connection
+        with self._place.opening:
+            self._place.require_same_file()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(
                 self._path, timeout=self._busy_timeout, isolation_level=None
@@ -127,20 +165,8 @@ class Lane:
                 connection.close()
                 raise
             self._connection = connection
-            self._file = self._file_there()
-        elif self._file_there() != self._file:
-            # What is written now would go to a file that nobody finds after a restart.
-            raise BackendUnavailable(
-                f"{self._path} was moved, deleted or replaced while it was open: put it back, or "
-                "restart Dropzone on the file that is to count (rebuild makes its rows again)"
-            )
-        return self._connection
-
-    def _file_there(self) -> tuple[int, int] | None:
-        with suppress(FileNotFoundError):
-            there = self._path.stat()
-            return there.st_dev, there.st_ino
-        return None
+            self._place.keep()
+        return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._write_ahead(connection)
@@ -183,8 +209,9 @@ class SqliteBackend:
 
     def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
         self._path = Path(path)
+        self._place = Place(self._path)
         self._writes, self._reads, self._sums, self._pings = self._lanes = [
-            Lane(self._path, busy_timeout, name) for name in ("writes", "reads", "sums", "pings")
+            Lane(self._place, busy_timeout, name) for name in ("writes", "reads", "sums", "pings")
         ]
 
     def __repr__(self) -> str:
@@ -192,16 +219,17 @@ class SqliteBackend:
 
     async def open(self) -> None:
         """See Backend.open."""
-        await self._writes.run(_ping)
+        await self._writes.run(lambda connection: connection.execute(PING))
 
     async def close(self) -> None:
         """See Backend.close."""
         for lane in self._lanes:
             await lane.close()
+        self._place.forget()
 
     async def ping(self) -> None:
         """See Backend.ping."""
-        await self._pings.run(_ping)
+        await self._pings.run(self._ping)
 
     async def upsert(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.upsert."""
@@ -256,6 +284,24 @@ class SqliteBackend:
 
         return await self._sums.run(sums)
 
+    async def back_up(self, file: Path) -> int:
+        """Copy all rows, as they are at one moment, to a new file; return how many there are.
+
+        Others may write meanwhile. The copy is not synced.
+        """
+
+        def copy_all(connection: sqlite3.Connection) -> int:
+            with closing(sqlite3.connect(file)) as copy:
+                connection.backup(copy)
+                return int(copy.execute(COUNT).fetchone()[0])
+
+        return await self._sums.run(copy_all)
+
+    def _ping(self, connection: sqlite3.Connection) -> None:
+        connection.execute(PING)
+        if not os.access(self._path, os.R_OK | os.W_OK):  # another user's file can still be read
+            raise PermissionError(errno.EACCES, "this user may not write to it")
+
     async def _rows(self, sql: str, *parameters: object) -> list[Measurement]:
         def read(connection: sqlite3.Connection) -> list[Measurement]:
             found = connection.execute(sql, parameters).fetchall()
@@ -283,10 +329,6 @@ class SqliteBackend:
                 f"{self._path} has a row that is no measurement from {first} to {last}: "
                 f"delete it ({error})"
             ) from error
-
-
-def _ping(connection: sqlite3.Connection) -> None:
-    connection.execute(PING)
 
 
 def _write(connection: sqlite3.Connection, sql: str, rows: Sequence[tuple[object, ...]]) -> None:

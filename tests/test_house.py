@@ -20,19 +20,25 @@ ROOMS = {
     "backends.raw.unpacking": ("backends.raw",),
     "backends.raw.packs": ("backends.raw", "backends.raw.disk", "backends.raw.unpacking"),
     "backends.raw.rejections": ("backends", "backends.raw"),
+    "backends.raw.tally": ("backends.raw", "backends.raw.disk"),
     "backends.raw.folders": (
         "backends",
         "backends.raw",
         "backends.raw.disk",
         "backends.raw.packs",
         "backends.raw.rejections",
+        "backends.raw.tally",
     ),
-    "backends.raw.journal": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.keys": ("backends.raw", "backends.raw.disk"),
+    "backends.raw.journal": ("backends.raw", "backends.raw.disk", "backends.raw.keys"),
+    "backends.raw.backup": ("backends.raw", "backends.raw.disk", "backends.raw.folders"),
     "backends.raw.landing": (
         "backends.raw",
+        "backends.raw.backup",
         "backends.raw.disk",
         "backends.raw.folders",
         "backends.raw.journal",
+        "backends.raw.keys",
     ),
 }
 NOT_BELOW = {"aiohttp", "prometheus_client", "tomllib", "dotenv"}

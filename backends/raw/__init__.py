@@ -5,10 +5,12 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 
 - `landing.py`: takes payloads in, many at a time, and acknowledges them when they are on disk;
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
+- `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `unpacking.py`: large payloads of these, piece by piece;
+- `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
 """
 
@@ -19,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +38,7 @@ STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
-PIECE = 64 * 1024  # bytes of a payload that are read at a time
+PIECE_BYTES = 64 * 1024  # bytes of a payload that are read at a time
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -75,10 +78,20 @@ class PackDamaged(StorageUnavailable):
     """A pack, or its index, is not what was written: its payloads cannot be read."""
 
 
+class NoAccess(StorageUnavailable):
+    """This user has no right to a file or a folder: another user has worked there, say."""
+
+
 class StorageFull(StorageUnavailable):
     """There is too little room on the disk."""
 
     code = "storage_full"
+
+
+class FolderTaken(PayloadStoreError):
+    """A backup cannot be put where it was to be put."""
+
+    code = "folder_taken"
 
 
 # ── raw_id ────────────────────────────────────────────────────────────────────────────────────────
@@ -164,6 +177,17 @@ class OpenPayload:
     close: Callable[[], object] = tuple  # to be called in the end, however far one has read
 
 
+class Settled(Struct, frozen=True):
+    """What `settle` did.
+
+    `rejected` has the rejections, their retries counted; `stuck` says why the others of the
+    payloads stay pending, as this user may not move them.
+    """
+
+    rejected: list[Rejection]
+    stuck: dict[UUID, str]
+
+
 class Activity(Struct, frozen=True):
     """What all processes of a store have done together, to be seen at a glance.
 
@@ -175,6 +199,20 @@ class Activity(Struct, frozen=True):
     processed: int
     last_landed: int
     landed: list[int]
+
+
+Kind = Literal["packs", "processed", "rejected", "pending", "besides"]
+
+
+class Copied(Struct, frozen=True):
+    """A file that a backup has copied: a pack, a payload by its state, or what lies besides.
+
+    It may be a hard link. `trouble` says why it could not be read, and so is not in the backup.
+    """
+
+    kind: Kind
+    is_link: bool = False
+    trouble: str = ""
 
 
 # ── The protocol ──────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +238,7 @@ class Portion(Protocol):
     def reader(self) -> Callable[[UUID], bytes]:
         """Return a function that reads one of them.
 
-        It raises `RawIdUnknown` for one that left, and `PayloadUnreadable`.
+        It raises `RawIdUnknown` for one that left, `PayloadUnreadable`, and `NoAccess`.
         """
 
 
@@ -220,7 +258,7 @@ class Payloads(Protocol):
         """The file that a processor locks, so that one at a time is at work."""
 
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`."""
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
 
     def open_payload(self, raw_id: UUID) -> OpenPayload:
         """Return the same bytes to be read piece by piece; raises `RawIdUnknown`."""
@@ -228,7 +266,8 @@ class Payloads(Protocol):
     def read_pending(self, raw_id: UUID) -> bytes:
         """Return a pending payload.
 
-        Raises `RawIdUnknown` where it is no longer pending, and `PayloadUnreadable`.
+        Raises `RawIdUnknown` where it is no longer pending; `PayloadUnreadable`; `NoAccess` where
+        it may well be whole, and another user can read it.
         """
 
     def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
@@ -244,10 +283,17 @@ class Payloads(Protocol):
     def changed(self, state: Literal["pending", "rejected"]) -> int:
         """Return a number that is another one when payloads have entered or left a state."""
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> list[Rejection]:
-        """Move payloads out of pending; return the rejections, their retries counted.
+    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
+        """Move payloads out of pending, as far as this user may, and return what was done.
 
         Doing it again, or a part of it again, changes nothing.
+        """
+
+    def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
+        """Return what keeps payloads from being processed, as far as a glance tells, or None.
+
+        It takes a dozen system calls. `oldest` are the oldest pending raw_ids, as far as they are
+        known: what cannot be read or moved stays behind, and so becomes the oldest.
         """
 
     def rejection(self, raw_id: UUID) -> Rejection:
@@ -276,7 +322,10 @@ class Payloads(Protocol):
         """Go through the rejected payloads for what nobody has noted; count them by code."""
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
-        """Return the last rejection of a payload, whatever has become of it since."""
+        """Return the last rejection of a payload, whatever has become of it since.
+
+        None where there is none, or where it cannot be understood; raises `NoAccess`.
+        """
 
     def retry(self, raw_id: UUID) -> bool:
         """Put a rejected payload back to pending; return False if it is not rejected.
@@ -319,14 +368,21 @@ class PayloadStore(Payloads, Protocol):
         """
 
     async def close(self) -> None:
-        """Wait until everything that was handed to `land` is on disk, then let go of it."""
+        """Wait until everything that was handed to `land` is on disk, then let go of it.
 
-    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+        It does not wait for ever where the disk hangs: the next `open` recovers what is left.
+        """
+
+    async def land(
+        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
+    ) -> list[UUID]:
         """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
 
-        If the Idempotency-Key `key` was used in the last 24 hours, return the raw_ids of that time
-        and store nothing, or raise `KeyReused` if the bodies differ. Raises `StorageUnavailable`
-        where the disk refuses: then none of them is acknowledged.
+        If the `caller` has used the Idempotency-Key `key` in the last 24 hours, return the raw_ids
+        of that time and store nothing, or raise `KeyReused` if the bodies differ.
+
+        Raises `StorageUnavailable` where the disk refuses: then none of them is acknowledged. Where
+        it hangs, that is so after some seconds, and they may land all the same.
         """
 
     def portable(self) -> Payloads:
@@ -338,8 +394,8 @@ class PayloadStore(Payloads, Protocol):
     def room(self) -> tuple[int, int]:
         """Return how many bytes are free, and how many have to stay so."""
 
-    def trouble(self) -> str | None:
-        """Try to write and sync; return what stands in the way of landing, or None."""
+    async def landing_trouble(self) -> str | None:
+        """Return what stands in the way of landing, or None; within seconds, if the disk hangs."""
 
     def strays(self) -> list[str]:
         """Return the names among the pending payloads that are not those of payloads."""
@@ -348,4 +404,20 @@ class PayloadStore(Payloads, Protocol):
         """Return what is wrong around, by subject, without making or changing anything.
 
         Subjects are `data folder` and `clock`; each has a sentence for each thing that is wrong.
+        """
+
+    def new_backup(self, folder: Path) -> AbstractContextManager[Path]:
+        """Make a folder for a backup under another name; at the end sync it, and give it its own.
+
+        Where the block raises, nothing is left of it. Raises `FolderTaken`.
+        """
+
+    def back_up(self, folder: Path, *, processed_alone: bool = False) -> Iterator[Copied]:
+        """Copy all payloads, and what the store keeps about them, to a folder, file by file.
+
+        A store that is opened there has every payload that was acknowledged before, in its state,
+        and gives out raw_ids behind them. Landing and retries may go on meanwhile; the caller keeps
+        out processors and whatever works on all of the processed payloads. With `processed_alone`,
+        which is a beginning, processors may go on, too. What is in the folder already stays.
+        Raises OSError, too.
         """

@@ -17,16 +17,15 @@ import itertools
 import logging
 import os
 import re
-import struct
 import sys
 import threading
-import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -34,14 +33,15 @@ import msgspec
 from backends import json_of
 from backends.raw import (
     PAYLOAD_NAME,
-    PIECE,
+    PIECE_BYTES,
     STATES,
-    Activity,
+    NoAccess,
     OpenPayload,
     PayloadUnreadable,
     Portion,
     RawIdUnknown,
     Rejection,
+    Settled,
     State,
     StorageUnavailable,
     arrival_of,
@@ -49,25 +49,41 @@ from backends.raw import (
     raw_id_of,
 )
 from backends.raw.disk import (
+    DAMAGED,
+    DISK_FULL,
+    FILE,
+    FOLDER,
+    UNREADABLE,
+    access_errors,
+    access_trouble,
+    denied,
     existing,
-    locked,
     read_file,
+    set_aside,
     storage_error,
     sync_file,
     syncs_file_systems,
+    tell_once,
     write_all,
     writing_trouble,
 )
-from backends.raw.packs import PACK, PACK_NAME, Pack
+from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
 from backends.raw.rejections import RejectionIndex
+from backends.raw.tally import Tally
 
 log = logging.getLogger("dropzone")
 T = TypeVar("T")
 
+REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
-BROKEN_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOENT}
+# One file is broken, and no other user could read it either.
+BROKEN_FILE = UNREADABLE | {errno.EISDIR, errno.ELOOP, errno.ENOENT}
+# No file can be moved: this user may not, or the disk is full or read-only.
+NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL}
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION = 1000  # payloads
+OUT_OF_REACH_SHOWN = 20
+NO_LOCK = "is a folder, and has to be a file: remove it"
 CLOCK_PATIENCE = timedelta(minutes=5)
 
 
@@ -102,69 +118,17 @@ def earliest_names(folder: Path, limit: int, after: str = "") -> tuple[list[str]
     return [name[:36] for name in names[:limit]], count
 
 
-def _holds(path: Path, body: bytes) -> bool:
-    """Say whether a file has these bytes; raises FileNotFoundError where there is no file."""
-    try:
-        return path.read_bytes() == body
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # a bad block, say
-        log.warning("%s cannot be read, it is written again from the journal: %s", path, error)
-        return False
-
-
-# ── The tally ─────────────────────────────────────────────────────────────────────────────────────
-
-MINUTES = 60  # that the tally goes back
-SLOT = struct.Struct("<QQ")
-TALLY_BYTES = SLOT.size * (1 + MINUTES)
-
-
-class Tally:
-    """The numbers of `Activity`, which all processes of a data folder share in a small file.
-
-    The first slot has how many payloads have become processed, and when the last one landed; each
-    of the others has a minute and how many landed in it. The file is not synced.
-    """
-
-    def __init__(self, path: Path, processed_so_far: Callable[[], int]) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with locked(self._file):
-            if os.fstat(self._file).st_size < TALLY_BYTES:
-                total = 0
-                with contextlib.suppress(OSError, StorageUnavailable):  # a damaged pack, say
-                    total = processed_so_far()
-                first = SLOT.pack(total, 0)
-                os.pwrite(self._file, first.ljust(TALLY_BYTES, b"\0"), 0)
-
-    def add(self, *, landed: int = 0, processed: int = 0) -> None:
-        """Count payloads."""
-        now = time.time_ns() // 1_000_000
-        with locked(self._file):
-            total, last = self._slot(0)
-            self._set(0, total + processed, now if landed else last)
-            if landed:
-                minute = now // 60_000
-                number = 1 + minute % MINUTES
-                known, count = self._slot(number)
-                self._set(number, minute, landed + (count if known == minute else 0))
-
-    def read(self) -> Activity:
-        """Return what was counted."""
-        (total, last), *slots = SLOT.iter_unpack(os.pread(self._file, TALLY_BYTES, 0))
-        this_minute, counts = int(time.time()) // 60, dict(slots)
-        landed = [counts.get(this_minute - n, 0) for n in reversed(range(MINUTES))]
-        return Activity(total, last, landed)
-
-    def _slot(self, number: int) -> tuple[Any, ...]:
-        return SLOT.unpack(os.pread(self._file, SLOT.size, SLOT.size * number))
-
-    def _set(self, number: int, *values: int) -> None:
-        os.pwrite(self._file, SLOT.pack(*values), SLOT.size * number)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+def _below(folder: Path | str, mode: int) -> Iterator[tuple[Path | str, int]]:
+    """Yield all that lies below a folder, and the rights that are needed: `mode` for a file."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield entry.path, FOLDER
+                yield from _below(entry.path, mode)
+            else:
+                yield entry.path, mode
 
 
 # ── The folders ───────────────────────────────────────────────────────────────────────────────────
@@ -217,7 +181,7 @@ class Folders:
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """See Payloads.read."""
         for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), access_errors():
                 return state, self.path(raw_id, state).read_bytes()
         packed = self._packed(raw_id)
         if packed is None:
@@ -230,7 +194,9 @@ class Folders:
             with contextlib.suppress(FileNotFoundError):
                 file = open(self.path(raw_id, state), "rb", 0)
                 size = os.fstat(file.fileno()).st_size
-                return OpenPayload(size, iter(functools.partial(file.read, PIECE), b""), file.close)
+                return OpenPayload(
+                    size, iter(functools.partial(file.read, PIECE_BYTES), b""), file.close
+                )
         packed = self._look_in_packs(raw_id, Pack.open_payload)
         if packed is None:
             raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
@@ -241,6 +207,8 @@ class Folders:
         path = f"{self.raw}/{raw_id}.json"
         try:
             return read_file(path)
+        except PermissionError as error:
+            raise NoAccess(denied(error)) from None
         except OSError as error:
             if not os.path.lexists(path):
                 raise RawIdUnknown(f"{raw_id} is no longer pending") from None
@@ -268,7 +236,19 @@ class Folders:
 
     def open_tally(self) -> Tally:
         """Return the numbers that all processes share; close it."""
-        return Tally(self.journal / "tally", self.count_processed)
+        is_expected = False
+        with contextlib.suppress(FileNotFoundError):  # nothing has been opened here before
+            is_expected = (self.journal / "last_raw_id").stat().st_size > 0
+        return Tally(self.journal / "tally", self._found, is_expected=is_expected)
+
+    def _found(self) -> tuple[int, int]:
+        """Return how many payloads are processed, and when the last of all arrived."""
+        total, arrival = 0, None
+        with contextlib.suppress(OSError, StorageUnavailable):  # a damaged pack, say
+            total = self.count_processed()
+        with contextlib.suppress(OSError):
+            arrival = arrival_of(self.greatest_raw_id())
+        return total, int(arrival.timestamp() * 1000) if arrival else 0
 
     def publish(self, path: Path | str, body: bytes) -> None:
         """Make a file appear whole: written under another name, then renamed to `path`."""
@@ -283,22 +263,47 @@ class Folders:
         os.rename(part, path)
 
     def restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
-        """Write a payload of the journal again where it is missing, torn or different.
+        """Write a payload of the journal again where it is missing, torn, different or unreadable.
 
         With `force`, also where it looks right: what the system shows may never reach the disk.
         """
         for state in (*STATES, STATES[0]):  # it may move meanwhile
             path = self.path(raw_id, state)
-            with contextlib.suppress(FileNotFoundError):
-                if force or not _holds(path, body):
-                    path.lstat()  # raises where it is not there
-                    self.publish(path, body)
+            try:
+                path.lstat()
+                holds = path.read_bytes() == body
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:  # a bad block, or a folder of that name
+                self._replace(path, body, error)
                 return
+            if force or not holds:
+                self.publish(path, body)
+            return
         if not self._is_packed_or_expired(raw_id):
             self.publish(self.path(raw_id, "pending"), body)
 
+    def _replace(self, path: Path, body: bytes, error: OSError) -> None:
+        kept: Path | str = "lost"
+        with contextlib.suppress(OSError):
+            kept = set_aside(path, self.journal)
+        self.publish(path, body)
+        wrong = (
+            "%s could not be read (%s): it was written again from the journal. What was there is %s"
+        )
+        log.error(wrong, path, error.strerror, kept)
+
+    def has(self, raw_id: UUID) -> bool:
+        """Say whether a payload lies in any folder or pack."""
+        return any(os.path.lexists(self.path(raw_id, state)) for state in STATES) or (
+            self._is_packed_or_expired(raw_id)
+        )
+
     def greatest_raw_id(self) -> UUID:
-        """Return the greatest raw_id of all files, as far as it is that of a known moment."""
+        """Return the greatest raw_id that is known, as far as it is that of a known moment.
+
+        Of a pack that cannot be read it is the end of its day.
+        """
         names = os.listdir(self.raw) + os.listdir(self.rejected)
         days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
         for day in days:
@@ -306,28 +311,45 @@ class Folders:
             if of_day:
                 names += of_day
                 break
-        raw_ids = filter(None, map(raw_id_of, names))
+        raw_ids = list(filter(None, map(raw_id_of, names)))
+        packs = self.packs()
+        raw_ids += [pack.last() for pack in packs if pack.day == packs[-1].day]
         return max(filter(arrival_of, raw_ids), default=UUID(int=0))
 
     # Settling
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> list[Rejection]:
+    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
         """See Payloads.settle."""
-        counted, moved = list(map(self._with_retries, rejected)), 0
-        for rejection in counted:
-            self._record(rejection)  # before the payload, so that none is without its reason
-            self._move(rejection.raw_id, self.rejected)
-        if counted:
+        settled, moved = Settled([], {}), 0
+        for rejection in rejected:
+            try:
+                with access_errors():
+                    counted = self._with_retries(rejection)
+                    self._record(counted)  # before the payload, so that none is without its reason
+                    self._move(rejection.raw_id, self.rejected)
+                settled.rejected.append(counted)
+            except NoAccess as error:
+                settled.stuck[rejection.raw_id] = str(error)
+        if settled.rejected:
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
-                self._index.note(counted)
+                self._index.note(settled.rejected)
         for day, raw_ids in itertools.groupby(processed, day_of):
-            folder = self.processed / day
-            folder.mkdir(parents=True, exist_ok=True)
-            for raw_id in raw_ids:
-                moved += self._move(raw_id, folder)
+            moved += self._move_all(raw_ids, self.processed / day, settled.stuck)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
             tally.add(processed=moved)
-        return counted
+        return settled
+
+    def _move_all(self, raw_ids: Iterable[str], folder: Path, stuck: dict[UUID, str]) -> int:
+        moved = 0
+        for raw_id in raw_ids:
+            try:
+                with access_errors():
+                    if not moved:
+                        folder.mkdir(parents=True, exist_ok=True)
+                    moved += self._move(raw_id, folder)
+            except NoAccess as error:
+                stuck[UUID(str(raw_id))] = str(error)
+        return moved
 
     def _with_retries(self, rejection: Rejection) -> Rejection:
         before = self.last_rejection(rejection.raw_id)
@@ -345,21 +367,44 @@ class Folders:
             return True
         except FileNotFoundError:
             pass  # another processor has moved it
-        except OSError as error:  # one bad file never stops the rest
+        except OSError as error:  # one odd file never stops the rest
+            if error.errno in NO_WAY:
+                raise
             log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
         return False
 
     # Finished days are packed, and deleted after `keep_days`.
 
     def packs(self, day: str = "") -> list[Pack]:
-        """Return the packs of a day, or all; a day has a second one if payloads came late."""
+        """Return the packs of a day, or all; a day has a second one if payloads came late.
+
+        One that was lost is among them, as far as its index is there to tell.
+        """
         with os.scandir(self.processed) as entries:
-            found = [e for e in entries if PACK_NAME.fullmatch(e.name) and e.name.startswith(day)]
+            found = {e.name: e for e in entries if e.name.startswith(day) and PACK in e.name}
         packs = []
-        for entry in found:
+        for name, entry in found.items():
             with contextlib.suppress(FileNotFoundError):  # it has just expired
-                packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
+                if PACK_NAME.fullmatch(name):
+                    packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
+                elif name.endswith(INDEX) and name.removesuffix(INDEX) not in found:
+                    lost = Pack(Path(entry.path.removesuffix(INDEX)), 0, is_lost=True)
+                    packs += [lost] if self._is_lost(lost) else []
         return sorted(packs, key=lambda pack: pack.path)
+
+    def _is_lost(self, pack: Pack) -> bool:
+        """Say whether an index that lies alone is one of a pack that was lost.
+
+        It may also be left of a pack that has expired, or that was never finished; in that case
+        the files of its payloads are still there.
+        """
+        if not PACK_NAME.fullmatch(pack.path.name) or pack.day < self.first_kept_day():
+            return False
+        try:
+            [first, _], *_ = pack.index().members
+        except (OSError, StorageUnavailable):  # it was never finished either
+            return False
+        return not (self.processed / pack.day / f"{first}.json").exists() and not pack.path.exists()
 
     def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
         """See Payloads.portions."""
@@ -379,7 +424,7 @@ class Folders:
 
     def count_processed(self) -> int:
         """See Payloads.count_processed."""
-        packed = sum(pack.index().payloads for pack in self.packs())
+        packed = sum(pack.index().payloads for pack in self.packs() if not pack.is_lost)
         folders = (entry.path for entry in os.scandir(self.processed) if entry.is_dir())
         return packed + sum(len(os.listdir(folder)) for folder in folders)
 
@@ -412,9 +457,10 @@ class Folders:
         """See Payloads.expire."""
         first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
         packs = self.packs() if self.keep_days else []
-        expired = [pack for pack in packs if pack.path.name[:10] < first]
+        expired = [pack for pack in packs if pack.day < first]
         if expired:
-            self.publish(self._expired, max(self.first_kept_day(), first).encode())
+            day = max(self.first_kept_day(), first)
+            self.publish(self._expired, f"{day} {zlib.crc32(day.encode()):08x}".encode())
             sync_file(self._expired)
         for pack in expired:
             pack.remove()
@@ -424,10 +470,19 @@ class Folders:
         """See Payloads.first_kept_day.
 
         It is written down: a day that is old enough for it may have landed before a long power
-        cut, and still be processed.
+        cut, and still be processed. Where that is damaged, nothing counts as expired.
         """
-        with contextlib.suppress(FileNotFoundError):
-            return self._expired.read_text()
+        try:
+            text = self._expired.read_bytes().decode("ascii", "replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            text = str(error.strerror)
+        day, _, checksum = text.partition(" ")  # of which older versions have none
+        is_whole = not checksum or checksum == f"{zlib.crc32(day.encode()):08x}"
+        if DAY_NAME.fullmatch(day) and is_whole and day <= f"{datetime.now(UTC):%Y-%m-%d}":
+            return day
+        tell_once(f"{self._expired} is damaged: what has expired is not known any more, delete it")
         return ""
 
     def _is_packed_or_expired(self, raw_id: UUID) -> bool:
@@ -463,7 +518,11 @@ class Folders:
         except FileNotFoundError:
             raise RawIdUnknown(f"{raw_id} is not rejected") from None
         wrong = "the reason is not there or cannot be read"
-        return self.last_rejection(raw_id) or Rejection(raw_id, "reason_missing", wrong, moved)
+        try:
+            known = self.last_rejection(raw_id)
+        except NoAccess as error:
+            known, wrong = None, str(error)
+        return known or Rejection(raw_id, "reason_missing", wrong, moved)
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
@@ -493,7 +552,7 @@ class Folders:
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """See Payloads.last_rejection."""
-        with contextlib.suppress(OSError, ValueError):  # also what is no UTF-8
+        with contextlib.suppress(OSError, ValueError), access_errors():  # also what is no UTF-8
             return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
         return None
 
@@ -501,7 +560,8 @@ class Folders:
         """See Payloads.retry."""
         source = self.path(raw_id, "rejected")
         try:
-            reason, now = self.rejection(raw_id), datetime.now(UTC)
+            known, now = self.last_rejection(raw_id), datetime.now(UTC)
+            reason = known or self.rejection(raw_id)
             self._record(
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
@@ -520,9 +580,26 @@ class Folders:
         self.publish(self._reason(rejection.raw_id), json_of(rejection))
 
     def _reason(self, raw_id: UUID) -> Path:
-        return self.rejected / f"{raw_id}.reason.json"
+        return self.rejected / f"{raw_id}{REASON}"
 
     # What is wrong around
+
+    def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
+        """See Payloads.processing_trouble."""
+        for folder in (self.raw, self.processed, self.rejected, self.journal):
+            if not os.path.isdir(folder):
+                return f"{folder} is not there, or no folder"
+            if not os.access(folder, FOLDER):
+                return access_trouble(folder, FOLDER)
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        days = {today, *map(day_of, oldest)}
+        lock = self.process_lock
+        if os.path.isdir(lock):
+            return f"{lock} {NO_LOCK}"
+        places = [(lock, FILE) if os.path.exists(lock) else (lock.parent, os.W_OK | os.X_OK)]
+        places += [(self.processed / day, FOLDER) for day in days]
+        places += [(self.path(UUID(raw_id), "pending"), os.R_OK) for raw_id in oldest]
+        return next(filter(None, itertools.starmap(access_trouble, places)), None)
 
     def problems(self) -> dict[str, list[str]]:
         """See PayloadStore.problems; a folder that it made would have the wrong owner."""
@@ -534,19 +611,37 @@ class Folders:
             for folder in folders
             if existing(folder).stat().st_dev != device
         ]
-        if self.raw.is_dir() and os.access(self.raw, os.R_OK):
+        if os.path.isdir(self.process_lock):
+            troubles.append(f"{self.process_lock} {NO_LOCK}")
+        if os.path.isdir(self.raw) and os.access(self.raw, os.R_OK):
             troubles += [
                 f"{self.raw / name} is not named <uuid>.json: move it away"
                 for name in self.strays()
             ]
+        troubles += self.out_of_reach()
+        kept = self.journal.glob(f"*{DAMAGED}*")
+        troubles += [f"{path} was damaged, and kept: look at it, then delete it" for path in kept]
+        if self.processed.is_dir() and os.access(self.processed, os.R_OK | os.X_OK):
+            troubles += filter(None, (pack.trouble() for pack in self.packs()))
         behind = self._clock_trouble()
         return {"data folder": list(dict.fromkeys(troubles)), "clock": [behind] if behind else []}
+
+    def out_of_reach(self) -> list[str]:
+        """Name what lies here and this user has no right to; the first of it where it is much."""
+        places = itertools.chain(
+            [(self.process_lock, FILE)],
+            *(_below(folder, os.R_OK) for folder in (self.raw, self.rejected, self.processed)),
+            _below(self.journal, FILE),
+        )
+        found = list(filter(None, itertools.starmap(access_trouble, places)))
+        rest = len(found) - OUT_OF_REACH_SHOWN
+        return found[:OUT_OF_REACH_SHOWN] + ([f"and {rest} more of that kind"] if rest > 0 else [])
 
     def _clock_trouble(self) -> str | None:
         """Compare the clock with the last raw_id given out, and with the age of this program."""
         past = [datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)]
         with contextlib.suppress(OSError, ValueError):  # nothing has landed
-            last = UUID(bytes=(self.journal / "last_raw_id").read_bytes())
+            last = UUID(bytes=(self.journal / "last_raw_id").read_bytes()[:16])
             past.append(arrival_of(last) or past[0])
         behind = max(past) - datetime.now(UTC)
         if behind < CLOCK_PATIENCE:

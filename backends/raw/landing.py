@@ -3,6 +3,10 @@
 `RawStore.land` gathers what arrives while the group before is written (group commit). Each group is
 one record of the journal, one sync, and then one file for each payload; `journal.py` says why none
 that was acknowledged can be lost.
+
+A disk may hang, and a process may be stopped. Then nobody waits for longer than `LAND_PATIENCE`: a
+group that takes longer, and all that waits behind it, is refused, and so is what comes, until that
+group is done. It may have landed all the same. What waited behind it has not.
 """
 
 from __future__ import annotations
@@ -10,15 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -29,15 +35,30 @@ from msgspec import Struct
 
 from backends.raw import (
     Activity,
+    Copied,
     KeyReused,
+    NoAccess,
     Observer,
     PayloadStoreError,
     StorageFull,
     StorageUnavailable,
 )
-from backends.raw.disk import existing, make_folder, storage_error, sync_file, write_all
+from backends.raw.backup import Backup, new_folder
+from backends.raw.disk import (
+    DISK_FULL,
+    NO_ROOM,
+    Hands,
+    Room,
+    denied,
+    make_folder,
+    storage_error,
+    sync_file,
+    write_all,
+    wrong_owner,
+)
 from backends.raw.folders import Folders
-from backends.raw.journal import Journal, KeyUse, Record, digest_of
+from backends.raw.journal import Journal, Record, digest_of
+from backends.raw.keys import KeyUse
 
 log = logging.getLogger("dropzone")
 T = TypeVar("T")
@@ -45,9 +66,14 @@ T = TypeVar("T")
 BATCHES = 2  # groups under way at once where many payloads come together; else it is one
 LARGE_GROUP = 16  # requests
 GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
+GROUP_FILES = 1000  # likewise
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
 MANY_FILES = 64  # in a group that two threads write
 MIN_FREE_BYTES = 256 * 1024 * 1024
+LAND_PATIENCE = 10.0  # seconds in which a payload lands, or is refused as landing stands still
+PROBE_PATIENCE = 3.0  # seconds
+CLOSE_PATIENCE = 10.0  # seconds for what is under way, before the writer process is killed
+KILL_PATIENCE = 3.0  # seconds for what waited for it
 
 
 class Batch(Struct, frozen=True, array_like=True):
@@ -55,6 +81,7 @@ class Batch(Struct, frozen=True, array_like=True):
 
     bodies: list[bytes]
     key: str | None
+    caller: str = ""
 
 
 class Answer(Struct, frozen=True, array_like=True):
@@ -85,6 +112,16 @@ class Written(Struct, frozen=True, array_like=True):
     sync_seconds: float = 0.0
 
 
+Answers = Sequence[asyncio.Future[Answer]]
+STOPPED = Answer([], StorageUnavailable.code, "landing was stopped; try again later")
+
+
+def _answer(waiting: Answers, answers: Sequence[Answer]) -> None:
+    for landed, answer in zip(waiting, answers, strict=True):
+        if not landed.done():  # or else the caller has gone, or was refused
+            landed.set_result(answer)
+
+
 class Writer:
     """A second store on the same folder, in a process of its own, that lands large groups.
 
@@ -98,19 +135,25 @@ class Writer:
             f"import sys; sys.path.insert(0, {home!r}); import backends.raw.landing as landing; "
             f"landing.write_forever({json.dumps(settings)!r})"
         )
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | None = None  # when it is ready
+        self._started: asyncio.subprocess.Process | None = None
         self._starting: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    async def write(self, group: Sequence[Batch]) -> Written | None:
+    async def write(self, group: Sequence[Batch], others: Sequence[int]) -> Written | None:
         """Return the answers to a group, None where the process is not there (yet)."""
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             self._starting = self._starting or asyncio.create_task(self._start())
             return None
         try:
-            return await self._exchange(process, msgspec.msgpack.encode(group))
-        except (OSError, RuntimeError, asyncio.IncompleteReadError):  # uvloop: it is closed
+            return await self._exchange(process, msgspec.msgpack.encode((group, others)))
+        except (
+            OSError,
+            RuntimeError,  # uvloop: it is closed
+            asyncio.IncompleteReadError,
+            msgspec.DecodeError,
+        ):
             if self._process is process:  # or else another has been started
                 self._process = None
             wrong = "the writer process has ended; try again later"
@@ -122,6 +165,7 @@ class Writer:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", self._code, stdin=pipe, stdout=pipe, start_new_session=True
             )
+            self._started = process
             if process.stdout and await process.stdout.read(1):  # it is ready
                 self._process = process
         except OSError as error:
@@ -145,8 +189,14 @@ class Writer:
             self._process.stdin.close()
             await self._process.wait()
 
+    def kill(self) -> None:
+        """Kill the process, which does not end by itself; the next start recovers its log."""
+        if self._started and self._started.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._started.kill()
 
-GROUP = msgspec.msgpack.Decoder(list[Batch])
+
+GROUP = msgspec.msgpack.Decoder(tuple[list[Batch], list[int]])
 WRITTEN = msgspec.msgpack.Decoder(Written)
 
 
@@ -158,8 +208,8 @@ def write_forever(settings: str) -> None:
     with contextlib.suppress(BrokenPipeError, msgspec.DecodeError):  # the server was killed
         write_all(1, b"!")
         while size := sys.stdin.buffer.read(4):
-            group = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
-            written = msgspec.msgpack.encode(store.write(group))
+            group, others = GROUP.decode(sys.stdin.buffer.read(int.from_bytes(size)))
+            written = msgspec.msgpack.encode(store.write(group, others))
             write_all(1, len(written).to_bytes(4) + written)
     store.close_here()
 
@@ -190,8 +240,12 @@ class RawStore(Folders):
         )
         self._min_free = min_free_bytes
         self._observer = observer
-        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
+        self._gathered: deque[tuple[Batch, asyncio.Future[Answer], float]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
+        self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
+        self._overdue: dict[int, float] = {}  # groups that stand still, and since when
+        self._probing: asyncio.Future[str | None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._writer = Writer(
             {
                 "folder": str(self.raw),
@@ -210,17 +264,29 @@ class RawStore(Folders):
 
     async def open(self) -> None:
         """See PayloadStore.open."""
-        self._thread = ThreadPoolExecutor(1, "landing")
+        self._thread, self._prober = Hands(1, "landing"), Hands(1, "probe")
+        self._closing = None
         try:
             await self._in_thread(self.open_here)
+        except PermissionError as error:
+            raise NoAccess(denied(error)) from error
         except OSError as error:
-            raise StorageUnavailable(
-                f"{error.filename}: {error.strerror}; let the user that runs Dropzone write there"
-            ) from error
+            place = error.filename or self.journal
+            raise StorageUnavailable(f"{place}: {error.strerror}; {_advice(error)}") from error
+        except sqlite3.Error as error:  # which names no file
+            wrong = [*self.out_of_reach(), f"{self.journal}/keys.sqlite: {error}"]
+            raise StorageUnavailable(wrong[0]) from error
 
     def open_here(self) -> None:
-        """Open the store in this thread, to be written to by `write`."""
-        self._file_writers = ThreadPoolExecutor(2, "files")
+        """Open the store in this thread, to be written to by `write`.
+
+        Raises `NoAccess` where the folder is another user's: the files that this program made there
+        would be of no use to that user's.
+        """
+        wrong = wrong_owner(self.raw)
+        if wrong:
+            raise NoAccess(f"{wrong}: one user has to run all that works there")
+        self._file_writers = Hands(2, "files")
         for folder in (self.raw, self.processed, self.rejected, self.journal):
             make_folder(folder)
             if folder.stat().st_dev != self.raw.stat().st_dev:
@@ -229,12 +295,27 @@ class RawStore(Folders):
         self._journal.open()
 
     async def close(self) -> None:
-        """See PayloadStore.close; the journal is empty then."""
+        """See PayloadStore.close; the journal is empty then, unless the disk hangs."""
+        for patience in (CLOSE_PATIENCE, KILL_PATIENCE):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._close()
+                return
+            self._writer.kill()
+        log.error(
+            "landing still stands still; what is under way is left in %s for the next start",
+            self.journal,
+        )
+
+    async def _close(self) -> None:
         while self._landing:
             await asyncio.wait(self._landing)
         await self._writer.close()
-        await self._in_thread(self.close_here)
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._in_thread(self.close_here))
+        await asyncio.shield(self._closing)
         self._thread.shutdown()
+        self._prober.shutdown(wait=False)
 
     def close_here(self) -> None:
         """Close what `open_here` has opened."""
@@ -247,10 +328,15 @@ class RawStore(Folders):
         result: T = await aiofiles.os.wrap(call)(*arguments, executor=self._thread)
         return result
 
-    async def land(self, bodies: Sequence[bytes], key: str | None = None) -> list[UUID]:
+    async def land(
+        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
+    ) -> list[UUID]:
         """See PayloadStore.land."""
-        landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((Batch(list(bodies), key), landed))
+        if self._overdue:
+            raise StorageUnavailable(self._standstill())
+        loop = asyncio.get_running_loop()
+        landed: asyncio.Future[Answer] = loop.create_future()
+        self._gathered.append((Batch(list(bodies), key, caller), landed, loop.time()))
         if len(self._landing) < (BATCHES if len(bodies) > 1 else 1):
             self._landing.add(asyncio.create_task(self._land_gathered()))
         return (await landed).result()
@@ -265,38 +351,92 @@ class RawStore(Folders):
         try:
             while self._gathered:
                 half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
-                group, waiting, size = [], [], 0
-                while self._gathered and size < GROUP_BYTES and len(group) < half:
-                    batch, landed = self._gathered.popleft()
+                group, waiting, size, files = [], [], 0, 0
+                due = self._gathered[0][2] + LAND_PATIENCE
+                while self._gathered and len(group) < half:
+                    if size >= GROUP_BYTES or files >= GROUP_FILES:
+                        break
+                    batch, landed, _ = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
                     size += sum(map(len, batch.bodies))
-                written = await self._written(group, size)
-                for landed, answer in zip(waiting, written.answers, strict=True):
-                    if not landed.done():  # or else the caller has gone
-                        landed.set_result(answer)
+                    files += len(batch.bodies)
+                await self._land_group(group, waiting, size, due)
         finally:  # at once: a caller that has just been answered and lands again begins another
             self._landing.difference_update({asyncio.current_task()})
+            if self._gathered and not self._landing:  # this task was cancelled
+                self._refuse_gathered(STOPPED)
+
+    async def _land_group(
+        self, group: Sequence[Batch], waiting: Answers, size: int, due: float
+    ) -> None:
+        """Land a group and answer those who wait for it, whatever happens."""
+        number = id(waiting)
+        watch = asyncio.get_running_loop().call_at(due, self._give_up, number, waiting)
+        refusal, answers = STOPPED, list[Answer]()
+        try:
+            answers = (await self._written(group, size)).answers
+        except Exception as error:  # noqa: BLE001 (a defect, but nobody may wait for ever)
+            wrong = storage_error(error)
+            refusal = Answer([], wrong.code, str(wrong))
+        finally:
+            watch.cancel()
+            is_answered = len(answers) == len(waiting)
+            _answer(waiting, answers if is_answered else [refusal] * len(waiting))
+            since = self._overdue.pop(number, None)
+        if since is not None:
+            log.warning("landing goes on after %.0f s", time.monotonic() - since)
+
+    def _give_up(self, number: int, waiting: Answers) -> None:
+        """Refuse a group that takes too long, and all that waits behind it."""
+        self._overdue[number] = time.monotonic() - LAND_PATIENCE
+        log.error("%s", self._standstill())
+        refusal = Answer([], StorageUnavailable.code, self._standstill())
+        _answer(waiting, [refusal] * len(waiting))
+        self._refuse_gathered(refusal)
+
+    def _refuse_gathered(self, refusal: Answer) -> None:
+        waiting = [landed for _, landed, _ in self._gathered]
+        self._gathered.clear()
+        _answer(waiting, [refusal] * len(waiting))
+
+    def _standstill(self) -> str:
+        seconds = time.monotonic() - min(self._overdue.values())
+        return (
+            f"landing stands still for {seconds:.0f} s: the disk of {self.raw} or a process that "
+            "lands payloads there does not go on; try again later"
+        )
 
     async def _written(self, group: Sequence[Batch], size: int) -> Written:
         """Land a group of `size` bytes by the writer process or by a thread, and tell of it."""
         begun = time.monotonic()
-        written = await self._writer.write(group) if size >= WRITER_BYTES else None
-        if written is None:
-            written = await self._in_thread(self.write, group)
+        others = tuple(itertools.chain(*self._writing))
+        sizes = tuple(len(body) for batch in group for body in batch.bodies)
+        self._writing.append(sizes)
+        try:
+            written = await self._writer.write(group, others) if size >= WRITER_BYTES else None
+            if written is None:
+                written = await self._in_thread(self.write, group, others)
+        finally:
+            self._writing.remove(sizes)
         if self._observer and written.payloads:
             seconds = time.monotonic() - begun
             self._observer.landed(written.payloads, written.bytes, seconds, written.sync_seconds)
         return written
 
-    def write(self, group: Sequence[Batch]) -> Written:
-        """Land a group, in the order that `journal.py` explains, and answer it."""
+    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+        """Land a group, in the order that `journal.py` explains, and answer it.
+
+        `others` are the sizes of payloads that are written meanwhile, which need room, too. A batch
+        for which there is too little room is refused, and the others land.
+        """
         journal = self._journal
         try:
-            self._check_room(sum(len(body) for batch in group for body in batch.bodies))
+            room = self._room_left()
+            room.take(others)  # where they find too little, they are refused, and need none
             has_keys = any(batch.key for batch in group)
             with journal.keys_locked() if has_keys else contextlib.nullcontext():
-                answers, record = self._assign(group)
+                answers, record = self._assign(group, room)
                 written = self._commit(record, answers) if record.payloads else Written(answers)
                 with contextlib.suppress(OSError):  # it is on disk, whether counted or not
                     self._tally.add(landed=written.payloads)
@@ -308,7 +448,7 @@ class RawStore(Folders):
         journal.begin_checkpoint()
         return written
 
-    def _assign(self, group: Sequence[Batch]) -> tuple[list[Answer], Record]:
+    def _assign(self, group: Sequence[Batch], room: Room) -> tuple[list[Answer], Record]:
         """Return the answers to a group, and the record of what is to be stored for them."""
         answers: list[Answer] = []
         record = Record([], [])
@@ -319,6 +459,9 @@ class RawStore(Folders):
                 if use and use.digest != digest_of(bodies):
                     wrong = "this Idempotency-Key came with another body before"
                     answers.append(Answer([], KeyReused.code, wrong))
+                    continue
+                if not (use and use.landed) and not room.take([len(body) for body in bodies]):
+                    answers.append(Answer([], StorageFull.code, NO_ROOM))
                     continue
                 raw_ids = use.raw_ids if use else [next_id() for _ in bodies]
                 answers.append(Answer(raw_ids))
@@ -333,7 +476,8 @@ class RawStore(Folders):
         def next_ids() -> list[UUID]:
             return [next_id() for _ in batch.bodies]
 
-        return self._journal.use_of(batch.key or "", digest_of(batch.bodies), next_ids)
+        digest = digest_of(batch.bodies)
+        return self._journal.use_of(batch.key or "", batch.caller, digest, next_ids)
 
     def _commit(self, record: Record, answers: list[Answer]) -> Written:
         begun = time.monotonic()
@@ -364,31 +508,43 @@ class RawStore(Folders):
         for done in parts_done:
             done.result()
 
-    def _check_room(self, size: int) -> None:
+    def _room_left(self) -> Room:
         """Refuse before anything is written, so that what is acknowledged can be processed too."""
         if self._journal.is_behind():
             raise OSError(errno.EIO, "the checkpoint of the journal fails")
-        free, reserve = self.room()
-        if free < reserve + 2 * size:
+        room = Room(self.raw, self._min_free)
+        if room.is_used_up():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return room
 
     def room(self) -> tuple[int, int]:
         """See PayloadStore.room."""
-        disk = os.statvfs(existing(self.raw))
-        reserve = min(self._min_free, disk.f_blocks * disk.f_frsize // 20)
-        return disk.f_bavail * disk.f_frsize, reserve
+        room = Room(self.raw, self._min_free)
+        return room.free, room.reserve
+
+    async def landing_trouble(self) -> str | None:
+        """See PayloadStore.landing_trouble; a look that hangs is not begun a second time."""
+        if self._overdue:
+            return self._standstill()
+        if self._probing is None or self._probing.done():
+            loop = asyncio.get_running_loop()
+            self._probing = loop.run_in_executor(self._prober, self.trouble)
+        done, _ = await asyncio.wait([self._probing], timeout=PROBE_PATIENCE)
+        if not done:
+            return f"the disk of {self.journal} does not answer within {PROBE_PATIENCE:.0f} s"
+        return self._probing.result()
 
     def activity(self) -> Activity:
         """See PayloadStore.activity."""
         return self._tally.read()
 
     def trouble(self) -> str | None:
-        """See PayloadStore.trouble."""
+        """Try to write and sync; return what stands in the way of landing, or None."""
         for folder in (self.raw, self.journal):
             if not os.access(folder, os.W_OK | os.X_OK):
                 return f"{folder} is not there or not writable"
         try:
-            self._check_room(0)
+            self._room_left()
             self.publish(self.journal / "probe", b"")
             sync_file(self.journal)
         except OSError as error:
@@ -398,8 +554,26 @@ class RawStore(Folders):
     def problems(self) -> dict[str, list[str]]:
         """See PayloadStore.problems."""
         found = super().problems()
-        free, reserve = self.room()
-        if free < reserve:
-            wrong = f"the disk of {self.raw} is nearly full: make room, payloads are refused"
+        if Room(self.raw, self._min_free).is_used_up():
+            full = f"the disk of {self.raw} is nearly full, in bytes or in files (inodes)"
+            wrong = f"{full}: make room, payloads are refused"
             found["data folder"].append(wrong)
         return found
+
+    def new_backup(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
+        """See PayloadStore.new_backup."""
+        return new_folder(folder, (self.raw, self.processed, self.rejected, self.journal))
+
+    def back_up(self, folder: Path, *, processed_alone: bool = False) -> Iterator[Copied]:
+        """See PayloadStore.back_up; `backup.py` says why no payload is missed."""
+        backup = Backup(self, folder)
+        return backup.copy_processed() if processed_alone else backup.copy()
+
+
+def _advice(error: OSError) -> str:
+    """Say what to do about an error at the start."""
+    if error.errno in DISK_FULL:
+        return "make room on the disk"
+    if error.errno == errno.ETIMEDOUT:
+        return "end that process, or let it go on"
+    return "look at the disk and its file system, then start again"

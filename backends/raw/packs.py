@@ -1,33 +1,42 @@
 """Packs: a finished day of processed payloads in one file, which never changes.
 
 A pack is NDJSON in gzip members (RFC 1952), ordered by raw_id: zcat and jq read it. Its index leads
-to the one member that a payload is in.
+to the one member that a payload is in; one that is lost or damaged is made again from its pack.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
+import logging
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 from uuid import UUID
 
 import msgspec
 from msgspec import Struct
 
-from backends.raw import OpenPayload, PackDamaged, RawIdUnknown, StorageUnavailable
+from backends.raw import OpenPayload, PackDamaged, RawIdUnknown, StorageUnavailable, uuid_at
 from backends.raw.disk import sync_file
 from backends.raw.unpacking import open_packed
 
+log = logging.getLogger("dropzone")
+
 PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
 PACK = ".ndjson.gz"
+INDEX = ".index"
+MEMBER_BEGINS = gzip.compress(b"", 6, mtime=0)[:8]
+CHUNK = 1024 * 1024
 MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
 LARGE_MEMBER = 4 * MEMBER_BYTES  # bytes of text, beyond which one is read piece by piece
 
@@ -63,6 +72,17 @@ class PackIndex(Struct, frozen=True):
     bytes: int
     sha256: str
     members: list[tuple[UUID, int]]
+    checksum: int | None = None  # CRC-32 of the above; older versions have none
+
+    def with_checksum(self) -> PackIndex:
+        return msgspec.structs.replace(self, checksum=self._checksum())
+
+    def is_whole(self) -> bool:
+        return self.checksum in (None, self._checksum())
+
+    def _checksum(self) -> int:
+        above = (self.payloads, self.bytes, self.sha256, self.members)
+        return zlib.crc32(msgspec.json.encode(above))
 
 
 @dataclass(frozen=True)
@@ -71,20 +91,79 @@ class Pack:
 
     path: Path
     written: int  # nanoseconds since 1970: a name may be used again
+    is_lost: bool = False  # only its index is there
+
+    @property
+    def day(self) -> str:
+        return self.path.name[:10]
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 (a pack is but its name)
     def index(self) -> PackIndex:
         try:
-            return msgspec.json.decode(Path(f"{self.path}.index").read_bytes(), type=PackIndex)
-        except (FileNotFoundError, ValueError) as error:
-            if not self.path.exists():
-                raise  # it has just expired
-            wrong = f"{self.path} has lost its index, restore it from a copy: {error}"
-            raise PackDamaged(wrong) from error
+            return self._read_index()
+        except (OSError, ValueError) as error:
+            if not self.path.exists():  # it has just expired
+                raise FileNotFoundError(errno.ENOENT, "no such pack", str(self.path)) from error
+            return self._mend_index(error)
+
+    def _read_index(self) -> PackIndex:
+        """Return the index as it lies there; raises OSError, or ValueError if it is damaged."""
+        index = msgspec.json.decode(Path(f"{self.path}{INDEX}").read_bytes(), type=PackIndex)
+        if not index.is_whole():
+            raise ValueError("its checksum is another one")
+        return index
+
+    def _mend_index(self, reason: Exception) -> PackIndex:
+        """Make the index again, and write it if the whole pack can be read."""
+        index, is_whole = _index_of(self.path)
+        if not index.members:
+            wrong = f"{self.path} and its index are damaged, restore both from a copy: {reason}"
+            raise PackDamaged(wrong) from reason
+        with contextlib.suppress(OSError):  # a disk that is read-only, say: it is made each time
+            if is_whole:
+                self._write_index(index)
+        log.error("the index of %s was damaged or lost, and made again: %s", self.path, reason)
+        return index
+
+    def _write_index(self, index: PackIndex) -> None:
+        part = self.path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(msgspec.json.encode(index.with_checksum()))
+        sync_file(part)
+        os.rename(part, f"{self.path}{INDEX}")
+
+    def trouble(self) -> str | None:
+        """Say what is wrong with a pack, as far as that shows without reading it all."""
+        if self.is_lost:
+            return str(self._lost())
+        try:
+            index, size = self._read_index(), self.path.stat().st_size
+        except (OSError, ValueError) as error:
+            return (
+                f"the index of {self.path} is damaged or lost, the next look-up mends it: {error}"
+            )
+        if size == index.bytes:
+            return None
+        return f"{self.path} has {size} bytes, and had {index.bytes}: restore it from a copy"
+
+    def last(self) -> UUID:
+        """Return the greatest raw_id, or the end of its day where it cannot be read."""
+        with contextlib.suppress(StorageUnavailable, OSError):
+            return max(self.member(len(self.index().members) - 1))
+        with contextlib.suppress(ValueError, OverflowError):  # a day that there never was
+            return uuid_at(datetime.fromisoformat(f"{self.day}T00:00:00Z") + timedelta(days=1))
+        return UUID(int=0)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def member(self, number: int) -> dict[UUID, bytes]:
+        if self.is_lost:
+            raise self._lost()
         return _read_member(self.path, self.index(), number)
+
+    def _lost(self) -> PackDamaged:
+        return PackDamaged(
+            f"{self.path} is lost: restore it from a copy; if there is none, delete its index "
+            f"({self.path.name}{INDEX}), and its payloads count as never there"
+        )
 
     def read(self, raw_id: UUID) -> bytes | None:
         found = self.open_payload(raw_id)
@@ -135,8 +214,8 @@ class Pack:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         index = PackIndex(len(raw_ids), part.stat().st_size, digest, members)
         _check_pack(part, index, folder, raw_ids)
-        index_file = Path(f"{path}.index")
-        index_file.write_bytes(msgspec.json.encode(index))
+        index_file = Path(f"{path}{INDEX}")
+        index_file.write_bytes(msgspec.json.encode(index.with_checksum()))
         sync_file(index_file)
         os.rename(part, path)
         sync_file(path.parent)
@@ -144,10 +223,12 @@ class Pack:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-        Path(f"{self.path}.index").unlink(missing_ok=True)
+        Path(f"{self.path}{INDEX}").unlink(missing_ok=True)
 
     def portions(self) -> Iterator[PackPortion]:
         """Yield the members of this pack, each to be read by itself."""
+        if self.is_lost:
+            raise self._lost()
         for number in range(len(self.index().members)):
             yield PackPortion(self, number)
 
@@ -177,22 +258,87 @@ class PackPortion:
 
 def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
     starts = [start for _, start in index.members] + [index.bytes]
-    with open(path, "rb") as file:
-        file.seek(starts[number])
-        packed = file.read(starts[number + 1] - starts[number])
     with _damage_at(path, starts[number]):
-        text = gzip.decompress(packed)
-        lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
-        return {line.raw_id: line.body() for line in lines}
+        with open(path, "rb") as file:
+            file.seek(starts[number])
+            packed = file.read(starts[number + 1] - starts[number])
+        payloads = _payloads_in(gzip.decompress(packed))
+        if index.members[number][0] not in payloads:
+            raise ValueError("it has other payloads than its index says")
+        return payloads
 
 
 @contextlib.contextmanager
 def _damage_at(path: Path, start: int) -> Iterator[None]:
     try:
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+    except FileNotFoundError:
+        raise  # it has just expired
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         wrong = f"{path} is damaged at byte {start}, restore it from a copy: {error}"
         raise PackDamaged(wrong) from error
+
+
+def _payloads_in(text: bytes) -> dict[UUID, bytes]:
+    lines = (msgspec.json.decode(line, type=PackLine) for line in text.splitlines())
+    return {line.raw_id: line.body() for line in lines}
+
+
+def _index_of(path: Path) -> tuple[PackIndex, bool]:
+    """Return the index of a pack, and whether all of it could be read.
+
+    What is damaged stands in it as a member of its own, so that a look-up hears of the damage.
+    """
+    count, members, is_whole = 0, list[tuple[UUID, int]](), True
+    last = UUID(int=0)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start, payloads in _members_in(file, size):
+            first = min(payloads) if payloads else UUID(int=last.int + 1)
+            members.append((first, start))
+            last = max(payloads, default=first)
+            count += len(payloads)
+            is_whole &= bool(payloads)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return PackIndex(count, size, digest, members if count else []), is_whole
+
+
+def _members_in(file: BinaryIO, size: int) -> Iterator[tuple[int, dict[UUID, bytes]]]:
+    """Yield where each gzip member begins, and its payloads; none where it is damaged."""
+    start, is_damaged = 0, False
+    while start < size:
+        payloads, end = _member_at(file, start)
+        if payloads or not is_damaged:
+            yield start, payloads
+        is_damaged = not payloads
+        start = end if payloads else _next_member(file, start + 1, size)
+
+
+def _member_at(file: BinaryIO, start: int) -> tuple[dict[UUID, bytes], int]:
+    """Return the payloads of the member that begins at a byte, and where it ends."""
+    unzip, text = zlib.decompressobj(wbits=31), b""
+    file.seek(start)
+    with contextlib.suppress(OSError, zlib.error, ValueError):
+        while not unzip.eof:
+            chunk = file.read(MEMBER_BYTES)
+            if not chunk:
+                break
+            text += unzip.decompress(chunk)
+        if unzip.eof:
+            return _payloads_in(text), file.tell() - len(unzip.unused_data)
+    return {}, start
+
+
+def _next_member(file: BinaryIO, begin: int, size: int) -> int:
+    """Return where something begins that looks like a member, or the end."""
+    for at in range(begin, size, CHUNK):
+        file.seek(at)
+        with contextlib.suppress(OSError):
+            place = file.read(CHUNK + len(MEMBER_BEGINS)).find(MEMBER_BEGINS)
+            if place >= 0:
+                return at + place
+    return size
 
 
 def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from backends.raw import PIECE, OpenPayload
+from backends.raw import PIECE_BYTES, OpenPayload
 
 HEAD = re.compile(rb'\{"raw_id":"[0-9a-f-]{36}","sha256":"([0-9a-f]{64})","(payload|base64)":"')
 LONGEST_HEAD = 256  # bytes
@@ -66,10 +66,10 @@ def _text_of(path: Path, start: int, end: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(start)
         while not unpacker.eof:
-            packed = file.read(min(PIECE, end - file.tell()))
+            packed = file.read(min(PIECE_BYTES, end - file.tell()))
             if not packed:
                 raise EOFError("the member ends too early")
-            while text := unpacker.decompress(packed, PIECE):
+            while text := unpacker.decompress(packed, PIECE_BYTES):
                 yield text
                 packed = unpacker.unconsumed_tail
 

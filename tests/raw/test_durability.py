@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 from uuid import UUID
 
 import aiohttp
@@ -40,11 +41,13 @@ from power_cut import (
 from stores import opened, pending_in
 
 from backends import raw
-from backends.raw import StorageFull, StorageUnavailable, journal
-from backends.raw.journal import Log, Record
-from backends.raw.landing import RawStore
+from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
+from backends.raw.disk import Room
+from backends.raw.journal import HEAD, Log, Record
+from backends.raw.landing import Batch, RawStore, Written
 
 Note = Callable[[str, object], None]
+Told = Callable[..., list[str]]
 
 SLOW_CONNECTIONS = 6000
 BODY = b'{"time_stamp": "2019-05-01T12:00:00Z", "data": [0, 2]}'
@@ -293,6 +296,128 @@ async def refused_where_no_room_is_told(folder: Path, monkeypatch: pytest.Monkey
     [raw_id] = await store.land([b"{}"])
     assert pending_in(store) == [raw_id]
     await store.close()
+
+
+BLOCK = 4096
+DISK = (BLOCK, BLOCK, 1_000_000, 1_000_000)  # the sizes of its blocks, how many it has and has free
+FULL = StorageFull.code
+TEN = b"1" * (10 * BLOCK)  # needs ten blocks as a file, and ten in the journal
+LINES = [b"1"] * 1000  # each needs a block
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Return what lands a group on a disk of which the system tells how much is free.
+
+    It returns, for each batch, the code by which it was refused, or nothing.
+    """
+
+    def land(
+        *batches: list[bytes],
+        blocks: int,
+        files: int,
+        others: Sequence[int] = (),
+        has: int = 10_000,
+    ) -> list[str]:
+        free = os.statvfs_result((*DISK, blocks, has, files, files, 0, 255))
+        store = RawStore(tmp_path / "raw", min_free_bytes=0)
+        store.open_here()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "statvfs", lambda _: free)
+            written = store.write([Batch(bodies, None) for bodies in batches], others)
+        store.close_here()
+        landed = [raw_id for answer in written.answers for raw_id in answer.raw_ids]
+        assert written.payloads == len(landed)
+        assert {raw_id_of(path.name) for path in store.raw.iterdir()} >= set(landed)
+        return [answer.code for answer in written.answers]
+
+    return land
+
+
+@pytest.mark.parametrize(
+    ("bodies", "blocks", "files", "code"),
+    [
+        ([TEN], 21, 100, ""),
+        ([TEN], 20, 100, FULL),
+        ([TEN], 15, 100, FULL),
+        ([TEN + b"1"], 21, 100, FULL),
+        ([b"1"], 2, 100, ""),
+        ([b"1"], 1, 100, FULL),
+        (LINES, 1100, 1500, ""),
+        (LINES, 1000, 1500, FULL),
+        (LINES, 1100, 1000, ""),
+        (LINES, 1100, 999, FULL),
+        ([b"1"], 1100, 0, FULL),
+    ],
+)
+def test_room_for_a_batch(told: Told, bodies: list[bytes], blocks: int, files: int, code: str):
+    """A batch needs its blocks as files, its bytes in the journal, and an inode for each file."""
+    assert told(bodies, blocks=blocks, files=files) == [code]
+
+
+def test_files_that_a_disk_does_not_count(told: Told):
+    """Where a file system makes inodes as they are needed, only bytes count."""
+    assert told(LINES, blocks=1100, files=0, has=0) == [""]
+
+
+def test_room_for_the_others(told: Told):
+    """A batch without room is refused alone; what is landed at the same time needs room, too."""
+    one = [b"1"]
+    assert told(LINES, one, LINES, one, blocks=1200, files=5000) == ["", "", FULL, ""]
+    assert told(LINES, one, blocks=1200, files=1000) == ["", FULL]
+    assert told(LINES, one, blocks=2000, files=5000, others=[1] * 1000) == [FULL, ""]
+    assert told(LINES, blocks=3000, files=1999, others=[1] * 1000) == [FULL]
+    assert told(LINES, blocks=3000, files=2000, others=[1] * 1000) == [""]
+
+
+class Attentive(RawStore):
+    """A store that notes which other payloads each group is told of."""
+
+    others: ClassVar[list[list[int]]] = []
+
+    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+        self.others.append(list(others))
+        return super().write(group, others)
+
+
+async def test_groups_know_of_each_other(tmp_path: Path):
+    """A group that is landed beside another is told of its payloads, and of none that are done."""
+    store = Attentive(tmp_path / "raw")
+    await store.open()
+    await asyncio.gather(store.land(LINES), store.land([b"1", b"22"]))
+    await store.land([b"1"])
+    await store.close()
+    assert store.others == [[], [1] * 1000, []]
+
+
+def test_reserve_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files are kept in reserve as bytes are: a twentieth at most."""
+    free = os.statvfs_result((*DISK, 900_000, 10_000, 501, 501, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: free)
+    assert [Room(tmp_path, 2**40).take([1] * count) for count in (1, 2)] == [True, False]
+    assert [Room(tmp_path, 2**20).take([1] * count) for count in (437, 438)] == [True, False]
+
+
+@pytest.mark.linux
+async def test_disk_without_files(tmp_path: Path, record_property: Note):
+    """Where the disk has no inodes for a batch, the batch is refused and the others land."""
+    if not may_mount(tmp_path):
+        record_property("note", "NO REAL DISK: mounting is not allowed here. Run it as root.")
+        return
+    with mounted("none", tmp_path / "disk", "-t", "tmpfs", "-o", "nr_inodes=500") as where:
+        async with opened(where / "data") as store:
+            batch = asyncio.create_task(store.land(LINES))
+            alone = [asyncio.create_task(store.land([b"%d" % number])) for number in range(100)]
+            with pytest.raises(StorageFull):
+                await batch
+            landed = [raw_id for each in alone for raw_id in await each]
+            assert pending_in(store) == landed
+            more = [store.land([b"1"]) for _ in range(400)]
+            found = await asyncio.gather(*more, return_exceptions=True)
+            assert {type(each) for each in found} == {list, StorageFull}
+            assert store.trouble()
+            assert "inodes" in store.problems()["data folder"][0]
+            assert not list(store.raw.glob("*.part"))
 
 
 async def fill_and_free(service: Service, data: Path, spare: Path, size: int) -> None:
@@ -753,13 +878,25 @@ async def test_recover_what_is_settled(how: str | None, tmp_path: Path):
     assert files_in(tmp_path) == before
 
 
+def records_in(data: bytes) -> list[tuple[int, int]]:
+    """Return where the records of a new log begin and end, that of no payloads among them."""
+    found, at = list[tuple[int, int]](), 0
+    first, _, _ = HEAD.unpack_from(data)
+    while HEAD.unpack_from(data, at)[0] == first:
+        _, length, _ = HEAD.unpack_from(data, at)
+        found.append((at, at + HEAD.size + length))
+        at += HEAD.size + length
+    return found
+
+
 @pytest.mark.parametrize("tail", ["head", "half", "garbage", "zeros", "checksum"])
 async def test_recover_a_torn_record(tail: str, tmp_path: Path):
     """A torn record at the end of a log is ignored, and what stands before it is recovered."""
     raw_ids = landed_and_killed(tmp_path, 3)
     [log] = (tmp_path / "journal").glob("*.log")
     whole = log.read_bytes()
-    record = whole[: len(whole) // 3]
+    begin, end = records_in(whole)[-1]
+    record = whole[begin:end]
     torn = {
         "head": record[:5],
         "half": record[: len(record) // 2],
@@ -767,7 +904,7 @@ async def test_recover_a_torn_record(tail: str, tmp_path: Path):
         "zeros": bytes(4096),
         "checksum": record[:-1] + bytes([record[-1] ^ 1]),
     }[tail]
-    log.write_bytes(whole + torn)
+    log.write_bytes(whole[:end] + torn + whole[end + len(torn) :])
     for path in (tmp_path / "raw").iterdir():
         path.unlink()
     async with opened(tmp_path) as store:
@@ -814,6 +951,7 @@ def test_a_log_that_is_used_again(rounds: list[list[bytes]], *, cut: bool):
         log.close()
         [left] = Log.left_in(Path(folder))
         assert list(left.records()) == records
+        assert left.contents.gaps == []
         left.remove()
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packs import ODD, after, compact, processed_in
 
-from backends.raw import PIECE, PackDamaged, RawIdUnknown, packs
+from backends.raw import PIECE_BYTES, PackDamaged, RawIdUnknown, packs
 from backends.raw.folders import Folders
 from backends.raw.packs import Pack
 
@@ -64,7 +64,7 @@ def test_large_payloads(folders: Folders, name: str):
     for raw_id, body in payloads.items():
         pieces = pieces_of(folders, raw_id)
         assert b"".join(pieces) == body
-        assert max(map(len, pieces)) <= PIECE
+        assert max(map(len, pieces)) <= PIECE_BYTES
         assert folders.read(raw_id) == ("processed", body)
         with pytest.raises(RawIdUnknown):
             folders.open_payload(after(raw_id))
@@ -85,7 +85,7 @@ def test_any_payload_in_pieces_of_any_size(bodies: list[bytes], piece: int):
         folders = packed_in(Path(folder))
         payloads = packed(folders, bodies)
         patch.setattr(packs, "LARGE_MEMBER", -1)
-        patch.setattr("backends.raw.unpacking.PIECE", piece)
+        patch.setattr("backends.raw.unpacking.PIECE_BYTES", piece)
         for raw_id, body in payloads.items():
             assert b"".join(pieces_of(folders, raw_id)) == body
 
@@ -99,7 +99,7 @@ def test_files_come_in_pieces(folders: Folders):
         path.write_bytes(LARGE["numbers"])
         pieces = pieces_of(folders, raw_id)
         assert b"".join(pieces) == LARGE["numbers"]
-        assert max(map(len, pieces)) <= PIECE
+        assert max(map(len, pieces)) <= PIECE_BYTES
         path.unlink()
     with pytest.raises(RawIdUnknown):
         folders.open_payload(raw_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import hmac
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import jwt
 import machine
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
@@ -38,7 +40,9 @@ from dropzone import (
     ConfigError,
     JwtConfig,
     KeyConfig,
+    LimitsConfig,
     Place,
+    Rate,
     RawConfig,
     Secret,
     create_app,
@@ -172,7 +176,7 @@ async def test_callers(serve: Serve, config_of: Callable[..., Config]):
         await service(x_api_key=key)
         await service(Authorization=f"Bearer {key}")
     await service("/health", x_api_key="one")
-    names = [name for name in ("reader", "gateway", "api_key") for _ in range(2)]
+    names = [f"key:{name}" for name in ("reader", "gateway", "api_key") for _ in range(2)]
     assert service.callers == [*names, None]
 
 
@@ -213,6 +217,37 @@ def test_keys_that_contradict(config_of: Callable[..., Config], keys: list[KeyCo
         create_app(config_of(api_key=Secret("sesam"), keys=tuple(keys)))
     assert named in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blank", ["", "\n", "\r\n", " "])
+async def test_hash_of_no_key(config_of: Callable[..., Config], file: Path, blank: str):
+    """The hash of nothing, as a script makes it of a variable that is not set, admits nobody."""
+    with pytest.raises(ConfigError, match="the hash of a is that of no key"):
+        create_app(config_of(keys=(key_of("b", "one", "read"), key_of("a", blank, "read"))))
+    file.write_text(table("a", blank, "read"))
+    done = run(file.parent, "check")
+    assert (done.returncode, done.stderr) == (78, "")
+    assert "wrong  keys: auth.keys: the hash of a is that of no key at all" in done.stdout
+    assert run(file.parent, "--port", "0").returncode == 78
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \t"])
+def test_blank_api_key(config_of: Callable[..., Config], blank: str):
+    """A key for everything that is blank is refused, as nobody could show it."""
+    with pytest.raises(ConfigError, match=r"auth\.api_key is blank"):
+        create_app(config_of(api_key=Secret(blank)))
+
+
+async def test_blank_keys_are_none(serve: Serve, config_of: Callable[..., Config]):
+    """Whoever shows an empty or blank key is asked for one, whatever is configured."""
+    service = await serve(config_of(keys=(key_of("a", "one", "read"),)))
+    guard = service.client.app[dropzone.GUARD]
+    for blank in ("", " ", "\t"):
+        guard.callers[dropzone.hash_of(blank)] = ("key:a", ("read",))
+    for headers in ({}, {"x_api_key": ""}, {"x_api_key": " "}, {"Authorization": "Bearer "}):
+        status, problem, _ = await service(**headers)
+        assert (status, problem["code"]) == (401, "key_refused"), headers
+        assert "send an API key" in problem["detail"]
 
 
 @pytest.mark.parametrize(
@@ -331,22 +366,6 @@ def test_key_new_with_another_configuration(file: Path):
     assert 'name = "a"' in (file.parent / "elsewhere" / "keys.toml").read_text()
     assert run(file.parent, "--config", "other.toml", "key", "list").stdout == "a read\n"
     assert "a read" not in run(file.parent, "key", "list").stdout
-
-
-@pytest.mark.linux
-def test_key_new_by_root_is_the_service_s(file: Path):
-    """A key that root makes can be read by the owner of the folder, the service."""
-    file.touch()
-    if os.getuid() != 0:
-        done = run(file.parent, "key", "new", "one", "--scope", "read")  # nobody else to give it to
-        assert done.returncode == 0
-        assert kept(file).stat().st_uid == os.getuid()
-        return
-    kept(file).parent.mkdir()
-    os.chown(kept(file).parent, 10001, 10002)
-    for name in ("one", "two"):
-        assert run(file.parent, "key", "new", name, "--scope", "read").returncode == 0
-    assert (kept(file).stat().st_uid, kept(file).stat().st_gid) == (10001, 10002)
 
 
 def test_keys_made_at_once(file: Path):
@@ -680,7 +699,7 @@ async def test_tokens(service: Service, algorithm: str):
     status, problem, headers = await service("/process", "POST", Authorization=f"Bearer {made}")
     assert (status, problem["code"], problem["scope"]) == (403, "scope_missing", "process")
     assert "insufficient_scope" in headers["WWW-Authenticate"]
-    assert service.callers == ["robot"] * 3
+    assert service.callers == ["token:robot"] * 3
     assert (await service(x_api_key="one"))[0] == 200
 
 
@@ -796,17 +815,58 @@ async def test_symmetric_keys_are_not_taken(service: Service, issuer: Issuer):
 
 
 async def test_names(serve: Serve, config_of: Callable[..., Config], issuer: Issuer):
-    """The caller is the subject or the client, on one line; scopes may be in another claim."""
+    """The caller is the subject or the client, by its kind; scopes may be in another claim."""
     service = await serve(config_of(jwt=trusting(issuer.url, scope_claim="scp")))
     for changes in (
-        {"sub": None, "azp": "client"},
-        {"sub": None, "client_id": "client"},
+        {"sub": None, "azp": "app"},
+        {"sub": None, "client_id": "app"},
+        {"sub": "app", "azp": "other"},
         {"sub": None},
-        {"sub": "a\nb\x1b[0m"},
-        {"sub": "ö" * 300},
+        {"sub": "cli:root"},
+        {"sub": "a\nb\x1b[0m\ud800%"},
+        {"sub": "ö" * 128},
     ):
         assert await service.token(token(scp="read", **changes)) == (200, "")
-    assert service.callers == ["client", "client", "token", "a?b?[0m", "ö" * 128]
+    odd = "token:a%0Ab%1B[0m%ED%A0%80%25"
+    named = ["client:app", "client:app", "token:app", "token:", "token:cli:root", odd]
+    assert service.callers == [*named, "token:" + "ö" * 128]
+
+
+async def test_a_token_that_is_named_like_a_key(
+    serve: Serve, config_of: Callable[..., Config], jwks_file: Path, caplog: Any
+):
+    """A token never passes for a key or a person: not in their limits, nor in the audits."""
+    caplog.set_level(logging.INFO)
+    keys = (key_of("gateway-7", "one", "process"),)
+    config = config_of(jwt=trusting(jwks_file), keys=keys)
+    limited = msgspec.structs.replace(config, limits=LimitsConfig(per_key=Rate("2/hour")))
+    service = await serve(limited)
+    for name in ("gateway-7", "cli:root", "key:gateway-7"):
+        bearer = f"Bearer {token(sub=name, scope='process')}"
+        statuses = [(await service("/process", "POST", Authorization=bearer))[0] for _ in range(3)]
+        assert statuses == [200, 200, 429]
+    assert (await service("/process", "POST", x_api_key="one"))[0] == 200
+    audits = [record for record in caplog.records if record.name == "dropzone.audit"]
+    callers = [each.facts["caller"] for each in audits]  # type: ignore[attr-defined]
+    named = [f"token:{name}" for name in ("gateway-7", "cli:root", "key:gateway-7") for _ in "ab"]
+    assert callers == [*named, "key:gateway-7"]
+
+
+def test_long_names():
+    """A long name is cut, and still that of nobody else."""
+    long = dropzone.name_of({"sub": "a" * 5000})
+    assert (len(long), long[:20]) == (len("token:") + 128, "token:" + "a" * 14)
+    assert long != dropzone.name_of({"sub": "a" * 5001})
+    assert long != dropzone.name_of({"sub": long.removeprefix("token:")})
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=[])), min_size=2, max_size=2, unique=True))
+def test_no_two_names_are_one(names: list[str]):
+    """Two subjects are two callers, whatever they are made of, and each fits on a line."""
+    one, other = (dropzone.name_of({"sub": name}) for name in names)
+    assert one != other
+    assert one.isprintable()
+    one.encode()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -854,7 +914,7 @@ async def test_many_tokens(service: Service, monkeypatch: pytest.MonkeyPatch):
     for _ in range(2):
         for name, each in made.items():
             assert (await service.token(each))[0] == (200 if name < "e" else 403)
-    assert service.callers == list(made) * 2
+    assert service.callers == [f"token:{name}" for name in made] * 2
     assert len(service.client.app[dropzone.GUARD].tokens._judged) <= 3  # noqa: SLF001
 
 
@@ -864,6 +924,16 @@ async def test_new_key_of_the_issuer(service: Service, issuer: Issuer):
     issuer.keys = [jwk(OTHER, "other")]
     assert await service.token(token("other", key=OTHER)) == (200, "")
     assert await service.token(token()) == (401, "token_invalid")
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_withdrawn_key_of_a_known_token(service: Service, issuer: Issuer):
+    """A token that was let in is refused as soon as its key is known to be withdrawn."""
+    made = token()
+    assert [await service.token(made) for _ in range(2)] == [(200, "")] * 2
+    issuer.keys = [jwk(OTHER, "other")]
+    assert await service.token(token("other", key=OTHER)) == (200, "")
+    assert await service.token(made) == (401, "token_invalid")
 
 
 async def test_unknown_keys_are_not_fetched_each(service: Service, issuer: Issuer):
@@ -1023,13 +1093,169 @@ async def test_check_names_an_issuer_in_trouble(file: Path, issuer: Issuer, trou
     assert "ok     TLS" in done.stdout
 
 
-async def test_an_odd_key_beside_good_ones(serve: Serve, config_of: Any, jwks_file: Path):
-    """A key of the issuer that makes no sense is left aside, the others hold."""
-    odd = [jwk(RSA, "odd") | {"kid": ["a"]}, jwk(RSA, "odd") | {"kty": []}, {"kty": "RSA"}]
-    keys = json.loads(jwks_file.read_text())["keys"]
-    jwks_file.write_text(json.dumps({"keys": odd + keys}))
+WEAK = base64.urlsafe_b64encode(b"\xff" * 32).decode().rstrip("=")
+HUGE = base64.urlsafe_b64encode(b"\xff" * 300_000).decode().rstrip("=")
+ODD_KEYS: dict[str, Any] = {
+    "no key": [None, 5, "x", [], {}, True],
+    "kid": [jwk(RSA, "") | {"kid": kid} for kid in (["a"], {}, 5, "", "\ud800")],
+    "kty": [{"kty": kty} for kty in ([], None, "RSA", "EC", "OKP", "oct", "x")],
+    "alg": [jwk(RSA, "rsa") | {"alg": alg} for alg in (["RS256"], {}, 5, "none", "RSA-OAEP")],
+    "use": [jwk(RSA, "rsa") | {"use": use} for use in (["sig"], 5, "enc")],
+    "RSA": [jwk(RSA, "rsa") | {"n": n} for n in (None, 5, "", "*", "AQAB", WEAK, HUGE)],
+    "exponent": [jwk(RSA, "rsa") | {"e": e} for e in (None, "AQ", "BA", HUGE)],
+    "EC": [jwk(EC, "rsa") | {"x": x} for x in (None, 5, "AA", WEAK)],
+    "curve": [jwk(EC, "rsa") | {"crv": crv} for crv in ([], "P-999", "secp256k1")],
+    "OKP": [jwk(ED, "rsa") | {"x": x} for x in (None, "AA", WEAK)],
+    "another key of that kid": [jwk(OTHER, "rsa"), jwk(EC, "rsa"), jwk(ED, "rsa")],
+    "the same key twice": [jwk(RSA, "rsa")],
+    "a key without a kid": [{n: v for n, v in jwk(OTHER, "").items() if n != "kid"}],
+}
+ODD_TEXTS = ('{"kid":1e999}', '{"kid":"\\ud800"}', "1e400", "NaN")
+
+
+@pytest.mark.usefixtures("no_pause")
+@pytest.mark.parametrize("kind", ODD_KEYS)
+@pytest.mark.parametrize("first", [True, False])
+async def test_odd_keys(
+    serve: Serve, config_of: Any, issuer: Issuer, kind: str, caplog: Any, *, first: bool
+):
+    """A key that makes no sense is left out, at the start or later, and the others hold."""
+    caplog.set_level(logging.DEBUG)
+    good, odd = issuer.keys, ODD_KEYS[kind]
+    issuer.keys = odd + good if first else good + odd
+    service = await serve(config_of(jwt=trusting(issuer.url)))
+    made = [token(), token("ec", "ES256", EC), token("ed", "EdDSA", ED)]
+    assert [await service.token(each) for each in made] == [(200, "")] * 3
+    issuer.keys = [*issuer.keys, jwk(RSA, "newer")]
+    made += [token("newer"), token()]
+    assert [await service.token(each) for each in made] == [(200, "")] * 5
+    assert await service.token(token("unknown")) == (401, "token_invalid")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS)
+async def test_odd_text_of_a_key(serve: Serve, config_of: Any, jwks_file: Path, odd: str):
+    """So it is with an entry that a strict reader of JSON stumbles over."""
+    text = jwks_file.read_text()
+    jwks_file.write_text(text.replace("[{", f"[{odd}, {{", 1))
     service = await serve(config_of(jwt=trusting(jwks_file)))
-    assert await service.token(token("ec", "ES256", EC)) == (200, "")
+    assert await service.token(token()) == (200, "")
+
+
+class Peculiar:
+    """An issuer that speaks no proper HTTP: it answers as one of `ANSWERS` and counts the bytes."""
+
+    def __init__(self) -> None:
+        self.answer, self.asked, self.sent = "good", 0, 0
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked += 1
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            beginning, endless, pause = ANSWERS[self.answer]
+            writer.write(beginning)
+            while endless:
+                writer.write(endless)
+                self.sent += len(endless)
+                await writer.drain()
+                await asyncio.sleep(pause)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+def answer_of(text: bytes, *headers: bytes) -> bytes:
+    length = b"Content-Length: %d" % len(text)
+    return b"\r\n".join([b"HTTP/1.1 200 OK", *(headers or [length]), b"", text])
+
+
+def zeros(size: int) -> bytes:
+    """Return so many zeros, compressed."""
+    return gzip.compress(bytes(size), 9)
+
+
+GOOD = json.dumps({"keys": [jwk(RSA, "rsa")]}).encode()
+CHUNKED = b"Transfer-Encoding: chunked"
+ANSWERS: dict[str, tuple[bytes, bytes, float]] = {  # what begins it, goes on for ever, and how fast
+    "good": (answer_of(GOOD), b"", 0),
+    "endless": (answer_of(b"", b"X: y"), b" " * 65_536, 0),
+    "endless chunks": (answer_of(b"", CHUNKED), b"10000\r\n" + b" " * 65_536 + b"\r\n", 0),
+    "a lie of a length": (answer_of(b"", b"Content-Length: 99999999999"), b"1" * 65_536, 0),
+    "a drip": (answer_of(b"", b"Content-Length: 1000"), b" ", 0.01),
+    "a drip of a head": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.01),
+    "an endless head": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 1000, 0),
+    "endless promises": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 10, 0.01),
+    "a bomb": (answer_of(zeros(100 << 20), b"Content-Encoding: gzip"), b"", 0),
+    "half a key": (answer_of(GOOD, b"Content-Length: 5000"), b"", 0),
+    "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: /jwks\r\nContent-Length: 0\r\n\r\n", b"", 0),
+    "depth": (answer_of(b"[" * 100_000), b"", 0),
+    "a key too deep": (answer_of(b'{"keys":[' + b"[" * 100_000 + b"]" * 100_000 + b"]}"), b"", 0),
+    "odd keys alone": (answer_of(b'{"keys":[5, {"kid": ["a"]}]}'), b"", 0),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n", b"", 0),
+}
+
+
+@pytest.fixture
+async def peculiar() -> AsyncIterator[Peculiar]:
+    made = Peculiar()
+    server = await asyncio.start_server(made.serve, "127.0.0.1")
+    async with server:
+        [host, port] = server.sockets[0].getsockname()
+        made.url = f"http://{host}:{port}/jwks"
+        yield made
+
+
+@pytest.mark.parametrize("answer", [name for name in ANSWERS if name != "good"])
+async def test_peculiar_issuer(
+    serve: Serve, config_of: Any, peculiar: Peculiar, answer: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever an issuer answers, known keys hold, and it is asked once in a while."""
+    monkeypatch.setattr(dropzone, "FETCH_PATIENCE", 0.5)
+    service = await serve(config_of(jwt=trusting(peculiar.url)))
+    peculiar.answer = answer
+    monkeypatch.setattr(dropzone, "KEYS_LIFE", 0.0)
+    assert await service.token(token()) == (200, "")
+    monkeypatch.setattr(dropzone, "KEYS_LIFE", 600.0)
+    assert peculiar.asked == 2
+    found = await asyncio.gather(*(service.token(token(f"made-up-{n}")) for n in range(20)))
+    assert set(found) == {(503, "issuer_unavailable")}
+    assert await service.token(token()) == (200, "")
+    assert peculiar.asked == 2
+
+
+@pytest.mark.parametrize("answer", ["endless", "endless chunks", "a lie of a length", "a bomb"])
+async def test_endless_answers(
+    serve: Serve, config_of: Any, peculiar: Peculiar, answer: str, caplog: Any
+):
+    """An answer that has no end is given up after a megabyte, not when the time is over."""
+    peculiar.answer = answer
+    await serve(config_of(jwt=trusting(peculiar.url)))
+    assert "gives no keys: it has more than 1048576 bytes" in caplog.text
+    assert peculiar.sent < 16 << 20  # the system's buffers take what is not read
+
+
+@pytest.mark.parametrize("answer", ["endless", "depth", "odd keys alone", "a drip"])
+async def test_peculiar_issuer_at_the_start(
+    serve: Serve, config_of: Any, peculiar: Peculiar, answer: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever an issuer answers, the service starts, and asks again after a while alone."""
+    monkeypatch.setattr(dropzone, "FETCH_PATIENCE", 0.5)
+    peculiar.answer = answer
+    service = await serve(config_of(jwt=trusting(peculiar.url)))
+    for _ in range(5):
+        assert await service.token(token()) == (503, "issuer_unavailable")
+    assert peculiar.asked == 1
+    peculiar.answer = "good"
+    monkeypatch.setattr(dropzone, "FETCH_PAUSE", 0.0)
+    assert await service.token(token()) == (200, "")
+
+
+async def test_an_endless_key_file(serve: Serve, config_of: Any):
+    """Of a file, too, no more is read than keys can be."""
+    service = await serve(config_of(jwt=trusting("/dev/zero")))
+    assert await service.token(token()) == (503, "issuer_unavailable")
 
 
 async def test_private_key_is_no_key_file(serve: Serve, config_of: Any, tmp_path: Path):

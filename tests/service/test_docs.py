@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,7 +210,10 @@ def test_exit_codes():
     """The page on operating has every exit code that a command can end with, and no other."""
     shown = re.findall(r"^\| (\d+) \|", section(OPERATING, "Commands"), re.MULTILINE)
     named = re.findall(r"\bos\.(EX_\w+)", (REPO / "dropzone.py").read_text())
-    assert {int(code) for code in shown} == {getattr(os, name) for name in named} | {1, 2, 130}
+    assert {int(code) for code in shown} == {
+        *(getattr(os, name) for name in named),
+        *(1, 2, os.EX_NOPERM, 128 + signal.SIGINT),
+    }
 
 
 def test_embedding(program: Program):
@@ -290,7 +294,12 @@ def codes_in(source: Path) -> set[str]:
 def test_error_codes():
     """The page on the API has every code that an answer can have."""
     given = codes_in(REPO / "dropzone.py") | codes_in(REPO / "backends" / "raw" / "__init__.py")
-    given -= {"config_invalid", "payload_store_error", "payload_unreadable"}  # never answers
+    given -= {
+        "config_invalid",
+        "payload_store_error",
+        "payload_unreadable",
+        "folder_taken",
+    }  # never answers
     shown = set(re.findall(r"`(\w+)`", section(API, "Errors")))
     assert len(given) > 20
     assert given <= shown

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -127,6 +128,7 @@ def bomb(layers: int = 1, size: int = 64 * MIB) -> bytes:
     return packed
 
 
+GZIP_CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(gzip.compress(b"1")), gzip.compress(b"1"))
 GZIP = b"Content-Encoding: gzip"
 NDJSON = b"Content-Type: application/x-ndjson"
 HOSTILE: dict[str, tuple[int, bytes]] = {
@@ -149,6 +151,15 @@ HOSTILE: dict[str, tuple[int, bytes]] = {
     "chunked twice": (400, post(CHUNKED, CHUNKED, body=ONE_CHUNK)),
     "chunked, then another": (400, post(CHUNKED, b"Transfer-Encoding: x", body=ONE_CHUNK)),
     "chunked in quotes": (400, post(b'Transfer-Encoding: "chunked"', body=ONE_CHUNK)),
+    "gzip, then chunked": (501, post(b"Transfer-Encoding: gzip, chunked", body=GZIP_CHUNK)),
+    "announced as gzip": (501, post(b"Transfer-Encoding: gzip, chunked", body=ONE_CHUNK)),
+    "deflate, then chunked": (501, post(b"Transfer-Encoding: deflate, chunked", body=ONE_CHUNK)),
+    "an unknown coding": (501, post(b"Transfer-Encoding: x, chunked", body=ONE_CHUNK)),
+    "identity, then chunked": (501, post(b"Transfer-Encoding: identity, chunked", body=ONE_CHUNK)),
+    "two lines of codings": (
+        400,
+        post(b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked", body=ONE_CHUNK),
+    ),
     "a vertical tab": (400, post(b"Transfer-Encoding: \x0bchunked", body=ONE_CHUNK)),
     "a space before the colon": (400, post(b"Transfer-Encoding : chunked", body=ONE_CHUNK)),
     "a folded header": (400, post(b"X-A: a", b" b", b"Content-Length: 1")),
@@ -229,17 +240,17 @@ HOSTILE: dict[str, tuple[int, bytes]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile(hostile: Hostile, name: str) -> None:
+async def test_hostile(program: Program, hostile: Hostile, name: str) -> None:
     """A hostile request gets the one answer that is documented for it, and lands nothing."""
     status, request = HOSTILE[name]
-    before = hostile.server.json("GET", "/measurements")
+    before = program.payloads()
     answer = await hostile.send(request)
     assert statuses(answer) == [status], answer[:300]
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"Traceback" not in body
     if b"application/problem+json" in head and body:
         assert json.loads(body)["status"] == status
-    assert hostile.server.json("GET", "/measurements") == before
+    assert program.payloads() == before
 
 
 async def test_hostile_requests_leave_nothing(program: Program, hostile: Hostile) -> None:
@@ -303,6 +314,26 @@ async def test_one_large_document_holds_up_nobody(hostile: Hostile) -> None:
     document = json.loads((await large).partition(b"\r\n\r\n")[2])
     assert document["position"] == body.index(b"x")
     assert answered > 1
+
+
+@pytest.mark.parametrize("number", [b"1e308", b"5e-324"])
+async def test_one_large_payload_holds_up_nobody(hostile: Hostile, number: bytes) -> None:
+    """While numbers that are slow to read become a row, and for its receipt, others go on."""
+    values = b",".join([number] * 400_000)
+    body = b'{"time_stamp": "2031-05-01T10:00:00Z", "data": [%b]}' % values
+    [raw_id] = re.findall(rb'"raw_id":"([^"]+)"', await hostile.send(sent(body)))
+    process = post(b"Content-Length: 0", body=b"", path=b"/process")
+    for request in (process, get(b"/raw/" + raw_id)):
+        slow, waits = asyncio.create_task(hostile.send(request)), [0.0]
+        begun = time.perf_counter()
+        while not slow.done():
+            asked = time.perf_counter()
+            assert statuses(await hostile.send(get(b"/health"))) == [200]
+            waits.append(time.perf_counter() - asked)
+        assert statuses(await slow) == [200]
+        if request is process:
+            assert max(waits) < (time.perf_counter() - begun) / 3
+    assert b'"mean":' in await slow
 
 
 async def test_forms_of_a_raw_id(hostile: Hostile) -> None:

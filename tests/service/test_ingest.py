@@ -2,14 +2,16 @@
 
 import asyncio
 import gzip
+import io
 import json
 import os
 import shutil
 import signal
 import sqlite3
 import time
+import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,9 +28,10 @@ from test_cli import OK, Program, Server
 import dropzone
 from backends.memory import MemoryBackend
 from backends.raw import uuid_at
-from backends.raw.journal import NOTE_KEY, digest_of
+from backends.raw.journal import digest_of
+from backends.raw.keys import NOTE_KEY
 from backends.raw.landing import RawStore
-from dropzone import Config, RawConfig, ServerConfig, create_app
+from dropzone import AuthConfig, Config, KeyConfig, RawConfig, Secret, ServerConfig, create_app
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LARGE = json.dumps({"time_stamp": "2019-05-01T10:00:00Z", "data": [1.5] * 2000}).encode()
@@ -78,17 +81,23 @@ class Service:
 Serve = Callable[..., Awaitable[Service]]
 
 
+def key_named(name: str) -> KeyConfig:
+    """Return an API key that is its own name."""
+    return KeyConfig(name, Secret(f"sha256:{dropzone.hash_of(name).hex()}"), ("ingest",))
+
+
 @pytest.fixture
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     """Serve as `python dropzone.py` does; to serve again on the same folder ends the one before."""
     async with AsyncExitStack() as session_stack, AsyncExitStack() as stack:
         session = await session_stack.enter_async_context(ClientSession())
 
-        async def start(**limits: Any) -> Service:
+        async def start(keys: Sequence[str] = (), **limits: Any) -> Service:
             await stack.aclose()
             raw = RawConfig(dir=tmp_path / "raw")
             server = ServerConfig(**{"max_body_bytes": TOTAL_LIMIT} | limits)
-            app = create_app(Config(server=server, raw=raw), backend=MemoryBackend())
+            auth = AuthConfig(keys=tuple(map(key_named, keys)))
+            app = create_app(Config(server=server, raw=raw, auth=auth), backend=MemoryBackend())
             runner = web.AppRunner(
                 app, access_log=None, auto_decompress=False, shutdown_timeout=dropzone.GRACE
             )
@@ -222,6 +231,39 @@ async def test_refused_key_leaves_the_rest_alone(service: Service):
     assert len(landed) == 11
 
 
+@pytest.mark.parametrize("size", [1, 2000], ids=["small", "large"])
+async def test_key_belongs_to_its_caller(serve: Serve, size: int):
+    """Two callers may use the same word as their key; each gets what is its own."""
+    service = await serve(["one", "two"])
+    if size > 1:
+        service.session.headers["x-api-key"] = "one"
+        await with_writer(service)
+    bodies = {name: json.dumps([name] * size).encode() for name in ("one", "two")}
+    first = {name: await service.post(bodies[name], "a", x_api_key=name) for name in bodies}
+    assert [answer.status for answer in first.values()] == [202, 202]
+    again = {name: await service.post(bodies[name], "a", x_api_key=name) for name in bodies}
+    assert [each.json for each in again.values()] == [each.json for each in first.values()]
+    assert (await service.post(bodies["two"], "a", x_api_key="one")).status == 422
+    landed = service.landed()
+    assert all(landed[first[name].json["raw_id"]] == bodies[name] for name in bodies)
+
+
+async def test_key_of_nobody(serve: Serve):
+    """A key from before there were callers holds for a retry, and refuses no other payload."""
+    noted = uuid_at(datetime.now(UTC) - timedelta(hours=1))
+    service = await serve(["one", "two"])
+    with sqlite3.connect(service.folder / "journal" / "keys.sqlite") as keys:
+        keys.execute(NOTE_KEY, ("a", digest_of([b"[1]"]), noted.bytes, True))
+    keys.close()
+    for name in ("one", "two"):
+        assert (await service.post(b"[1]", "a", x_api_key=name)).json["raw_id"] == str(noted)
+    fresh = await service.post(b"[2]", "a", x_api_key="two")
+    assert fresh.status == 202
+    assert (await service.post(b"[2]", "a", x_api_key="two")).json == fresh.json
+    assert (await service.post(b"[3]", "a", x_api_key="two")).status == 422
+    assert list(service.landed().values()) == [b"[2]"]
+
+
 async def test_key_of_a_batch(serve: Serve):
     """A batch with a key lands once, gets the same raw_ids again, and no other lines."""
     service = await serve()
@@ -242,7 +284,7 @@ async def test_retry_after_a_crash_before_the_commit(serve: Serve, body: bytes):
     digest = digest_of([body])
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False))
+        keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False, None))
     keys.close()
     again = await serve()
     if body is LARGE:
@@ -257,7 +299,7 @@ async def test_key_beyond_its_life(service: Service):
     old = UUID(int=(int(time.time() - 25 * 3600) * 1000) << 80 | 7 << 76 | 2 << 62)
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
-        keys.execute(NOTE_KEY, ("a", b"of another body", old.bytes, True))
+        keys.execute(NOTE_KEY, ("a", b"of another body", old.bytes, True, None))
     keys.close()
     answer = await service.post(b"[1]", "a")
     assert answer.status == 202
@@ -537,7 +579,7 @@ class Slow:
 
 async def test_too_much_in_flight(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     """A body that is too much beside those in flight is 503 overloaded until they are done."""
-    monkeypatch.setattr(dropzone, "IN_FLIGHT", 25_000)
+    monkeypatch.setattr(dropzone, "SMALL_IN_FLIGHT", 25_000)
     service = await serve()
     slow = Slow()
     first = asyncio.create_task(service.post(slow()))
@@ -554,7 +596,7 @@ async def test_too_much_in_flight(serve: Serve, monkeypatch: pytest.MonkeyPatch)
 
 async def test_one_large_body(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     """A body that comes alone is let in, be it larger than what may be in flight."""
-    monkeypatch.setattr(dropzone, "IN_FLIGHT", 10)
+    monkeypatch.setattr(dropzone, "SMALL_IN_FLIGHT", 10)
     service = await serve()
     assert (await service.post(b'"0123456789"')).status == 202
 
@@ -699,3 +741,97 @@ async def test_one_key_at_two_services(program: Program):
         raw_ids = await asyncio.gather(*(post(servers[i % 2].url) for i in range(40)))
     assert list(program.payloads()) == [UUID(raw_id) for raw_id in set(raw_ids)]
     assert [await asyncio.to_thread(server.stop) for server in servers] == [OK, OK]
+
+
+# ── What one client takes from the others ─────────────────────────────────────────────────────────
+
+
+class Waiting:
+    """Bodies of which the last byte is held back."""
+
+    def __init__(self, service: Service, size: int, count: int) -> None:
+        self.last = asyncio.Event()
+        self.size = size
+        self.answers = [asyncio.create_task(service.post(self._body())) for _ in range(count)]
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        yield b'"%s"' % (b"1" * (self.size - 3))
+        await self.last.wait()
+        yield b" "
+
+    async def statuses(self) -> list[int]:
+        self.last.set()
+        return sorted(answer.status for answer in await asyncio.gather(*self.answers))
+
+
+async def test_large_bodies_do_not_crowd_out_small_ones(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+):
+    """However many large bodies are in flight, small ones land; the large ones have a limit."""
+    monkeypatch.setattr(dropzone, "SMALL_BODY", 1000)
+    monkeypatch.setattr(dropzone, "LARGE_IN_FLIGHT", 50_000)
+    service = await serve()
+    large = Waiting(service, 10_000, 9)
+    admission = service.app[dropzone.ADMISSION]
+    await until(lambda: admission.large.bytes == 2 * 9_999)  # of one caller, half of all
+    for _ in range(20):
+        assert (await service.post(b"[1]")).status == 202
+    assert await large.statuses() == [202] * 2 + [503] * 7
+    assert admission.bytes == 0
+    assert await Waiting(service, 10_000, 1).statuses() == [202]
+
+
+async def test_one_caller_leaves_room_for_another():
+    """No caller takes more than half, but for a single body; then all is given back."""
+    budget = dropzone.Budget(100)
+    budget.take("a", 30)
+    budget.take("a", 20)
+    with pytest.raises(dropzone.DropzoneError, match="too much is in flight"):
+        budget.take("a", 1)
+    budget.take("b", 50)
+    for caller in "bc":
+        with pytest.raises(dropzone.DropzoneError, match="too much is in flight"):
+            budget.take(caller, 1)
+    budget.give_back("a", 50)
+    budget.give_back("b", 50)
+    budget.take("c", 80)
+    budget.take("c", 100, 80)
+    assert budget.bytes == 180
+
+
+async def test_few_wait_to_be_checked(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """Of large bodies that are hardly JSON few wait for their turn; the others are told at once."""
+    monkeypatch.setattr(dropzone, "TO_BE_CHECKED", 3_000_000)
+    service = await serve(max_body_bytes=2_000_000)
+    odd = b"[" + b'{"a":1},' * 150_000 + b"NaN]"
+    answers = await asyncio.gather(*(service.post(io.BytesIO(odd)) for _ in range(8)))
+    statuses = Counter(answer.status for answer in answers)
+    assert statuses[202] >= 1
+    assert statuses[503] >= 1
+    assert statuses.total() == 8
+    assert {each.json["code"] for each in answers if each.status == 503} == {"overloaded"}
+    assert (await service.post(b"[1]")).status == 202
+
+
+@pytest.mark.parametrize("kind", [gzip.compress, zlib.compress])
+async def test_what_a_body_becomes_is_counted(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, kind: Callable[[bytes], bytes]
+):
+    """A compressed body counts with what it becomes while it grows, and is refused on the way."""
+    monkeypatch.setattr(dropzone, "LARGE_IN_FLIGHT", 3_000_000)
+    service = await serve(max_body_bytes=8_000_000)
+    large = Waiting(service, 1_000_000, 1)
+    await until(lambda: service.app[dropzone.ADMISSION].large.bytes)
+    grown = kind(b"1" * 7_000_000)
+    refused = await service.post(grown, Content_Encoding="gzip")
+    assert (refused.status, refused.json["code"]) == (503, "overloaded")
+    assert await large.statuses() == [202]
+    for size in (10, 65_535, 65_536, 65_537, 3_000_000):
+        whole = b'"%s"' % (b"1" * (size - 2))
+        answer = await service.post(kind(whole), Content_Encoding="deflate")
+        assert answer.status == 202, size
+        assert service.landed()[answer.json["raw_id"]] == whole
+        for broken in (kind(whole)[:-1], kind(whole)[:-5] + b"12345"):
+            answer = await service.post(broken, Content_Encoding="gzip")
+            assert (answer.status, answer.json["code"]) == (400, "body_broken"), size
+    assert service.app[dropzone.ADMISSION].bytes == 0

@@ -19,11 +19,14 @@ from dropzone import (
     AuthConfig,
     Config,
     ConfigError,
+    KeyConfig,
     LimitsConfig,
     Rate,
     RawConfig,
+    Scope,
     Secret,
     create_app,
+    hash_of,
     load_config,
     network_of,
     openapi_document,
@@ -40,10 +43,14 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Start services with limits; return their addresses."""
     runners: list[web.AppRunner] = []
 
-    async def start(per_key: str = "", per_address: str = "", key: str = "sesam") -> str:
+    async def start(
+        per_key: str = "", per_address: str = "", key: str = "sesam", other: tuple[Scope, ...] = ()
+    ) -> str:
+        digest = Secret(f"sha256:{hash_of('other').hex()}")
+        keys = (KeyConfig("other", digest, other),) if other else ()
         config = Config(
             raw=RawConfig(dir=tmp_path / "raw"),
-            auth=AuthConfig(api_key=Secret(key)),
+            auth=AuthConfig(api_key=Secret(key), keys=keys),
             limits=LimitsConfig(per_key=Rate(per_key), per_address=Rate(per_address)),
         )
         app = create_app(config, backend=MemoryBackend())
@@ -156,7 +163,7 @@ async def test_both_limits(start: Start):
 
 
 async def test_open_routes_are_not_limited(start: Start):
-    """Health, readiness and the description answer whoever has used up all."""
+    """Health, readiness and the description answer even those who have used up all."""
     url = await start(per_address="1/hour")
     assert [status for status, _, _ in await ask(url, 2)] == [202, 429]
 
@@ -181,13 +188,43 @@ async def test_the_body_is_not_awaited(start: Start):
     assert head.startswith(b"HTTP/1.1 429 ")
 
 
+UNKNOWN = [("GET", "/nope"), ("GET", "/"), ("DELETE", "/ingest"), ("OPTIONS", "/ingest")]
+
+
+@pytest.mark.parametrize(("method", "path"), UNKNOWN)
+async def test_what_needs_no_key_counts(start: Start, method: str, path: str):
+    """What is found nowhere, by no method or by everybody counts for its address, too."""
+    url = await start(per_address="2/hour")
+    async with ClientSession() as session:
+        statuses = []
+        for _ in range(3):
+            async with session.request(method, url + path) as answer:
+                statuses.append(answer.status)
+                assert answer.headers["RateLimit-Policy"] == '"address";q=2;w=3600'
+    assert statuses[:2] == [{"/nope": 404, "/": 200}.get(path, 405)] * 2
+    assert statuses[2] == 429
+    assert [status for status, _, _ in await ask(url)] == [429]
+
+
+async def test_a_lacking_scope_counts(start: Start):
+    """A key that may not do what it asks for uses up its own limit by that."""
+    url = await start(per_key="2/hour", other=("ingest",))
+    async with ClientSession(headers={"x-api-key": "other"}) as session:
+        statuses = []
+        for _ in range(3):
+            async with session.get(f"{url}/measurements") as answer:
+                statuses.append(answer.status)
+    assert statuses == [403, 403, 429]
+    assert [status for status, _, _ in await ask(url)] == [202]
+
+
 def test_described():
-    """The description has 429 for each route with a scope, and for no other."""
+    """The description has 429 for each route that is limited, and for no other."""
     paths = openapi_document("")["paths"]
     for route in ROUTES:
         if route.answers:
             responses = paths[route.path][route.method.lower()]["responses"]
-            assert ("429" in responses) == bool(route.scope)
+            assert ("429" in responses) == (route.path not in OPEN)
 
 
 @pytest.mark.parametrize("text", ["100/second", "5000/minute", "1/hour", "7/day", "3 per week"])

@@ -81,7 +81,7 @@ def test_a_line_for_each_request(program: Program):
     assert list(one) == ["time", "level", "logger", *FIELDS, "raw_id"]
     assert one["request_id"] == "mine"
     assert one["raw_id"] == landed["raw_id"]
-    answered = ["api_key", "127.0.0.1", "POST", "/ingest", 202, len(LINE)]
+    answered = ["key:api_key", "127.0.0.1", "POST", "/ingest", 202, len(LINE)]
     assert [one[name] for name in FIELDS[1:7]] == answered
     assert 0 < one["duration"] < PATIENCE
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", one["time"])
@@ -208,9 +208,9 @@ def test_audit_of_requests(program: Program):
     server.request("POST", "/process")
     process, retry = lines_of(log_of(server), "dropzone.audit")
 
-    cause = {"action": "process", "caller": "api_key", "request_id": "first"}
+    cause = {"action": "process", "caller": "key:api_key", "request_id": "first"}
     assert cause.items() | {"processed": 1, "failed": 1}.items() <= process.items()
-    cause = {"action": "retry", "caller": "api_key", "request_id": "second"}
+    cause = {"action": "retry", "caller": "key:api_key", "request_id": "second"}
     assert cause.items() | {"retried": 1}.items() <= retry.items()
 
 
@@ -218,7 +218,7 @@ def test_audit_of_commands(program: Program):
     """A command that changes something is audited, by the user that runs it; no other is."""
     for arguments, facts in (
         (("process",), {"action": "process", "processed": 1, "failed": 1}),
-        (("retry",), {"action": "retry", "retried": 1}),
+        (("retry", "--all"), {"action": "retry", "retried": 1}),
         (("rebuild",), {"action": "rebuild", "missing": 1}),
     ):
         if arguments == ("process",):

@@ -235,6 +235,18 @@ async def endless() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
 
 
+async def other_coding(client: Client) -> tuple[int, str, bytes]:
+    """Send a body with a Transfer-Encoding that no client library lets through."""
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    head = b"POST /ingest HTTP/1.1\r\nHost: x\r\nx-api-key: sesam\r\nConnection: close\r\n"
+    writer.write(head + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n")
+    answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    media = re.search(r"Content-Type: (\S+)", answer.decode())
+    assert media is not None
+    return int(answer.split()[1]), media[1], body
+
+
 async def ask_again(found: Answers, ask: Any, **options: Any) -> None:
     """Go to each place again, as before."""
     for method, path in dict.fromkeys((method, path) for method, path, *_ in found):
@@ -280,6 +292,7 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await ask("POST", "/ingest", data=b"{")
     await ask("POST", "/ingest", data=b"1" * 20_001)
     await ask("POST", "/ingest", data=b"1", headers={"Content-Encoding": "x-unknown"})
+    found.append(("POST", "/ingest", *await other_coding(client)))
     await ask("POST", "/ingest", data=b"1", headers={"x-api-key": "wrong"})
     await ask("POST", "/ingest", data=b"1\n2", headers={"Content-Type": "application/x-ndjson"})
     for body in (b"1", b"2"):

@@ -414,7 +414,7 @@ async def rejected_by(program: Program) -> list[UUID]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], [0, 1, 2, 3, 4]),
+        (["--all"], [0, 1, 2, 3, 4]),
         (["--code", "data_empty"], [1, 3, 4]),
         ([arrival(4), arrival(0)], [0, 4]),
         ([arrival(4), arrival(0), "--code", "data_empty"], [4]),
@@ -423,7 +423,7 @@ async def rejected_by(program: Program) -> list[UUID]:
     ],
 )
 async def test_retry_command(program: Program, options: list[object], expected: list[int]):
-    """`retry` puts back all, or those with the raw_ids and the code, and prints how many."""
+    """`retry` puts back those with the raw_ids and the code, or all, and prints how many."""
     raw_ids = await rejected_by(program)
     done = program.run("retry", *options)
     assert (done.returncode, json.loads(done.stdout)) == (OK, {"retried": len(expected)})
@@ -451,4 +451,14 @@ async def test_retry_command_of_no_raw_id(program: Program):
     done = program.run("retry", arrival(0), "payload.json")
     assert (done.returncode, done.stdout) == (USAGE, "")
     assert "payload.json" in done.stderr
+    assert program.payloads() == {}
+
+
+@pytest.mark.parametrize("options", [[], ["--all", "--code", "data_empty"], ["--all", arrival(0)]])
+async def test_retry_command_without_a_choice(program: Program, options: list[object]):
+    """`retry` puts nothing back unless it is told which, or all: exit code 2, and what to say."""
+    await rejected_by(program)
+    done = program.run("retry", *options)
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert "say which payloads: RAW_ID or --code CODE, or else --all" in done.stderr
     assert program.payloads() == {}

@@ -222,6 +222,28 @@ def test_changed_authority(
     assert is_let_in(server, newer)
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_sessions_of_a_changed_authority(
+    start: Callable[..., Server], files: Files, authority: trustme.CA, version: ssl.TLSVersion
+):
+    """No session outlives the authority by which it was let in; a ticket for one is never sent."""
+    old, new = trustme.CA(), trustme.CA()
+    files.put(files.ca, old.cert_pem.bytes())
+    server = start(tls_cert=files.cert, tls_key=files.key, tls_client_ca=files.ca)
+    device = trusting(authority, old.issue_cert("d@example.org"))
+    device.minimum_version = device.maximum_version = version
+    with server.connect(device) as connection:
+        assert ask(connection).startswith(b"HTTP/1.1 200")
+        session = connection.session
+        assert not (session and session.has_ticket)
+        with suppress(OSError):
+            connection.unwrap()  # or else the server would forget the session by itself
+    files.put(files.ca, new.cert_pem.bytes())
+    server.hang_up()
+    server.logged("certificates were loaded again")
+    assert not is_let_in(server, device, session)
+
+
 # ── Rotation ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,5 +1,6 @@
 """`transform`: a payload becomes a measurement, or a reason that names what is wrong and where."""
 
+import codecs
 import json
 import math
 import random
@@ -18,8 +19,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import dropzone
 from backends import Measurement
-from dropzone import DataQualityError, mean_and_std_dev, parse_json, transform
+from dropzone import (
+    DataQualityError,
+    PayloadNotJson,
+    check_json,
+    mean_and_std_dev,
+    parse_json,
+    strict_json,
+    time_stamp_in,
+    transform,
+)
 
 RAW_ID = UUID("0190a3b4-5c6d-7e8f-9012-3456789abcde")
 NOON = "2019-05-01T12:00:00Z"
@@ -829,3 +840,105 @@ def test_the_oracle():
         found = root(square)
         assert abs(found**2 - square) <= square / 2**150
     assert all(root(a) < root(b) for a, b in pairwise(Fraction(k, 7) for k in range(9)))
+
+
+# ── Large payloads ────────────────────────────────────────────────────────────────────────────────
+
+NUMBERS = ("1", " 2.5 ", "-3e4", "1e308", "-1e308", "5e-324", "0", "-0", "1E5", "1" * 30)
+ODD = ("1e400", "1" * 400, "NaN", "Infinity", "-Infinity", '"x"', '"NaN"', "null", "true", "[]")
+ODD += ('{"a":1}', "[1,2]", '"a,b"', r'"\ud800"')
+STAMPS = (*[f'"{NOON}"'] * 5, "1", "null", "NaN", '"2019"', r'"2019-05-01T10:00:00Z\ud800"')
+
+
+def document(draw: random.Random) -> bytes:
+    """Make a payload in which something may be wrong, or that is none at all."""
+    numbers = draw.choices(NUMBERS, k=draw.choice([0, 1, 2, 5, 30, 200]))
+    if numbers and draw.random() < 0.5:
+        numbers[draw.randrange(len(numbers))] = draw.choice(ODD)
+    data = "[" + draw.choice([",", " , "]).join(numbers) + "]"
+    members = [
+        '"time_stamp":' + draw.choice(STAMPS),
+        '"data":' + (data if draw.random() < 0.9 else draw.choice(ODD)),
+        r'"\ud800":' + draw.choice(ODD),
+        f'"data":{data}',
+    ]
+    members = draw.sample(members, k=draw.choice([1, 2, 3, 3, 4]))
+    text = "{" + ",".join(members) + "}" if draw.random() < 0.95 else draw.choice(ODD)
+    body = draw.choice([b""] * 9 + [codecs.BOM_UTF8]) + text.encode()
+    if draw.random() < 0.1:
+        place = draw.randrange(len(body))
+        body = body[:place] + draw.randbytes(1) + body[place + 1 :]
+    return body if draw.random() < 0.95 else body[: draw.randrange(len(body) + 1)]
+
+
+def told(body: bytes) -> tuple[object, ...]:
+    """Return the row that a payload makes, or the code of what is wrong, and with which value."""
+    try:
+        row = transform(RAW_ID, body)
+    except DataQualityError as error:
+        return error.code, re.findall(r"^data\[\d+\]", error.detail)
+    return row.timestamp_utc, row.mean, pytest.approx(row.std_dev, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_payloads_are_judged_alike(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """A large payload, which is read piece by piece, has the row or the reason of a small one."""
+    draw = random.Random(seed)  # noqa: S311
+    bodies = [document(draw) for _ in range(1500)]
+    small = [told(body) for body in bodies]
+    monkeypatch.setattr(dropzone, "LARGE_JSON", 30)  # more than a time stamp
+    monkeypatch.setattr(dropzone, "PIECE", 12)
+    monkeypatch.setattr(dropzone, "AT_ONCE", 7)
+    for body, expected in zip(bodies, small, strict=True):
+        assert told(body) == expected, body
+    assert len({code for code, *_ in small if isinstance(code, str)}) >= 8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_documents_are_taken_alike(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """A large document is JSON where a small one is, and its time stamp is found without a row."""
+    draw = random.Random(seed)  # noqa: S311
+    bodies = [document(draw) for _ in range(1500)]
+
+    def taken() -> list[object]:
+        found = list[object]()
+        for body in bodies:
+            try:
+                check_json(body)
+                found.append(time_stamp_in(body))
+            except (PayloadNotJson, DataQualityError) as error:
+                found.append(error.code)
+        return found
+
+    small = taken()
+    monkeypatch.setattr(dropzone, "LARGE_JSON", 30)  # more than a time stamp
+    assert taken() == small
+
+
+def test_strict_json_keeps_positions():
+    """What is put in the place of odd literals is as long as they are, outside of text alone."""
+    odd = codecs.BOM_UTF8 + rb'{"NaN\"": [NaN, -Infinity, "\ud800", Infinity], "b": "NaN"}'
+    strict = strict_json(odd)
+    assert len(strict) == len(odd)
+    assert json.loads(strict) == {'NaN"': ["\x7f", "\x7f" * 7, "A", "\x7f" * 6], "b": "NaN"}
+
+
+def test_what_is_wrong_with_a_large_document():
+    """The error of a large document names line, column and byte, as that of a small one does."""
+    lines = b"[" + b"1,\n" * 50_000
+    for rest, problem in ((b" x]", "invalid character"), (b"1, 2", "it ends too early")):
+        body = lines + rest
+        position = body.index(b"x") if b"x" in body else len(body)
+        with pytest.raises(PayloadNotJson) as caught:
+            check_json(body)
+        assert caught.value.extra == {"position": position}
+        place = f"line 50001, column {1 + position - len(lines)} (byte {position})"
+        assert str(caught.value) == f"not JSON: {problem} at {place}"
+
+
+def test_values_near_the_end_of_the_range():
+    """Many values whose sum no double can hold have their exact mean, and not only in the end."""
+    values = [1e308, 1e308, -1e308, -1e308, 1e-300, MAX, -MAX] * 30_000
+    mean, std_dev = mean_and_std_dev(values)
+    assert mean == float(exact_mean(values))
+    assert std_dev == pytest.approx(float(exact_std_dev(values)), rel=1e-15)

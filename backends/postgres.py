@@ -129,6 +129,7 @@ PATIENCE = 2.0
 TRUSTED = 1.0
 # Sessions are not given up a second time within so many seconds for what may be their fault.
 RENEWAL = 1.0
+AT_A_TIME = 500  # rows that are made of records before others have their turn
 # What the connection, and not the statement, was the reason for. Every statement here may be
 # repeated, so it does not matter whether the server had carried it out.
 DEAD_CONNECTION = (
@@ -287,7 +288,11 @@ class PostgresBackend:
         bounds = window(since, until, after, limit, descending=descending)
         texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
         rows = await self._read(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
-        return [self._measurement(row) for row in rows]
+        found = [self._measurement(row) for row in rows[:AT_A_TIME]]
+        for start in range(AT_A_TIME, len(rows), AT_A_TIME):
+            await asyncio.sleep(0)  # so that a large page does not hold up the event loop
+            found += map(self._measurement, rows[start : start + AT_A_TIME])
+        return found
 
     async def count(self) -> int:
         """See Backend.count."""

@@ -7,7 +7,9 @@ folder that its file lies in. The rooms of this house, the upper ones knowing th
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
 - `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
+- `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
+- `unpacking.py`: large payloads of these, piece by piece;
 - `tally.py`: how many landed and were processed, for all processes together;
 - `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
@@ -18,8 +20,10 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
@@ -35,6 +39,7 @@ STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+PIECE_BYTES = 64 * 1024  # bytes of a payload that are read at a time
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -164,6 +169,15 @@ class Rejection(Struct, frozen=True):
         require_utc(self.retried_at or self.rejected_at)
 
 
+@dataclass
+class OpenPayload:
+    """The bytes of a payload, to be read piece by piece; each piece may block on the disk."""
+
+    size: int
+    pieces: Iterator[bytes]
+    close: Callable[[], object] = tuple  # to be called in the end, however far one has read
+
+
 class Settled(Struct, frozen=True):
     """What `settle` did.
 
@@ -247,6 +261,9 @@ class Payloads(Protocol):
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
 
+    def open_payload(self, raw_id: UUID) -> OpenPayload:
+        """Return the same bytes to be read piece by piece; raises `RawIdUnknown`."""
+
     def read_pending(self, raw_id: UUID) -> bytes:
         """Return a pending payload.
 
@@ -285,6 +302,25 @@ class Payloads(Protocol):
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """Yield why each rejected payload (or just one) is, in order of arrival."""
+
+    def find_rejections(
+        self,
+        *,
+        code: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: UUID | None = None,
+        limit: int = sys.maxsize,
+    ) -> tuple[list[Rejection], Counter[str]]:
+        """Return the `limit` earliest arrivals behind `after` that are rejected with a code.
+
+        Only those that were rejected in `since <= rejected_at < until`; the numbers are how many
+        that are in all, by code. It reads the reasons of those that it returns alone. What others
+        than this program have done in the folder is seen when stock was taken.
+        """
+
+    def take_stock(self) -> Counter[str]:
+        """Go through the rejected payloads for what nobody has noted; count them by code."""
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """Return the last rejection of a payload, whatever has become of it since.

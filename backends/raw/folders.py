@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -19,11 +20,12 @@ import re
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -31,8 +33,10 @@ import msgspec
 from backends import json_of
 from backends.raw import (
     PAYLOAD_NAME,
+    PIECE_BYTES,
     STATES,
     NoAccess,
+    OpenPayload,
     PayloadUnreadable,
     Portion,
     RawIdUnknown,
@@ -64,9 +68,11 @@ from backends.raw.disk import (
     writing_trouble,
 )
 from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
+from backends.raw.rejections import RejectionIndex
 from backends.raw.tally import Tally
 
 log = logging.getLogger("dropzone")
+T = TypeVar("T")
 
 REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
 DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
@@ -150,6 +156,7 @@ class Folders:
         self.journal = folder.parent / "journal"
         self.keep_days = keep_days
         self._expired = self.journal / "expired"
+        self._index = RejectionIndex(self.journal / "rejected.sqlite")
 
     @property
     def workspace(self) -> Path:
@@ -180,6 +187,20 @@ class Folders:
         if packed is None:
             raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
         return "processed", packed
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload:
+        """See Payloads.open_payload."""
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                file = open(self.path(raw_id, state), "rb", 0)
+                size = os.fstat(file.fileno()).st_size
+                return OpenPayload(
+                    size, iter(functools.partial(file.read, PIECE_BYTES), b""), file.close
+                )
+        packed = self._look_in_packs(raw_id, Pack.open_payload)
+        if packed is None:
+            raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+        return packed
 
     def read_pending(self, raw_id: UUID) -> bytes:
         """See Payloads.read_pending."""
@@ -309,6 +330,9 @@ class Folders:
                 settled.rejected.append(counted)
             except NoAccess as error:
                 settled.stuck[rejection.raw_id] = str(error)
+        if settled.rejected:
+            with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
+                self._index.note(settled.rejected)
         for day, raw_ids in itertools.groupby(processed, day_of):
             moved += self._move_all(raw_ids, self.processed / day, settled.stuck)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
@@ -467,17 +491,20 @@ class Folders:
         return False
 
     def _packed(self, raw_id: UUID) -> bytes | None:
+        return self._look_in_packs(raw_id, Pack.read)
+
+    def _look_in_packs(self, raw_id: UUID, look: Callable[[Pack, UUID], T | None]) -> T | None:
         damage = None
         for pack in self.packs(day_of(raw_id)):
             try:
-                body = pack.read(raw_id)
+                found = look(pack, raw_id)
             except FileNotFoundError:
                 continue  # it has just expired
             except StorageUnavailable as error:
                 damage = error
                 continue
-            if body is not None:
-                return body
+            if found is not None:
+                return found
         if damage:
             raise damage
         return None
@@ -499,9 +526,29 @@ class Folders:
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
-        for raw_id in [one] if one else earliest(self.rejected):
+        for raw_id in [str(one)] if one else self.rejected_names():
             with contextlib.suppress(RawIdUnknown):  # it was put back meanwhile
-                yield self.rejection(raw_id)
+                yield self.rejection(UUID(raw_id))
+
+    def find_rejections(
+        self,
+        *,
+        code: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: UUID | None = None,
+        limit: int = sys.maxsize,
+    ) -> tuple[list[Rejection], Counter[str]]:
+        """See Payloads.find_rejections."""
+        return self._index.find(self, code, since, until, after, limit)
+
+    def take_stock(self) -> Counter[str]:
+        """See Payloads.take_stock."""
+        return self._index.take_stock(self)
+
+    def rejected_names(self, limit: int = sys.maxsize, after: str = "") -> list[str]:
+        """Return the `limit` earliest rejected raw_ids behind `after`, in order of arrival."""
+        return earliest_names(self.rejected, limit, after)[0]
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """See Payloads.last_rejection."""
@@ -519,6 +566,8 @@ class Folders:
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
             os.rename(source, self.path(raw_id, "pending"))
+            with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds it
+                self._index.forget([str(raw_id)])
             return True
         except RawIdUnknown:
             return False

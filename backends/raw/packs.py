@@ -26,8 +26,9 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import PackDamaged, RawIdUnknown, StorageUnavailable, uuid_at
+from backends.raw import OpenPayload, PackDamaged, RawIdUnknown, StorageUnavailable, uuid_at
 from backends.raw.disk import sync_file
+from backends.raw.unpacking import open_packed
 
 log = logging.getLogger("dropzone")
 
@@ -37,6 +38,7 @@ INDEX = ".index"
 MEMBER_BEGINS = gzip.compress(b"", 6, mtime=0)[:8]
 CHUNK = 1024 * 1024
 MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
+LARGE_MEMBER = 4 * MEMBER_BYTES  # bytes of text, beyond which one is read piece by piece
 
 
 class PackLine(Struct, frozen=True, omit_defaults=True):
@@ -164,8 +166,33 @@ class Pack:
         )
 
     def read(self, raw_id: UUID) -> bytes | None:
-        number = bisect.bisect(self.index().members, raw_id, key=lambda member: member[0]) - 1
-        return self.member(number).get(raw_id) if number >= 0 else None
+        found = self.open_payload(raw_id)
+        return b"".join(found.pieces) if found else None
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload | None:
+        members = self.index().members
+        number = bisect.bisect(members, raw_id, key=lambda member: member[0]) - 1
+        if number < 0:
+            return None
+        if self._text_bytes(number) <= LARGE_MEMBER:
+            body = self.member(number).get(raw_id)
+            return None if body is None else OpenPayload(len(body), iter([body]))
+        start, end = self._place_of(number)
+        with _damage_at(self.path, start):
+            return open_packed(self.path, start, end, raw_id)
+
+    def _place_of(self, number: int) -> tuple[int, int]:
+        index = self.index()
+        starts = [start for _, start in index.members[number : number + 2]] + [index.bytes]
+        return starts[0], starts[1]
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _text_bytes(self, number: int) -> int:
+        """Return the size of a member's text, which stands at its end (RFC 1952, ISIZE)."""
+        _, end = self._place_of(number)
+        with open(self.path, "rb") as file:
+            file.seek(end - 4)
+            return int.from_bytes(file.read(4), "little")
 
     @classmethod
     def write(cls, path: Path, folder: Path, raw_ids: Sequence[UUID]) -> Pack:
@@ -231,7 +258,7 @@ class PackPortion:
 
 def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
     starts = [start for _, start in index.members] + [index.bytes]
-    try:
+    with _damage_at(path, starts[number]):
         with open(path, "rb") as file:
             file.seek(starts[number])
             packed = file.read(starts[number + 1] - starts[number])
@@ -239,10 +266,16 @@ def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]
         if index.members[number][0] not in payloads:
             raise ValueError("it has other payloads than its index says")
         return payloads
+
+
+@contextlib.contextmanager
+def _damage_at(path: Path, start: int) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise  # it has just expired
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        wrong = f"{path} is damaged at byte {starts[number]}, restore it from a copy: {error}"
+        wrong = f"{path} is damaged at byte {start}, restore it from a copy: {error}"
         raise PackDamaged(wrong) from error
 
 

@@ -938,6 +938,35 @@ async def test_sqlite_with_a_foreign_table(sqlite_path: Path, columns: str) -> N
         await backend.close()
 
 
+MANY_ROWS = """
+WITH RECURSIVE second (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM second WHERE n < 300000)
+INSERT INTO measurements SELECT
+    strftime('%Y-%m-%dT%H:%M:%S.000000Z', 1556700000 + n, 'unixepoch'), n, 1,
+    '00000000-0000-0000-0000-000000000001'
+FROM second
+"""
+
+
+async def test_sqlite_long_reads_hold_up_nothing(sqlite: SqliteBackend, sqlite_path: Path) -> None:
+    """While a long range is summarized, a ping, pages and writes are answered."""
+    with other_program(sqlite_path, MANY_ROWS):
+        pass
+    done = list[str]()
+
+    async def note(name: str, call: Awaitable[object]) -> None:
+        await call
+        done.append(name)
+
+    async with asyncio.TaskGroup() as calls:
+        for _ in range(3):
+            calls.create_task(note("summary", sqlite.summarize(buckets=2000)))
+        await asyncio.sleep(0.05)
+        calls.create_task(note("ping", sqlite.ping()))
+        calls.create_task(note("page", sqlite.find(limit=10)))
+        calls.create_task(note("upsert", sqlite.upsert([row()])))
+    assert set(done[:3]) == {"ping", "page", "upsert"}
+
+
 async def test_sqlite_with_a_row_that_is_no_measurement(
     sqlite: SqliteBackend, sqlite_path: Path
 ) -> None:

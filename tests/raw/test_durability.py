@@ -44,7 +44,7 @@ from backends import raw
 from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
 from backends.raw.disk import Room
 from backends.raw.journal import HEAD, Log, Record
-from backends.raw.landing import Batch, RawStore, Written
+from backends.raw.landing import GROUP_BYTES, Batch, RawStore, Written
 
 Note = Callable[[str, object], None]
 Told = Callable[..., list[str]]
@@ -384,10 +384,10 @@ async def test_groups_know_of_each_other(tmp_path: Path):
     """A group that is landed beside another is told of its payloads, and of none that are done."""
     store = Attentive(tmp_path / "raw")
     await store.open()
-    await asyncio.gather(store.land(LINES), store.land([b"1", b"22"]))
+    await asyncio.gather(store.land([b"1" * GROUP_BYTES]), store.land([b"1", b"22"]))
     await store.land([b"1"])
     await store.close()
-    assert store.others == [[], [1] * 1000, []]
+    assert store.others == [[], [GROUP_BYTES], []]
 
 
 def test_reserve_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

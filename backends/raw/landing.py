@@ -257,7 +257,8 @@ class RawStore(Folders):
         )
         self._min_free = min_free_bytes
         self._observer = observer
-        self._gathered: deque[tuple[Batch, asyncio.Future[Answer]]] = deque()
+        self._is_open = False
+        self._gathered: deque[tuple[Batch, asyncio.Future[Answer], int]] = deque()  # and its bytes
         self._landing: set[asyncio.Task[None]] = set()
         self._large = 0  # large batches under way
         self._turns_of_large = asyncio.Semaphore(LARGE_BATCHES)
@@ -295,6 +296,7 @@ class RawStore(Folders):
         except sqlite3.Error as error:  # which names no file
             wrong = [*self.out_of_reach(), f"{self.journal}/keys.sqlite: {error}"]
             raise StorageUnavailable(wrong[0]) from error
+        self._is_open = True
 
     def open_here(self) -> None:
         """Open the store in this thread, to be written to by `write`.
@@ -315,6 +317,7 @@ class RawStore(Folders):
 
     async def close(self) -> None:
         """See PayloadStore.close; the journal is empty then, unless the disk hangs."""
+        self._is_open = False
         for patience in (CLOSE_PATIENCE, KILL_PATIENCE):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):
@@ -351,6 +354,8 @@ class RawStore(Folders):
         self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
     ) -> list[UUID]:
         """See PayloadStore.land."""
+        if not self._is_open:
+            return STOPPED.result()
         batch = Batch(list(bodies), key, caller)
         if not batch.is_large():
             return await self._land(batch)
@@ -365,7 +370,7 @@ class RawStore(Folders):
         if self._overdue:
             raise StorageUnavailable(self._standstill())
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((batch, landed))
+        self._gathered.append((batch, landed, sum(map(len, batch.bodies))))
         most = BATCHES if len(batch.bodies) > 1 else 1
         if self._large:  # or else the small ones would wait for it
             most = LARGE_BATCHES + 1
@@ -389,10 +394,10 @@ class RawStore(Folders):
                         break
                     if group and (group[0].is_large() or self._gathered[0][0].is_large()):
                         break  # nobody else has to wait for it
-                    batch, landed = self._gathered.popleft()
+                    batch, landed, added = self._gathered.popleft()
                     group.append(batch)
                     waiting.append(landed)
-                    size += sum(map(len, batch.bodies))
+                    size += added
                     files += len(batch.bodies)
                 await self._land_group(group, waiting, size)
         finally:  # at once: a caller that has just been answered and lands again begins another
@@ -435,7 +440,7 @@ class RawStore(Folders):
         self._refuse_gathered(refusal)
 
     def _refuse_gathered(self, refusal: Answer) -> None:
-        waiting = [landed for _, landed in self._gathered]
+        waiting = [landed for _, landed, _ in self._gathered]
         self._gathered.clear()
         _answer(waiting, [refusal] * len(waiting))
 

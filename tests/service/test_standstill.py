@@ -283,3 +283,14 @@ async def test_landing_in_a_store_that_is_closed(tmp_path: Path):
         answers = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(answer) for answer in answers} == {StorageUnavailable}
     assert pending_in(store) == [raw_id]
+
+
+async def test_a_call_that_is_wrong(tmp_path: Path):
+    """A program that hands in no bytes hears of it, and nobody beside it waits for ever."""
+    async with opened(tmp_path) as store:
+        calls = [store.land([SMALL]), store.land([SMALL, None]), store.land(["text"], "a")]  # type: ignore[list-item]
+        async with asyncio.timeout(HANGS):
+            answers = await asyncio.gather(*calls, store.land([SMALL]), return_exceptions=True)
+        assert isinstance(answers[1], TypeError)
+        assert all(isinstance(answer, StorageUnavailable | list) for answer in answers[2:])
+        await store.land([SMALL])

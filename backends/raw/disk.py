@@ -197,7 +197,7 @@ class Hands(Executor):
         """See Executor.submit."""
         if self._are_gone:
             raise RuntimeError("this store is closed")
-        done = Future[T]()
+        done: Future[T] = Future()
 
         def work() -> None:
             if not done.set_running_or_notify_cancel():

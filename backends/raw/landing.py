@@ -263,7 +263,9 @@ class RawStore(Folders):
         self._large = 0  # large batches under way
         self._turns_of_large = asyncio.Semaphore(LARGE_BATCHES)
         self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
+        self._under_way: dict[int, tuple[float, float, Answers]] = {}  # begun, patience, for whom
         self._overdue: dict[int, float] = {}  # groups that stand still, and since when
+        self._watch: asyncio.TimerHandle | None = None
         self._probing: asyncio.Future[str | None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._writer = Writer(
@@ -407,23 +409,23 @@ class RawStore(Folders):
 
     async def _land_group(self, group: Sequence[Batch], waiting: Answers, size: int) -> None:
         """Land a group of `size` bytes and answer those who wait for it, whatever happens."""
-        number, begun = id(waiting), time.monotonic()
-        watch = asyncio.get_running_loop().call_later(
-            self._patience(group, size), self._give_up, number, waiting, begun
-        )
-        refusal, answers = STOPPED, list[Answer]()
+        self._under_way[id(waiting)] = (time.monotonic(), self._patience(group, size), waiting)
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(LAND_PATIENCE, self._look)
+        refusal = STOPPED
+        answers: list[Answer] = []
         try:
             answers = (await self._written(group, size)).answers
         except Exception as error:  # noqa: BLE001 (a defect, but nobody may wait for ever)
             wrong = storage_error(error)
             refusal = Answer([], wrong.code, str(wrong))
         finally:
-            watch.cancel()
+            begun, _, _ = self._under_way.pop(id(waiting))
             is_answered = len(answers) == len(waiting)
             _answer(waiting, answers if is_answered else [refusal] * len(waiting))
-            since = self._overdue.pop(number, None)
-        if since is not None:
-            log.warning("landing goes on after %.0f s", time.monotonic() - since)
+            if id(waiting) in self._overdue:
+                del self._overdue[id(waiting)]
+                log.warning("landing goes on after %.0f s", time.monotonic() - begun)
 
     def _patience(self, group: Sequence[Batch], size: int) -> float:
         """Return the seconds that a group may take, beside those that are under way."""
@@ -431,13 +433,22 @@ class RawStore(Folders):
         total = size + sum(map(sum, self._writing))
         return LAND_PATIENCE + payloads / LEAST_PAYLOADS + total / LEAST_BYTES
 
-    def _give_up(self, number: int, waiting: Answers, begun: float) -> None:
-        """Refuse a group that takes too long, and all that waits behind it."""
-        self._overdue[number] = begun
-        log.error("%s", self._standstill())
-        refusal = Answer([], StorageUnavailable.code, self._standstill())
-        _answer(waiting, [refusal] * len(waiting))
-        self._refuse_gathered(refusal)
+    def _look(self) -> None:
+        """Refuse the groups that take too long, and all that waits behind them; look again later.
+
+        One timer serves all groups, so that those that land in time need none.
+        """
+        now, self._watch = time.monotonic(), None
+        for number, (begun, patience, waiting) in self._under_way.items():
+            if number not in self._overdue and now - begun >= patience:
+                self._overdue[number] = begun
+                log.error("%s", self._standstill())
+                refusal = Answer([], StorageUnavailable.code, self._standstill())
+                _answer(waiting, [refusal] * len(waiting))
+                self._refuse_gathered(refusal)
+        left = [b + p - now for n, (b, p, _) in self._under_way.items() if n not in self._overdue]
+        if left:
+            self._watch = asyncio.get_running_loop().call_later(min(left), self._look)
 
     def _refuse_gathered(self, refusal: Answer) -> None:
         waiting = [landed for _, landed, _ in self._gathered]

@@ -50,19 +50,20 @@ class Tally:
     def add(self, *, landed: int = 0, processed: int = 0) -> None:
         """Count payloads."""
         now = time.time_ns() // 1_000_000
+        minute = now // 60_000
+        number = 1 + minute % MINUTES
         with locked(self._file, TALLY_PATIENCE):
-            total, last = self._first()
+            slots = self._bytes(TALLY_BYTES)
+            total, last = _numbers(slots, 0) or self._first()
             self._set(0, total + processed, now if landed else last)
             if landed:
-                minute = now // 60_000
-                number = 1 + minute % MINUTES
-                known, count = self._slot(number) or (0, 0)
+                known, count = _numbers(slots, number) or (0, 0)
                 self._set(number, minute, landed + (count if known == minute else 0))
 
     def read(self) -> Activity:
         """Return what was counted."""
-        text = self._bytes(TALLY_BYTES).ljust(TALLY_BYTES)
-        first, *minutes = map(_numbers, SLOT.iter_unpack(text))
+        slots = self._bytes(TALLY_BYTES)
+        first, *minutes = (_numbers(slots, number) for number in range(1 + MINUTES))
         if first is None:  # or it is being written
             with locked(self._file, TALLY_PATIENCE):
                 first = self._first()
@@ -72,7 +73,7 @@ class Tally:
         return Activity(total, last, landed)
 
     def _first(self) -> tuple[int, int]:
-        first = self._slot(0)
+        first = _numbers(self._bytes(SLOT.size), 0)
         if first is None:
             wrong = "%s is damaged or was lost: what is processed is counted again"
             log.warning(wrong, self._path)
@@ -86,13 +87,9 @@ class Tally:
         self._set(0, *first)
         return first
 
-    def _slot(self, number: int) -> tuple[int, int] | None:
-        """Return two numbers, None where they are not what was written."""
-        return _numbers(SLOT.unpack(self._bytes(SLOT.size, SLOT.size * number).ljust(SLOT.size)))
-
-    def _bytes(self, size: int, at: int = 0) -> bytes:
+    def _bytes(self, size: int) -> bytes:
         try:
-            return os.pread(self._file, size, at)
+            return os.pread(self._file, size, 0)
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise
@@ -107,7 +104,11 @@ class Tally:
         os.close(self._file)
 
 
-def _numbers(slot: tuple[bytes, int]) -> tuple[int, int] | None:
-    packed, checksum = slot
+def _numbers(slots: bytes, number: int) -> tuple[int, int] | None:
+    """Return the numbers of a slot, None where they are not what was written."""
+    place = SLOT.size * number
+    if len(slots) < place + SLOT.size:
+        return None
+    packed, checksum = SLOT.unpack_from(slots, place)
     one, other = NUMBERS.unpack(packed)
     return (one, other) if zlib.crc32(packed) == checksum else None

@@ -174,6 +174,8 @@ class Pack:
         number = bisect.bisect(members, raw_id, key=lambda member: member[0]) - 1
         if number < 0:
             return None
+        if self.is_lost:
+            raise self._lost()
         if self._text_bytes(number) <= LARGE_MEMBER:
             body = self.member(number).get(raw_id)
             return None if body is None else OpenPayload(len(body), iter([body]))
@@ -189,8 +191,8 @@ class Pack:
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _text_bytes(self, number: int) -> int:
         """Return the size of a member's text, which stands at its end (RFC 1952, ISIZE)."""
-        _, end = self._place_of(number)
-        with open(self.path, "rb") as file:
+        start, end = self._place_of(number)
+        with _damage_at(self.path, start), open(self.path, "rb") as file:
             file.seek(end - 4)
             return int.from_bytes(file.read(4), "little")
 

@@ -2489,11 +2489,20 @@ LOOK_AROUND = 1.0  # seconds between two looks at all clients
 
 
 class Taking(Struct):
-    """A client that has not taken all yet: what is `held` for it, what waits to be sent to it."""
+    """A client that has not taken all yet.
+
+    `held` bytes are in memory for it besides those that are `waiting` in its connection. It took
+    something last at `since`. `is_full` says that nothing more can be handed over to it.
+    """
 
     held: int = 0
     waiting: int = 0
-    since: float = 0.0  # when it took something last
+    since: float = 0.0
+    is_full: bool = False
+
+    def has_to_move(self) -> bool:
+        """Say whether it is its turn, and not that of the service."""
+        return self.is_full or self.waiting > 0
 
 
 class Clients:
@@ -2507,13 +2516,13 @@ class Clients:
         self._taking: dict[asyncio.BaseTransport, Taking] = {}
         self._held = 0
 
-    def note(self, client: asyncio.BaseTransport, held: int = 0) -> None:
+    def note(self, client: asyncio.BaseTransport, held: int = 0, *, is_full: bool = False) -> None:
         """Hear that something is sent, and how many bytes are in memory for what follows."""
         taking = self._taking.get(client)
         if taking is None:
             taking = self._taking[client] = Taking()
         self._held += held - taking.held
-        taking.held, taking.since = held, time.monotonic()
+        taking.held, taking.since, taking.is_full = held, time.monotonic(), is_full
 
     def require_room(self, size: int) -> None:
         """Raise where so many bytes more cannot be held; one answer alone always can."""
@@ -2526,19 +2535,23 @@ class Clients:
         """Cut off, again and again, those that have to be."""
         while True:
             await asyncio.sleep(LOOK_AROUND)
-            stalled = self._look()
-            if stalled:
-                log.info("cut off %d clients that did not take their answers", stalled)
+            try:
+                stalled = self._look()
+            except Exception:  # else nobody would ever be cut off again
+                log.exception("clients cannot be looked at")
+            else:
+                if stalled:
+                    log.info("cut off %d clients that did not take their answers", stalled)
 
     def _look(self) -> int:
         now, cut = time.monotonic(), 0
         for client, taking in list(self._taking.items()):
-            waiting = cast("asyncio.WriteTransport", client).get_write_buffer_size()
+            waiting = waiting_for(client)
             if waiting != taking.waiting:
                 taking.waiting, taking.since = waiting, now
             if not (waiting or taking.held):
                 del self._taking[client]
-            elif waiting and now - taking.since > STALLED:
+            elif taking.has_to_move() and now - taking.since > STALLED:
                 self._cut_off(client)
                 cut += 1
         return cut + self._cut_off_slowest(UNTAKEN)
@@ -2555,7 +2568,7 @@ class Clients:
         for client, taking in sorted(self._taking.items(), key=lambda each: each[1].since):
             if untaken <= limit or taking.since > before:
                 break
-            if taking.waiting:
+            if taking.has_to_move():
                 untaken -= taking.held + taking.waiting
                 self._cut_off(client)
                 cut += 1
@@ -2564,6 +2577,14 @@ class Clients:
     def _cut_off(self, client: asyncio.BaseTransport) -> None:
         self._held -= self._taking.pop(client).held
         reset(client)
+
+
+def waiting_for(client: asyncio.BaseTransport) -> int:
+    """Return how many bytes wait in a connection until they are taken."""
+    try:
+        return cast("asyncio.WriteTransport", client).get_write_buffer_size()
+    except AttributeError:  # asyncio's TLS has nothing left of a connection that is closed
+        return 0
 
 
 class Sent(web.StreamResponse):
@@ -2586,17 +2607,18 @@ class Sent(web.StreamResponse):
         while rest:
             if client is None:
                 raise ConnectionResetError("the client has gone")
-            self.clients.note(client, self.held)
+            self.clients.note(client, self.held, is_full=True)
             await self.write(rest[:PIECE_BYTES])
+            self.clients.note(client, self.held)
             rest = rest[PIECE_BYTES:]
 
     def begin(self, client: asyncio.BaseTransport | None) -> None:
         """Have system and TLS take little at a time, which they would hold as well."""
         if client is None:
             return
-        cast("asyncio.WriteTransport", client).set_write_buffer_limits(PIECE_BYTES)
-        connection = client.get_extra_info("socket")
-        with contextlib.suppress(AttributeError, OSError):  # it is no TCP connection
+        with contextlib.suppress(AttributeError, OSError):  # it is closed, or no TCP connection
+            cast("asyncio.WriteTransport", client).set_write_buffer_limits(PIECE_BYTES)
+            connection = client.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_BYTES)
 
     def end(self, client: asyncio.BaseTransport | None) -> None:
@@ -2704,8 +2726,8 @@ def reset(client: asyncio.BaseTransport) -> None:
 
     To HTTP/1.0, which some proxies speak to what is behind them, the regular end is just that.
     """
-    connection = client.get_extra_info("socket")
     with contextlib.suppress(AttributeError, OSError):  # it is none, or has just been closed
+        connection = client.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     cast("asyncio.WriteTransport", client).abort()
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import test_cli
 import test_http
+import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from test_cli import OK, Program, Server
@@ -320,6 +322,34 @@ async def test_who_takes_nothing_is_cut_off(rows: Service):
         with asking(rows, path, 1, small=True) as [client]:
             await asyncio.sleep(2)
             assert await is_cut_off(client), path
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_takes_nothing_by_tls_is_cut_off(tmp_path: Path):
+    """So is one whose connection is encrypted, after others have come and gone."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / f"{SOME_ID}.json").write_bytes(PAYLOAD)
+    runner = web.AppRunner(
+        create_app(Config(raw=RawConfig(dir=tmp_path / "raw")), backend=MemoryBackend())
+    )
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    [address] = runner.addresses
+    answers = []
+    for path in ("/health", f"/raw/{SOME_ID}/payload"):
+        reader, writer = await asyncio.open_connection(*address, limit=1024, ssl=trusting)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        await asyncio.sleep(3)
+        async with asyncio.timeout(30):
+            answers += await asyncio.gather(reader.read(), return_exceptions=True)
+        writer.transport.abort()
+    await runner.cleanup()
+    assert answers[0].endswith(b'{"status":"ok"}')
+    assert isinstance(answers[1], ConnectionError)
 
 
 @pytest.mark.usefixtures("impatient")

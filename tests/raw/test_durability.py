@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -576,6 +577,31 @@ async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
         again = await store.land([b"1", b"2", b"3", b"4"], key)
         assert [store.read(raw_id)[1] for raw_id in again] == [b"1", b"2", b"3", b"4"]
         assert pending_in(store) == [before, *again]
+
+
+REFUSE = """CREATE TRIGGER refuse BEFORE INSERT ON keys
+WHEN NEW.landed AND NEW.key = 'b'
+OR NOT NEW.landed AND EXISTS (SELECT 1 FROM keys WHERE key = NEW.key AND landed)
+BEGIN SELECT RAISE({}, 'disk full'); END"""
+
+
+@pytest.mark.parametrize("how", ["ABORT", "ROLLBACK"])
+async def test_a_key_that_cannot_be_noted(how: str, tmp_path: Path):
+    """Where one key of a group cannot be noted none of them has landed, and each retry lands."""
+    async with opened(tmp_path) as store:
+        keys = sqlite3.connect(tmp_path / "journal" / "keys.sqlite")
+        keys.execute(REFUSE.format(how))
+        calls = (store.land([b"1"], "a"), store.land([b"2"], "b"))
+        refused = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(each) for each in refused} == {StorageUnavailable}
+        assert pending_in(store) == []
+        keys.execute("DROP TRIGGER refuse")
+        keys.close()
+        [one], [other] = await store.land([b"1"], "a"), await store.land([b"2"], "b")
+        assert store.read(one) == ("pending", b"1")
+        assert store.read(other) == ("pending", b"2")
+    async with opened(tmp_path) as store:
+        assert pending_in(store) == [one, other]
 
 
 @pytest.mark.linux

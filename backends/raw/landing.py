@@ -549,7 +549,7 @@ class RawStore(Folders):
             for raw_id, _ in record.payloads:
                 with contextlib.suppress(OSError):
                     os.unlink(f"{self.raw}/{raw_id}.json")
-            self._journal.take_back(record, size)
+            self._journal.take_back(size)
             raise
         self._journal.end_log_when_full()
         bodies = dict(record.payloads).values()  # one key may have come several times

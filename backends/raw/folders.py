@@ -191,7 +191,7 @@ class Folders:
     def open_payload(self, raw_id: UUID) -> OpenPayload:
         """See Payloads.open_payload."""
         for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), access_errors():
                 file = open(self.path(raw_id, state), "rb", 0)
                 size = os.fstat(file.fileno()).st_size
                 return OpenPayload(

@@ -3160,10 +3160,13 @@ async def payload(request: web.Request) -> web.StreamResponse:
 
 
 async def payload_portions(reads: Turns, found: OpenPayload) -> Portions:
-    piece = await reads.run(next, found.pieces, b"")
-    while piece:
-        yield piece, len(piece)
+    rest = found.size
+    while rest > 0:
         piece = await reads.run(next, found.pieces, b"")
+        if not piece:
+            raise OSError("its file has become shorter")
+        yield piece, len(piece)
+        rest -= len(piece)
 
 
 @Route("GET", "/rejected", "read", {200: (RejectionPage,)}, (), RejectedQuery)

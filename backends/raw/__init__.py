@@ -262,7 +262,7 @@ class Payloads(Protocol):
         """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
 
     def open_payload(self, raw_id: UUID) -> OpenPayload:
-        """Return the same bytes to be read piece by piece; raises `RawIdUnknown`."""
+        """Return the same bytes to be read piece by piece; raises the same."""
 
     def read_pending(self, raw_id: UUID) -> bytes:
         """Return a pending payload.

@@ -2632,9 +2632,8 @@ class InPieces(Sent, web.Response):
     async def write_eof(self, data: bytes = b"") -> None:
         """Send the body, and end."""
         body, client = self.body, self._client
-        if (
-            client and isinstance(body, bytes) and not self.compression
-        ):  # else aiohttp compressed it
+        # What aiohttp has compressed for an outer application is smaller, and is not in `body`.
+        if client and isinstance(body, bytes) and not self.compression:
             self.body = None
             self.begin(client)
             try:

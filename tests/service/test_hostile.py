@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import json
+import logging
 import os
 import socket
 import time
@@ -192,17 +193,23 @@ async def test_a_disk_that_takes_its_time(serve: Serve, what: str):
             assert (await service("GET", "/measurements/summary")).status == 200
 
 
-async def test_retries_that_take_their_time(serve: Serve):
-    """However many ask for a retry of all, one is at work, and the rest goes on."""
+async def test_retries_that_take_their_time(serve: Serve, caplog: pytest.LogCaptureFixture):
+    """However many ask for a retry of all, one is at work, the others may go, the rest goes on."""
+    caplog.set_level(logging.INFO, "dropzone.audit")
     service = await serve()
     raw_id = await service.land([1])
     await service.process()
     reason, path = service.folder / "rejected" / f"{raw_id}.reason.json", "/rejected/retry?code=x"
-    with never_read(reason), asking(service, path, method="POST"):
-        await asyncio.sleep(0.3)
-        await check_that_all_goes_on(service)
-        async with asyncio.timeout(30):
-            assert (await service("GET", "/measurements")).status == 200
+    with never_read(reason):
+        with asking(service, path, method="POST"):
+            await asyncio.sleep(0.3)
+            await check_that_all_goes_on(service)
+            async with asyncio.timeout(30):
+                assert (await service("GET", "/measurements")).status == 200
+        await asyncio.sleep(0.2)  # until it is noticed that they have gone
+    async with asyncio.timeout(30):
+        assert (await service("POST", path)).status == 200
+    assert [r.getMessage().split()[0] for r in caplog.records].count("action=retry") == 2
 
 
 async def test_readiness_is_looked_at_once_for_all(serve: Serve):
@@ -369,6 +376,15 @@ async def test_room_for_answers(rows: Service, monkeypatch: pytest.MonkeyPatch):
             while (await rows("GET", path)).status == 503:
                 await asyncio.sleep(0.1)
         assert True in [await is_cut_off(client) for client in clients]
+
+
+async def test_room_is_given_back(rows: Service, monkeypatch: pytest.MonkeyPatch):
+    """Whatever was taken leaves room to the next answers, on connections of their own, too."""
+    paths = await large_paths(rows)
+    monkeypatch.setattr(dropzone, "UNTAKEN", 2 * MIB)
+    for path in [*paths, *paths[:2], *paths]:
+        answer = await rows("GET", path, headers={"Connection": "close"})
+        assert answer.status == 200, path
 
 
 @pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 131_072, 1_000_000])

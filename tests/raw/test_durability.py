@@ -44,7 +44,8 @@ from stores import opened, pending_in
 from backends import raw
 from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
 from backends.raw.disk import Room
-from backends.raw.journal import HEAD, Log, Record
+from backends.raw.folders import Folders
+from backends.raw.journal import HEAD, Journal, Log, Record
 from backends.raw.landing import GROUP_BYTES, Batch, RawStore, Written
 
 Note = Callable[[str, object], None]
@@ -822,6 +823,32 @@ async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.M
         for _ in range(5):
             raw_ids += await store.land([BODY] * 3)
     assert_increasing(raw_ids)
+
+
+def test_raw_ids_are_given_out_in_turn(tmp_path: Path):
+    """While one store gives out raw_ids another waits, and then goes on behind them."""
+    for name in ("raw", "processed", "rejected", "journal"):
+        (tmp_path / name).mkdir()
+    journals = [Journal(tmp_path / "journal", Folders(tmp_path / "raw")) for _ in range(2)]
+    one, other = journals
+    given = list[UUID]()
+
+    def take() -> None:
+        with other.counting() as next_id:
+            given.append(next_id())
+
+    for each in journals:
+        each.open()
+    taking = threading.Thread(target=take)
+    with one.counting() as next_id:
+        taking.start()
+        taking.join(0.3)
+        assert given == []
+        last = next_id()
+    taking.join(30)
+    assert given[0] > last
+    for each in journals:
+        each.close()
 
 
 async def test_two_processes_with_a_clock_set_back(tmp_path: Path):

@@ -4,9 +4,12 @@ import ast
 import asyncio
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from test_processing import Folder
 
 import dropzone
 from backends.raw import PayloadUnreadable, StorageUnavailable, next_raw_id, uuid_at
-from dropzone import ERRORS_BELOW, DropzoneError, PayloadNotJson, age_of, look_at_pending
+from dropzone import ERRORS_BELOW, DropzoneError, Metrics, PayloadNotJson, age_of, look_at_pending
 
 serve, service, program = test_http.serve, test_http.service, test_cli.program
 
@@ -335,6 +338,51 @@ def test_counts_outlive_a_restart(program: Program):
         if landed != 2:
             assert value(counts(server), "payloads_landed_total") == landed
         assert server.stop() == OK
+
+
+def shared_total(folder: Path, name: str) -> float:
+    """Return a counter as it stands in the file that all processes share, 0 before it does."""
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(folder / "journal" / "metrics.sqlite")) as file,
+    ):
+        for sample, total in file.execute("SELECT sample, value FROM samples"):
+            if json.loads(sample)[1] == f"dropzone_{name}":
+                return float(total)
+    return 0
+
+
+def test_counts_outlive_a_kill(program: Program):
+    """What is counted is shared soon, though nobody scrapes: not even a kill takes it."""
+    server = Server(program)
+    for landed in (1, 2):
+        assert server.request("POST", "/ingest", LINE)[0] == 202
+        deadline = time.monotonic() + 60
+        while shared_total(program.home / "data", "payloads_landed_total") < landed:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    server.process.kill()
+    server.process.wait()
+    assert value(counts(Server(program)), "payloads_landed_total") == 2
+
+
+REFUSED = '["dropzone_refusals","dropzone_refusals_total",{"code":"overloaded"}]'
+
+
+async def test_sharing_from_many_threads(tmp_path: Path):
+    """However many share at once, as scrapes and the timer do, each count is added once."""
+    metrics = Metrics()
+    async with metrics.shared(tmp_path):
+        with ThreadPoolExecutor(8) as threads:
+            for _ in range(40):
+                metrics.refusals.labels("overloaded").inc()
+                shares = [threads.submit(metrics.share) for _ in range(8)]
+                for share in shares:
+                    await asyncio.wrap_future(share)
+        assert metrics.share()[REFUSED] == 40
+    with closing(sqlite3.connect(tmp_path / "metrics.sqlite")) as file:
+        found = file.execute("SELECT value FROM samples WHERE sample = ?", (REFUSED,)).fetchall()
+    assert found == [(40,)]
 
 
 async def test_counts_when_the_file_is_broken(serve: Serve, tmp_path: Path, caplog: Any):

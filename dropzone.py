@@ -4093,6 +4093,8 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
             body = content.read_nowait()
             take(len(body))
         else:
+            if request.transport is None:
+                raise ConnectionResetError("the client has gone")
             if "Expect" in request.headers and request.version >= HttpVersion11:
                 await invite(request)
             async with asyncio.timeout(limits.body_seconds):

@@ -83,7 +83,18 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Full, Queue
 from random import getrandbits, uniform
-from typing import Annotated, Any, BinaryIO, ClassVar, Generic, Literal, NoReturn, TypeVar, cast
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Generic,
+    Literal,
+    NoReturn,
+    Self,
+    TypeVar,
+    cast,
+)
 from urllib.parse import quote
 from uuid import UUID
 
@@ -2827,16 +2838,17 @@ class Route:
 
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
-        if self.limited:
+        app = request.app
+        if self.limited and app[LIMITERS]:
             admit_address(request)  # guessed keys count, too
-        if self.scope:
+        if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
             admit(request, "key", request.get(CALLER, ""))
             authorize(request, self.scope, scopes)
         arguments = [query_in(request, self.query)] if self.query else []
         if self.turns is None:
             return await self.handler(request, *arguments)
-        async with request.app[self.turns].turn(request):
+        async with app[self.turns].turn(request):
             return await self.handler(request, *arguments)
 
 
@@ -2931,17 +2943,19 @@ async def trouble_of(backend: Backend) -> str | None:
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
-    app, caller, key = request.app, caller_of(request), idempotency_key(request)
+    app, key = request.app, idempotency_key(request)
     owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
-    with app[ADMISSION].admitted(caller, app[CONFIG].server.max_body_bytes) as take:
-        body = await read_body(request, take)
+    caller = owner or address_of(request)
+    with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
+        body = await read_body(request, arriving.take)
         if request.content_type in NDJSON:
             lines = await payloads_of(app, lines_of, body, caller)
             request[LANDED] = await app[RAW].land(lines, key, owner)
             return answer(AcceptedBatch(request[LANDED]), 202)
         document = await payloads_of(app, document_of, body, caller)
         request[LANDED] = [raw_id] = await app[RAW].land(document, key, owner)
-    return answer(Accepted(raw_id), 202, {"Location": f"{app[PREFIX]}/raw/{raw_id}"})
+    location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
+    return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
 
 
 async def payloads_of(
@@ -3657,46 +3671,64 @@ class Admission:
     def __init__(self) -> None:
         self.small, self.large = Budget(SMALL_IN_FLIGHT), Budget(LARGE_IN_FLIGHT)
         self.to_be_checked = Budget(TO_BE_CHECKED)
-        self._requests: set[asyncio.Future[None]] = set()  # each is done when it is answered
-        self._draining = False
+        self._bodies: set[Body] = set()  # that are not answered yet
+        self._draining: asyncio.Event | None = None  # is set when all are answered
 
     @property
     def bytes(self) -> int:
         return self.small.bytes + self.large.bytes
 
-    @contextlib.contextmanager
-    def admitted(self, caller: str, limit: int) -> Iterator[Callable[[int], None]]:
-        """Give out what counts the bytes of one request, `limit` at most, until it is answered."""
+    def admit(self, caller: str, limit: int) -> Body:
+        """Return the body of one request, as a context until it is answered."""
         if self._draining:
             raise DropzoneError("the service is about to stop", "draining", 503)
-        taken, share = 0, self.small
+        body = Body(self, caller, limit)
+        self._bodies.add(body)
+        return body
 
-        def take(size: int) -> None:
-            nonlocal taken, share
-            if taken + size > limit:
-                raise too_large(limit)
-            if share is self.small and taken + size > SMALL_BODY:
-                self.large.take(caller, taken + size)
-                self.small.give_back(caller, taken)
-                share = self.large
-            else:
-                share.take(caller, size, taken)
-            taken += size
-
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._requests.add(answered)
-        try:
-            yield take
-        finally:
-            self._requests.remove(answered)
-            answered.set_result(None)
-            share.give_back(caller, taken)
+    def dismiss(self, body: Body) -> None:
+        """Hear that a request is answered."""
+        self._bodies.remove(body)
+        if self._draining and not self._bodies:
+            self._draining.set()
 
     async def drain(self, patience: float) -> None:
         """Let nothing in any more; wait `patience` seconds at most for what is in flight."""
-        self._draining = True
-        if self._requests:
-            await asyncio.wait(self._requests, timeout=patience)
+        self._draining = self._draining or asyncio.Event()
+        if self._bodies:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), patience)
+
+
+class Body:
+    """The bytes of one body in flight, `limit` at most."""
+
+    def __init__(self, admission: Admission, caller: str, limit: int) -> None:
+        self._admission = admission
+        self._share = admission.small
+        self._caller = caller
+        self._limit = limit
+        self._taken = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def take(self, size: int) -> None:
+        """Count bytes that have arrived; raises `DropzoneError` where they are too many."""
+        before = self._taken
+        if before + size > self._limit:
+            raise too_large(self._limit)
+        if self._share is self._admission.small and before + size > SMALL_BODY:
+            self._admission.large.take(self._caller, before + size)
+            self._share.give_back(self._caller, before)
+            self._share = self._admission.large
+        else:
+            self._share.take(self._caller, size, before)
+        self._taken += size
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.dismiss(self)
+        self._share.give_back(self._caller, self._taken)
 
 
 ADMISSION = web.AppKey("ADMISSION", Admission)
@@ -3732,30 +3764,32 @@ def json_answer(
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request its id, and every error its problem document."""
-    given = request.headers.get("X-Request-ID", "")
-    request_id = given if REQUEST_ID_FORM.fullmatch(given) else f"{getrandbits(96):024x}"
-    request[REQUEST_ID] = request_id
-    begun = time.perf_counter()
+    app, given = request.app, request.headers.get("X-Request-ID")
+    if given is None or not REQUEST_ID_FORM.fullmatch(given):
+        given = f"{getrandbits(96):024x}"
+    request[REQUEST_ID] = given
+    begun, is_refused = time.perf_counter(), False
     try:
         if request.match_info.http_exception:  # no route
             admit_address(request)
         response: web.StreamResponse = await handler(request)
         if isinstance(response, Sent):
-            response.admit(request.app[CLIENTS])
+            response.admit(app[CLIENTS])
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
-        response = problem(request, error)
+        response, is_refused = problem(request, error), True
     if request.transport:
-        request.app[CLIENTS].note(request.transport)
-    response.headers["X-Request-ID"] = request_id
-    if RATE_HEADERS in request:
-        response.headers.update(request[RATE_HEADERS])
+        app[CLIENTS].note(request.transport)
+    headers = response.headers
+    headers["X-Request-ID"] = given
+    if app[LIMITERS] and RATE_HEADERS in request:
+        headers.update(request[RATE_HEADERS])
     for name, value in SAFE_HEADERS.items():
-        response.headers.setdefault(name, value)
+        headers.setdefault(name, value)
     if not request.content.is_eof() and "Expect" in request.headers:
         response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
-    request.app[METRICS].answered(request, response.status, seconds)
-    if REFUSAL in request or seconds >= SLOW or request.app[CONFIG].log.requests:
+    app[METRICS].answered(request, response.status, seconds)
+    if is_refused or seconds >= SLOW or app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
 
@@ -3771,7 +3805,11 @@ class NoRoute(MatchInfoError):
 class Router(web.UrlDispatcher):
     """The usual router, but `Expect` is answered behind `edge` whether a route is there or not."""
 
-    async def resolve(self, request: web.Request) -> web.UrlMappingMatchInfo:
+    def resolve(self, request: web.Request) -> Coroutine[Any, Any, web.UrlMappingMatchInfo]:
+        """Return what finds the route of a request."""
+        return self._resolve(request) if "Expect" in request.headers else super().resolve(request)
+
+    async def _resolve(self, request: web.Request) -> web.UrlMappingMatchInfo:
         found = await super().resolve(request)
         return NoRoute(found.http_exception) if found.http_exception else found
 
@@ -3928,10 +3966,8 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
 
 
 async def authenticate(request: web.Request) -> Collection[str]:
-    """Note the caller, and return its scopes; raise unless there is one, or the API is open."""
+    """Note the caller, and return its scopes; raise unless there is one."""
     guard = request.app[GUARD]
-    if guard.is_open:
-        return SCOPES
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
@@ -3955,13 +3991,17 @@ def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> No
 
 def caller_of(request: web.Request) -> str:
     """Return whose request it is: the name of a key or token, or where there is none an address."""
-    return request.get(CALLER) or network_of(request.remote or "")
+    return request.get(CALLER) or address_of(request)
+
+
+def address_of(request: web.Request) -> str:
+    return network_of(request.remote or "")
 
 
 def admit_address(request: web.Request) -> None:
     """Count a request of an address, and raise where it is beyond the limit."""
     if "address" in request.app[LIMITERS]:
-        admit(request, "address", network_of(request.remote or ""))
+        admit(request, "address", address_of(request))
 
 
 def admit(request: web.Request, by: str, who: str) -> None:
@@ -4075,6 +4115,8 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
             body = content.read_nowait()
             take(len(body))
         else:
+            if request.transport is None:
+                raise ConnectionResetError("the client has gone")
             if "Expect" in request.headers and request.version >= HttpVersion11:
                 await invite(request)
             async with asyncio.timeout(limits.body_seconds):

@@ -25,8 +25,9 @@ What follows from it, sentence by sentence:
  f. If an append or its sync fails, the group is refused, and nothing is appended to that log again:
     the next sync might report success for bytes that the system has dropped. `Log.size` stays what
     it was before, so that this store does not restore what it has refused.
- g. If 2 fails, the group is refused, its files are deleted and its record is overwritten by zeros
-    (`Journal.take_back`); a retry with the same Idempotency-Key lands under the same raw_ids.
+ g. If 2 fails, or the keys of the group cannot be marked as landed, all of them at once, the group
+    is refused, its files are deleted and its record is overwritten by zeros (`Journal.take_back`);
+    a retry with the same Idempotency-Key lands under the same raw_ids.
  h. A disk may give back other bytes than were synced. As a record is appended only when the one
     before it is synced, what is not whole before a whole record of the same epoch was damaged
     later; the whole records behind it count (`Contents.records`).
@@ -50,7 +51,6 @@ import itertools
 import logging
 import os
 import re
-import sqlite3
 import struct
 import time
 import zlib
@@ -437,9 +437,12 @@ class Journal:
         return size
 
     def confirm(self, record: Record) -> None:
-        """Hear that all payloads of a record are files now, and mark its keys as landed."""
-        for use in record.keys:
-            self._keys.note(use, landed=True)
+        """Hear that all payloads of a record are files now, and mark its keys as landed.
+
+        Where that fails, none of them is: `take_back` has nothing to undo.
+        """
+        if record.keys:
+            self._keys.note_landed(record.keys)
 
     def end_log_when_full(self) -> None:
         """Append no more to a log that has grown large."""
@@ -453,11 +456,11 @@ class Journal:
             self._full.append(self._log)
             self._log = None
 
-    def take_back(self, record: Record, size: int) -> None:
-        """Forget a record of which not all payloads could be written."""
-        for use in record.keys:
-            with contextlib.suppress(sqlite3.Error):
-                self._keys.note(use, landed=False)
+    def take_back(self, size: int) -> None:
+        """Forget the record that was appended when the log had this size.
+
+        Not all of its payloads could be written, or its keys could not be marked as landed.
+        """
         if self._log is None:
             return
         try:
@@ -625,7 +628,7 @@ class Journal:
             use = use if use and use.digest == digest else None
         if use is None:
             use = KeyUse(own, digest, next_ids())
-            self._keys.note(use, landed=False)
+            self._keys.note(use)
         return use
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import sqlite3
 import zlib
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,19 @@ class Keys:
             return KeyUse(key, digest, ids, bool(landed))
         return None
 
-    def note(self, use: KeyUse, *, landed: bool) -> None:
-        """Note the use of a key, in the place of an earlier one."""
-        raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
-        row = (use.key, use.digest, raw_ids, landed)
-        self._mended(self._rows, NOTE_KEY, *row, checksum_of(*row))
+    def note(self, use: KeyUse) -> None:
+        """Note the use of a key that has not landed yet, in the place of an earlier one."""
+        self._mended(self._rows, NOTE_KEY, *_row_of(use, landed=False))
+
+    def note_landed(self, uses: Sequence[KeyUse]) -> None:
+        """Note that these have landed: all of them, or none where that fails."""
+        self._mended(self._note_landed, uses)
+
+    def _note_landed(self, uses: Sequence[KeyUse]) -> None:
+        with self._file:  # commits, or rolls back
+            self._file.execute("BEGIN")
+            for use in uses:
+                self._rows(NOTE_KEY, *_row_of(use, landed=True))
 
     def drop_old(self) -> None:
         """Forget the keys of more than 24 hours ago."""
@@ -182,6 +191,11 @@ class Keys:
     def _tell_lost(self) -> None:
         wrong = "%s is missing or empty, a new one is begun: the keys of the last 24 hours %s"
         log.error(wrong, self._path, FORGOTTEN)
+
+
+def _row_of(use: KeyUse, *, landed: bool) -> tuple[object, ...]:
+    raw_ids = b"".join(raw_id.bytes for raw_id in use.raw_ids)
+    return (use.key, use.digest, raw_ids, landed, checksum_of(use.key, use.digest, raw_ids, landed))
 
 
 def checksum_of(key: str, digest: bytes, raw_ids: bytes, landed: int) -> int:

@@ -549,7 +549,7 @@ class RawStore(Folders):
             for raw_id, _ in record.payloads:
                 with contextlib.suppress(OSError):
                     os.unlink(f"{self.raw}/{raw_id}.json")
-            self._journal.take_back(record, size)
+            self._journal.take_back(size)
             raise
         self._journal.end_log_when_full()
         bodies = dict(record.payloads).values()  # one key may have come several times
@@ -588,10 +588,11 @@ class RawStore(Folders):
         if self._probing is None or self._probing.done():
             loop = asyncio.get_running_loop()
             self._probing = loop.run_in_executor(self._prober, self.trouble)
-        done, _ = await asyncio.wait([self._probing], timeout=PROBE_PATIENCE)
+        probing = self._probing  # of which others may make another one before this goes on
+        done, _ = await asyncio.wait([probing], timeout=PROBE_PATIENCE)
         if not done:
             return f"the disk of {self.journal} does not answer within {PROBE_PATIENCE:.0f} s"
-        return self._probing.result()
+        return probing.result()
 
     def activity(self) -> Activity:
         """See PayloadStore.activity."""

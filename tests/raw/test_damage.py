@@ -640,7 +640,7 @@ def test_a_flipped_bit_in_the_keys(tmp_path: Path):
     keys = Keys(path)
     keys.open(is_expected=False)
     for use in uses.values():
-        keys.note(use, landed=False)
+        keys.note(use)
     keys.close()
     whole = path.read_bytes()
     for place in [*range(130), *range(130, len(whole), 211)]:
@@ -650,7 +650,7 @@ def test_a_flipped_bit_in_the_keys(tmp_path: Path):
         keys.open(is_expected=True)
         found = {key: keys.find(key) for key in uses}
         assert all(use in (None, uses[key]) for key, use in found.items()), place
-        keys.note(uses["key 1"], landed=True)
+        keys.note_landed([uses["key 1"]])
         use = keys.find("key 1")
         assert use is not None
         assert use.landed

@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -579,6 +580,31 @@ async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
         assert pending_in(store) == [before, *again]
 
 
+REFUSE = """CREATE TRIGGER refuse BEFORE INSERT ON keys
+WHEN NEW.landed AND NEW.key = 'b'
+OR NOT NEW.landed AND EXISTS (SELECT 1 FROM keys WHERE key = NEW.key AND landed)
+BEGIN SELECT RAISE({}, 'disk full'); END"""
+
+
+@pytest.mark.parametrize("how", ["ABORT", "ROLLBACK"])
+async def test_a_key_that_cannot_be_noted(how: str, tmp_path: Path):
+    """Where one key of a group cannot be noted none of them has landed, and each retry lands."""
+    async with opened(tmp_path) as store:
+        keys = sqlite3.connect(tmp_path / "journal" / "keys.sqlite")
+        keys.execute(REFUSE.format(how))
+        calls = (store.land([b"1"], "a"), store.land([b"2"], "b"))
+        refused = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(each) for each in refused} == {StorageUnavailable}
+        assert pending_in(store) == []
+        keys.execute("DROP TRIGGER refuse")
+        keys.close()
+        [one], [other] = await store.land([b"1"], "a"), await store.land([b"2"], "b")
+        assert store.read(one) == ("pending", b"1")
+        assert store.read(other) == ("pending", b"2")
+    async with opened(tmp_path) as store:
+        assert pending_in(store) == [one, other]
+
+
 @pytest.mark.linux
 async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
     """Whoever has a raw_id has it after a finished sync of a log that holds the payload."""
@@ -688,18 +714,21 @@ async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
 
 
 async def test_failing_checkpoint_of_what_is_settled(tmp_path: Path, sync_fails: threading.Event):
-    """What is written again after a failed sync is written where it lies now, not to pending."""
+    """After a failed sync files that look right are written again, too, and where they lie now."""
     async with opened(tmp_path) as store:
         sync_fails.set()
         [good] = await store.land([b"1"])
         await asyncio.sleep(0.1)
         store.settle([good], [])
+        lost = tmp_path / "lost"
+        os.link(store.path(good, "processed"), lost)  # so that no other file becomes this one
         with suppress(StorageUnavailable):
             for _ in range(5):
                 await store.land([b"more"])
-        places = [str(path.relative_to(tmp_path).parts[0]) for path in files_in(tmp_path)[good]]
+        [path] = files_in(tmp_path)[good]
+        assert path == store.path(good, "processed")
+        assert not path.samefile(lost), "what the system shows may never reach the disk"
         sync_fails.clear()
-    assert places == ["processed"]
 
 
 # ── Clocks ────────────────────────────────────────────────────────────────────────────────────────

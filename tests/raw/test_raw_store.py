@@ -475,6 +475,16 @@ async def test_failing_disk(break_disk: Callable[[Path], None], store: RawStore,
         assert pending_in(again) == before + after
 
 
+async def test_many_look_for_trouble(store: RawStore):
+    """However many ask at once whether payloads can land, each is told."""
+
+    async def ask() -> set[str | None]:
+        return {await store.landing_trouble() for _ in range(100)}
+
+    told = await asyncio.gather(*(ask() for _ in range(10)))
+    assert told == [{None}] * 10
+
+
 LIMITED = """
 import asyncio, json, logging, resource, sys
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Requests made up from the description of the API get no 5xx and nothing but what it says."""
+"""Requests that are made up, from the description of the API or to do harm, get what it says."""
 
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from test_cli import OK, PATIENCE, Program, Server
 from test_edges import Hostile
 
+HOSTILE = str(Path(__file__).parents[1] / "benchmarks" / "hostile.py")
 SECONDS = 15  # of making requests up; each run makes up the same ones, as far as it gets
 EXAMPLES = 20  # of each kind for each operation; by hand also 1,000
 
@@ -41,3 +43,15 @@ def test_made_up_requests(tmp_path: Path, key: str) -> None:
         assert "Traceback" not in hostile.stop()
     finally:
         program.close()
+
+
+def test_hostile_requests(tmp_path: Path) -> None:
+    """Of 20,000 hostile requests none is a 500, none takes anything from a client that behaves.
+
+    The service goes on, does not grow, and has all that it acknowledged in its folder in the end.
+    """
+    command = [sys.executable, HOSTILE, "--dir", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=5 * PATIENCE, check=False
+    )
+    assert done.returncode == OK, done.stdout + done.stderr

@@ -22,6 +22,8 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import ClientSession, web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import make_mocked_request
 from stores import pending_in
 from test_cli import OK, Program, Server
 
@@ -611,6 +613,20 @@ async def test_broken_bodies_are_out_of_flight(service: Service):
     writer.close()
     await until(lambda: service.app[dropzone.ADMISSION].bytes == 0)
     assert service.landed() == {}
+
+
+async def test_client_that_has_gone_before_its_turn(service: Service):
+    """The body of a client that goes before its request is looked at is broken, and no defect."""
+    loop = asyncio.get_running_loop()
+    content = aiohttp.StreamReader(BaseProtocol(loop), 2**16, loop=loop)  # of no connection
+    content.feed_data(b"[1")
+    request = make_mocked_request(
+        "POST", "/", {"Content-Length": "9"}, app=service.app, payload=content
+    )
+    request.protocol.transport = None
+    with pytest.raises(dropzone.DropzoneError, match="did not arrive whole") as refused:
+        await dropzone.read_body(request, lambda _: None)
+    assert refused.value.code == "body_broken"
 
 
 async def test_draining(service: Service):

@@ -495,6 +495,21 @@ async def test_processed_during_a_rebuild(book: Book):
     assert await book.findings() == []
 
 
+@memory
+async def test_processed_beside_a_row_that_has_to_go(book: Book):
+    """What has just lost against a wrong row of a later raw_id wins when that row is deleted."""
+    [finding] = await tamper_with_all(
+        book, [replaced("differing", raw_id=later(SECONDS - 1).raw_id)]
+    )
+    raw_id = UUID(int=later(1).raw_id.int + 1)
+    async for found in book.proof().rebuild():
+        if found == finding:
+            book.folder.put(raw_id, payload(1, 50))
+            await book.process()
+    assert (await book.rows())[1] == made(1, 50, raw_id)
+    assert await book.findings() == []
+
+
 @postgres
 async def test_processed_while_payloads_are_read(book: Book):
     """What is processed while a proof reads and compares is no finding, and is not disturbed."""

@@ -112,7 +112,7 @@ async def test_a_writer_that_is_stopped(
     begun = time.monotonic()
     first = asyncio.create_task(posted(session, LARGE, "large"))
     await asyncio.sleep(0.1)
-    others = [posted(session, SMALL, f"{number}") for number in range(20)]
+    others = [asyncio.create_task(posted(session, SMALL, f"{number}")) for number in range(20)]
     answers = [await first, *await asyncio.gather(*others)]
     assert {(status, said["code"]) for status, said in answers} == {(503, "storage_unavailable")}
     assert time.monotonic() - begun < HANGS / 2

@@ -214,6 +214,21 @@ async def test_a_large_log_that_is_cut_short(tmp_path: Path, caplog: pytest.LogC
     await assert_damage_told(tmp_path, caplog, log.path, bodies[:3])
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_damage_in_a_log_that_is_held(number: int, tmp_path: Path):
+    """A store that writes its payloads again notices damage in its own log, at its end, too."""
+    log = Log.create(tmp_path)
+    records = [Record([(UUID(int=n), b"%d" % n)], []) for n in range(3)]
+    for record in records:
+        log.append(record)
+    begin, end = records_in(log.path.read_bytes())[number]
+    damage(log.path, lambda data: flipped(data, end - 20))
+    assert list(log.records()) == [*records[: number - 1], *records[number:]]
+    assert log.contents.gaps == [(begin, end)]
+    assert log.contents.behind == 3 - number
+    log.remove()
+
+
 async def test_several_damages(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Of a log that is damaged in several places all that is whole comes back."""
     log, _ = killed_with_six(tmp_path)

@@ -605,6 +605,22 @@ async def test_a_key_that_cannot_be_noted(how: str, tmp_path: Path):
         assert pending_in(store) == [one, other]
 
 
+async def test_a_log_that_cannot_be_filled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a disk takes but a part of what a log is to be longer by, the group is refused."""
+    real = os.pwrite
+
+    def write_half(descriptor: int, data: bytes, offset: int) -> int:
+        return real(descriptor, data[: max(100, len(data) // 2)], offset)
+
+    async with opened(tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", write_half)
+            with pytest.raises(StorageFull):
+                await store.land([BODY])
+        [raw_id] = await store.land([BODY])
+        assert pending_in(store) == [raw_id]
+
+
 @pytest.mark.linux
 async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
     """Whoever has a raw_id has it after a finished sync of a log that holds the payload."""

@@ -90,6 +90,7 @@ from typing import (
     ClassVar,
     Generic,
     Literal,
+    NamedTuple,
     NoReturn,
     Self,
     TypeVar,
@@ -133,6 +134,7 @@ from backends.raw import (
     Activity,
     Copied,
     FolderTaken,
+    Form,
     KeyReused,
     NoAccess,
     Observer,
@@ -150,8 +152,13 @@ from backends.raw import (
     StorageUnavailable,
     arrival_of,
     day_of,
+    first_of,
+    payloads_in_name,
     raw_id_of,
+    texts_of,
 )
+from backends.raw.batches import ARRAY, BLANK, NOT_FINITE, REFUSED, sequence_in, strict_text
+from backends.raw.batches import RAW as RAW_JSON
 from backends.raw.disk import (
     FILE,
     FOLDER,
@@ -793,18 +800,18 @@ def operator_name() -> str:
 
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
-REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 LARGE_JSON = 64 * 1024  # bytes; a smaller document is parsed at once, however odd it is
-NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(-?(?:NaN|Infinity))', re.DOTALL)
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-NO_NUMBER = b"\x7f"  # fills the text that stands in the place of NaN and infinities
+ODD_AT_ONCE = 4 * 1024  # bytes of a body that is not strictly JSON, and is looked into at once
+BATCH = 100_000  # payloads of one body
+NOT_JSON_SHOWN = 1000  # lines
 
 
 def parse_json(body: bytes) -> object:
     """Return the value of a JSON document (RFC 8259), or raise `PayloadNotJson` with the position.
 
-    Also accepted, since devices send them: a byte order mark, the literals NaN, Infinity and
-    -Infinity, and numbers beyond a double, which become infinities. Of equal names the last counts.
+    Also accepted, since devices send them: a byte order mark, NaN and infinities as JavaScript, C
+    and MicroPython spell them, whatever the case and sign, and numbers beyond a double, which
+    become infinities. Of equal names the last counts.
     """
     try:
         return msgspec.json.decode(body)  # several times as fast as `json`, but stricter
@@ -812,48 +819,33 @@ def parse_json(body: bytes) -> object:
         return _parse_leniently(body)
 
 
-def check_json(body: bytes, *, patient: bool = True) -> None:
-    """Raise `PayloadNotJson` where `parse_json` would, in a tenth of the time, without the values.
-
-    A large document that is not strictly JSON can take seconds in which nothing else runs: unless
-    `patient`, raise one of `REFUSED` for it.
-    """
+def check_json(body: bytes) -> None:
+    """Raise `PayloadNotJson` where `parse_json` would; without values, in a tenth of the time."""
     try:
-        msgspec.json.decode(body, type=msgspec.Raw)
+        RAW_JSON.decode(body)
         check_utf8(body)
     except REFUSED:
         if len(body) <= LARGE_JSON:
             _parse_leniently(body)
-        elif patient:
-            strict_json(body)
         else:
-            raise
+            strict_json(body)
 
 
 def strict_json(body: bytes) -> bytes:
     """Return a document that `parse_json` accepts as one that is strictly JSON, or raise likewise.
 
-    No values are made, which can take a gigabyte for a large document. In the place of NaN and
-    infinities there is text of their length, so that every position remains, and in that of
-    surrogates, of which msgspec takes pairs alone, there are letters.
+    No values are made, which can take a gigabyte for a large document; see `strict_text`.
     """
     try:
-        msgspec.json.decode(body, type=msgspec.Raw)
+        RAW_JSON.decode(body)
         check_utf8(body)
     except REFUSED:
         pass
     else:
         return body
-    strict = bytearray(body)
-    if body.startswith(codecs.BOM_UTF8):
-        strict[: len(codecs.BOM_UTF8)] = b" " * len(codecs.BOM_UTF8)
-    for found in NOT_FINITE.finditer(body):
-        if found[1]:
-            strict[found.start() : found.end()] = b'"%s"' % (NO_NUMBER * (len(found[1]) - 2))
-    for found in SURROGATE.finditer(strict):
-        strict[found.start() : found.end()] = b"\\u0041"
+    strict = strict_text(body)
     try:
-        msgspec.json.decode(strict, type=msgspec.Raw)
+        RAW_JSON.decode(strict)
         check_utf8(body)
     except RecursionError:
         raise PayloadNotJson("nested too deeply: send a flatter document") from None
@@ -865,7 +857,7 @@ def strict_json(body: bytes) -> bytes:
         line = 1 + body.count(b"\n", 0, position)
         place = f"line {line}, column {1 + position - line_start} (byte {position})"
         raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
-    return bytes(strict)
+    return strict
 
 
 def _problem_at(words: str, end: int) -> tuple[str, int]:
@@ -882,8 +874,14 @@ def check_utf8(body: bytes) -> None:
 
 def _parse_leniently(body: bytes) -> object:
     mark = len(codecs.BOM_UTF8) if body.startswith(codecs.BOM_UTF8) else 0
+    spelled = [found[1] for found in NOT_FINITE.finditer(body) if found[1]]
+    if spelled:  # in the words of `json`, and as long, so that positions stay
+        body = NOT_FINITE.sub(_as_json_spells, body)
+    texts = iter(spelled)
     try:
-        return json.loads(body[mark:].decode(), parse_int=_parse_int)
+        return json.loads(
+            body[mark:].decode(), parse_int=_parse_int, parse_constant=lambda _: float(next(texts))
+        )
     except RecursionError:
         raise PayloadNotJson("nested too deeply: send a flatter document") from None
     except UnicodeDecodeError as error:
@@ -895,10 +893,124 @@ def _parse_leniently(body: bytes) -> object:
         raise PayloadNotJson(f"not JSON: {problem} at {place}", position=position) from None
 
 
+def _as_json_spells(found: re.Match[bytes]) -> bytes:
+    return b"NaN".rjust(len(found[1])) if found[1] else found[0]
+
+
 def _not_utf8(body: bytes, position: int, reason: str) -> PayloadNotJson:
     line = 1 + body.count(b"\n", 0, position)
     place = f"line {line} (byte {position})"
     return PayloadNotJson(f"not UTF-8: {reason} at {place}", position=position)
+
+
+class NotJson(NamedTuple):
+    """A line of a batch that is no JSON: its number, its place among the payloads, and why."""
+
+    line: int
+    at: int
+    detail: str
+
+
+class Contents(NamedTuple):
+    """What a body is: one payload, or a batch of a form (`backends.raw.batches`)."""
+
+    form: Form = ""
+    payloads: int = 1
+    not_json: tuple[NotJson, ...] = ()  # the first of them
+
+
+def contents_of(body: bytes, *, is_ndjson: bool, patient: bool = True) -> Contents:
+    """Find out what a body is, however large; raises `PayloadNotJson` if nothing in it is JSON.
+
+    One document is a payload, or a batch if it is an array of objects. Several documents are a
+    batch, and so is whatever comes as NDJSON or begins with a whole document on its first line.
+    What is not strictly JSON can take seconds: unless `patient`, raises one of `REFUSED` for it.
+    """
+    if is_ndjson:
+        return _lines_of(body, patient=patient)
+    try:
+        return _document(body, body)
+    except REFUSED:
+        if not patient:
+            raise
+    try:
+        return _document(strict_text(body), body)
+    except REFUSED:
+        return _documents_of(body)
+
+
+ALONE = Contents()
+
+
+def _document(strict: bytes, body: bytes) -> Contents:
+    check_utf8(body)
+    if strict.lstrip()[:1] != b"[":
+        RAW_JSON.decode(strict)
+        return ALONE
+    elements = ARRAY.decode(strict)
+    if not elements or any(bytes(element)[:1] != b"{" for element in elements):
+        return ALONE
+    return _batch("json", len(elements))
+
+
+def _documents_of(body: bytes) -> Contents:
+    """Find out what a body is that is not one document."""
+    with contextlib.suppress(*REFUSED):
+        check_utf8(body)
+        stretches = list(itertools.islice(sequence_in(strict_text(body)), BATCH + 1))
+        if len(stretches) > 1:
+            gaps = itertools.pairwise(stretches)
+            is_lines = all(b"\n" in body[end:begin] for (_, end), (begin, _) in gaps) and all(
+                b"\n" not in body[begin:end] for begin, end in stretches
+            )
+            return _batch("ndjson" if is_lines else "json", len(stretches))
+    first = next(filter(bytes.strip, body.splitlines()), b"")
+    if first.lstrip()[:1] in (b"{", b"["):
+        with contextlib.suppress(PayloadNotJson):
+            check_json(first)
+            return _lines_of(body)
+    check_json(body)
+    return ALONE
+
+
+def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents:
+    count, not_json = 0, list[NotJson]()
+    is_utf8 = body.isascii() or not patient
+    if not patient:
+        check_utf8(body)
+    for number, line in enumerate(body.split(b"\n"), before + 1):
+        if not line.strip(BLANK):
+            continue
+        try:
+            RAW_JSON.decode(line)
+            if not is_utf8:
+                check_utf8(line)
+        except REFUSED:
+            if not patient:
+                raise
+            with _noting(not_json, number, count):
+                check_json(line)
+        count += 1
+    if not count:
+        raise PayloadNotJson("no line has a document")
+    if len(not_json) == count:
+        line_number, _, detail = not_json[0]
+        raise PayloadNotJson(f"line {line_number}: {detail}", line=line_number)
+    return _batch("ndjson", count, not_json)
+
+
+@contextlib.contextmanager
+def _noting(not_json: list[NotJson], line: int, at: int) -> Iterator[None]:
+    try:
+        yield
+    except PayloadNotJson as error:
+        not_json.append(NotJson(line, at, str(error)))
+
+
+def _batch(form: Form, payloads: int, not_json: Sequence[NotJson] = ()) -> Contents:
+    if payloads > BATCH:
+        raise too_large(BATCH, "payloads")
+    return Contents(form, payloads, tuple(not_json[:NOT_JSON_SHOWN]))
 
 
 def _parse_int(digits: str) -> int | float:
@@ -1522,51 +1634,102 @@ PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few pa
 
 
 class Judged(Struct, frozen=True, array_like=True):
-    """What became of the first `checked` payloads of a batch."""
+    """What became of payloads."""
 
     rows: list[Measurement]
     rejected: list[Rejection]
-    checked: int
     unread: list[str]  # why this user may not read the others
+
+    @property
+    def checked(self) -> int:
+        return len(self.rows) + len(self.rejected)
 
 
 JUDGED = msgspec.msgpack.Decoder(Judged)
+ROWS_OF = msgspec.msgpack.Decoder(list[Measurement])
+LARGE_FILES = 16  # times the size of a large payload is a large file
+ROWS = 1000  # that are decoded and upserted at a time, however many a batch has
+
+
+class Work(NamedTuple):
+    """Pending files that are processed together; of a batch that is alone, a part.
+
+    That part are its payloads in `begin <= place < end`.
+    """
+
+    names: list[str]
+    begin: int = 0
+    end: int = sys.maxsize
 
 
 def tell_nobody(*_: int) -> None:
     """Hear of progress that nobody asked for."""
 
 
-def judge(
-    read: Callable[[UUID], bytes],
-    raw_ids: Iterable[UUID | str],
-    most_bytes: int = sys.maxsize,
-    largest: int = sys.maxsize,
-) -> bytes:
-    """Transform payloads, one in memory at a time; return `Judged` as MessagePack.
-
-    It stops behind the payload with which it has read `most_bytes`, and before one that has more
-    than `largest` bytes.
-    """
-    rows, rejected, unread = list[Measurement](), list[Rejection](), list[str]()
-    checked = size = 0
-    for raw_id in (UUID(str(each)) for each in raw_ids):
+def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
+    """Transform payloads, or note why they cannot be read."""
+    judged = Judged([], [], [])
+    for raw_id, body in payloads:
         try:
-            body = read(raw_id)
-            if len(body) > largest:
-                break
-            size += len(body)
-            rows.append(transform(raw_id, body))
-        except RawIdUnknown:
-            pass  # it has left meanwhile
+            if isinstance(body, PayloadStoreError):
+                raise body
+            judged.rows.append(transform(raw_id, body))
         except NoAccess as error:
-            unread.append(str(error))
+            judged.unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
-            rejected.append(Rejection(raw_id, error.code, str(error), datetime.now(UTC)))
-        checked += 1
+            rejection = Rejection(raw_id, error.code, str(error), datetime.now(UTC))
+            judged.rejected.append(rejection)
+    return judged
+
+
+class JudgedFiles(NamedTuple):
+    """What became of the first `files` of some pending files.
+
+    `rows` are `Measurement`s, some at a time, and `rest` is `Judged` without them, in MessagePack.
+    """
+
+    files: int
+    rows: list[bytes]
+    rest: bytes
+    unread: set[str]  # the names of files
+
+
+def judge_files(
+    payloads: Payloads, work: Work, most_bytes: int = sys.maxsize, largest: int = sys.maxsize
+) -> JudgedFiles:
+    """Transform what is in pending files, one file in memory at a time.
+
+    It stops behind the file with which it has read `most_bytes`, and before one with a payload that
+    has more than `largest` bytes, or one that has many times as much in all.
+    """
+    judged, unread = Judged([], [], []), set[str]()
+    files = size = 0
+    for name in work.names:
+        try:
+            found = payloads.read_pending(name, work.begin, work.end)
+            sizes = [len(body) for _, body in found]
+            if sum(sizes) > LARGE_FILES * largest or max(sizes, default=0) > largest:
+                break
+            size += sum(sizes)
+            made = judge(found)
+        except RawIdUnknown:
+            made = Judged([], [], [])  # it has left meanwhile
+        except (NoAccess, PayloadUnreadable) as error:
+            made = judge([(first_of(name), error)])
+        if made.unread:
+            unread.add(name)
+        judged.rows.extend(made.rows)
+        judged.rejected.extend(made.rejected)
+        judged.unread.extend(made.unread)
+        files += 1
         if size >= most_bytes:
             break
-    return msgspec.msgpack.encode(Judged(rows, rejected, checked, unread))
+    portions = [
+        msgspec.msgpack.encode(judged.rows[start : start + ROWS])
+        for start in range(0, len(judged.rows), ROWS)
+    ]
+    rest = msgspec.msgpack.encode(Judged([], judged.rejected, judged.unread))
+    return JudgedFiles(files, portions, rest, unread)
 
 
 class Workers:
@@ -1669,6 +1832,21 @@ class Stuck:
         self.count += len(reasons)
 
 
+def _outcome(
+    work: Work, judged: JudgedFiles, rejected: list[Rejection]
+) -> tuple[list[str], list[Rejection], dict[str, int]]:
+    """Return what is to be settled: files that are processed, and how much of a part is done."""
+    rejected.sort(key=lambda rejection: rejection.raw_id)
+    alone = {f"{rejection.raw_id}.json" for rejection in rejected}
+    names = [
+        name
+        for name in work.names[: judged.files]
+        if name not in judged.unread and name not in alone
+    ]
+    done = {name: work.end for name in names if work.end < payloads_in_name(name)}
+    return [name for name in names if name not in done], rejected, done
+
+
 class Processor:
     """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
@@ -1701,14 +1879,14 @@ class Processor:
         """
         result, stuck = ProcessResult(), Stuck()
         async with self._alone():
-            window, pending = await asyncio.to_thread(self._window, limit)
+            pending = await asyncio.to_thread(self._payloads.count_pending)
             todo = pending if limit is None else min(limit, pending)
 
-            async def work(run: Callable[..., Awaitable[Any]], batch: list[str]) -> None:
-                await self._process_batch(run, batch, result, stuck)
+            async def work(run: Callable[..., Awaitable[Any]], some: Work) -> None:
+                await self._process_some(run, some, result, stuck)
                 progress(result.checked, todo)
 
-            batches = self._batches(window, todo)
+            batches = self._works(todo)
             await self._process_in_thread(batches, work)
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
@@ -1725,7 +1903,7 @@ class Processor:
         return result
 
     async def _process_in_thread(
-        self, batches: Iterator[list[str]], work: Callable[..., Awaitable[None]]
+        self, batches: Iterator[Work], work: Callable[..., Awaitable[None]]
     ) -> None:
         """Work in a thread until no batch is left, or other processes are ready to go on.
 
@@ -1785,54 +1963,60 @@ class Processor:
         finally:
             self._turn.release()
 
-    def _window(self, limit: int | None, after: str = "") -> tuple[list[str], int]:
-        """Return the next payloads, as many as fit into memory, and how many there are in all."""
-        most = WINDOW if limit is None else min(WINDOW, limit)
-        return self._payloads.pending(most, after)
-
-    def _batches(self, window: list[str], todo: int) -> Iterator[list[str]]:
-        while window:
-            for start in range(0, len(window), self._batch):
-                yield window[start : start + self._batch]
-            todo -= len(window)
-            if todo <= 0:
+    def _works(self, todo: int) -> Iterator[Work]:
+        """Yield the earliest pending files, as many as have `todo` payloads, `batch` at a time."""
+        done, after = self._payloads.done(), ""
+        while todo > 0:
+            window, _ = self._payloads.pending(min(WINDOW, todo + len(done)), after)
+            if not window:
                 return
-            window, _ = self._window(todo, window[-1])
+            names, count = list[str](), 0
+            for name in window:
+                payloads = payloads_in_name(name)
+                begin, after = done.get(name, 0), name
+                is_part = begin > 0 or payloads > todo - count
+                if names and (is_part or count + payloads > self._batch):
+                    yield Work(names)
+                    todo, names, count = todo - count, [], 0
+                if todo <= 0:
+                    return
+                if begin > 0 or payloads > todo:
+                    end = min(payloads, begin + todo)
+                    yield Work([name], begin, end)
+                    todo -= end - begin
+                else:
+                    names.append(name)
+                    count += payloads
+            if names:
+                yield Work(names)
+                todo -= count
 
-    async def _process_batch(
-        self,
-        run: Callable[..., Awaitable[Any]],
-        batch: Sequence[str],
-        result: ProcessResult,
-        stuck: Stuck,
+    async def _process_some(
+        self, run: Callable[..., Awaitable[Any]], work: Work, result: ProcessResult, stuck: Stuck
     ) -> None:
-        """Read, transform, upsert and move; large payloads in several portions.
+        """Read, transform, upsert and move; large files in several portions.
 
         In this process none is transformed that is so large that it might hold up all else.
         """
-        read = self._payloads.read_pending
         largest = sys.maxsize if run == self._workers.run else LARGE_JSON
-        while batch:
-            judged = JUDGED.decode(await run(judge, read, batch, PORTION_BYTES, largest))
-            if not judged.checked:
-                judged = JUDGED.decode(await self._workers.run(judge, read, batch, PORTION_BYTES))
-            rejected = judged.rejected
-            if judged.rows:
-                rejected += await self._upsert(judged.rows)
-            refused = {rejection.raw_id for rejection in rejected}
-            stored = [str(row.raw_id) for row in judged.rows if row.raw_id not in refused]
-            settled = await run(self._payloads.settle, stored, rejected)
-            rejected = settled.rejected
-            processed = len(stored) - len(settled.stuck.keys() - refused)
-            stuck.add([*judged.unread, *settled.stuck.values()])
-            self._metrics.processed.inc(processed)
-            for rejection in rejected:
+        while work.names:
+            judge_some = functools.partial(judge_files, self._payloads, work, PORTION_BYTES)
+            judged = await run(judge_some, largest)
+            if not judged.files:
+                judged = await self._workers.run(judge_some)
+            [_, rejected, unread] = msgspec.structs.astuple(JUDGED.decode(judged.rest))
+            for rows in judged.rows:
+                rejected += await self._upsert(ROWS_OF.decode(rows))
+            settled = await run(self._payloads.settle, *_outcome(work, judged, rejected))
+            stuck.add([*unread, *settled.stuck.values()])
+            self._metrics.processed.inc(settled.processed)
+            for rejection in settled.rejected:
                 self._metrics.rejected.labels(rejection.code).inc()
-            result.processed += processed
-            result.failed += len(rejected)
+            result.processed += settled.processed
+            result.failed += len(settled.rejected)
             result.checked = result.processed + result.failed
-            result.rejected += rejected[: REJECTIONS_SHOWN - len(result.rejected)]
-            batch = batch[judged.checked :]
+            result.rejected += settled.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
+            work = work._replace(names=work.names[judged.files :])
 
     async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
@@ -2001,9 +2185,9 @@ class Shared(Generic[T]):
         return await asyncio.shield(self._looking)
 
 
-def age_of(raw_ids: Sequence[str]) -> float | None:
-    """Return how many seconds ago the first of these payloads arrived, None if that is unknown."""
-    arrival = arrival_of(UUID(raw_ids[0])) if raw_ids else None
+def age_of(names: Sequence[str]) -> float | None:
+    """Return how many seconds ago the first of these files arrived, None if that is unknown."""
+    arrival = arrival_of(first_of(names[0])) if names else None
     return max(0.0, time.time() - arrival.timestamp()) if arrival else None
 
 
@@ -2051,7 +2235,7 @@ DERIVED = msgspec.msgpack.Decoder(Derived)
 def derive(portion: Portion) -> bytes:
     """Make the rows of a portion of payloads; return `Derived` as MessagePack."""
     try:
-        judged = JUDGED.decode(judge(portion.reader(), portion.raw_ids()))
+        judged = judge(portion.payloads())
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
@@ -2219,7 +2403,7 @@ class Proof:
             own = self._made_by_its_payload(row)
         except RawIdUnknown:
             return self._unproved(right, row, is_later=is_later)
-        except (OSError, StorageUnavailable, DataQualityError):
+        except (OSError, StorageUnavailable, PayloadUnreadable, DataQualityError):
             return Finding("superseded" if is_later else "unreadable", row, right)
         best = right if is_later or own is None else own
         if own is None or not same(own, row):
@@ -2348,11 +2532,26 @@ class Accepted(Struct, frozen=True):
     status: Literal["accepted"] = "accepted"
 
 
-class AcceptedBatch(Struct, frozen=True):
-    """The lines of an NDJSON body are on disk, each as a payload of its own, in this order."""
+RawId = Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
 
-    raw_ids: list[UUID]
+
+class BadLine(Struct, frozen=True):
+    """A line that is no JSON: it has landed as the others have, and will be rejected."""
+
+    line: int
+    raw_id: RawId
+    detail: str
+
+
+class AcceptedBatch(Struct, frozen=True):
+    """The payloads of a batch are on disk, in this order.
+
+    `not_json` names the lines that are no JSON, the first 1,000 of them, if there are any.
+    """
+
+    raw_ids: list[RawId]
     status: Literal["accepted"] = "accepted"
+    not_json: list[BadLine] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Status(Struct, frozen=True):
@@ -2760,7 +2959,7 @@ CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)
 CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
-LANDED = web.RequestKey("LANDED", list[UUID])
+LANDED = web.RequestKey("LANDED", Sequence[UUID])
 REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
 RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
@@ -2804,7 +3003,7 @@ RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
 
 ROUTES: list[Route] = []
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
-BATCH = 10_000  # lines of one NDJSON body
+MANY = 1000  # lines, or raw_ids, that are not looked at in the event loop
 
 
 @dataclass
@@ -2942,65 +3141,54 @@ async def trouble_of(backend: Backend) -> str | None:
     (400, 408, 413, 415, 422, 501, 503),
 )
 async def ingest(request: web.Request) -> web.Response:
-    """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
+    """Land any JSON document, stored as it is; several of them, or an array of objects, as a batch.
+
+    All of a batch lands or none. A line that is no JSON does not keep the others from landing.
+    """
     app, key = request.app, idempotency_key(request)
     owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
     caller = owner or address_of(request)
     with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
         body = await read_body(request, arriving.take)
-        if request.content_type in NDJSON:
-            lines = await payloads_of(app, lines_of, body, caller)
-            request[LANDED] = await app[RAW].land(lines, key, owner)
-            return answer(AcceptedBatch(request[LANDED]), 202)
-        document = await payloads_of(app, document_of, body, caller)
-        request[LANDED] = [raw_id] = await app[RAW].land(document, key, owner)
+        form, payloads, not_json = await contents_in(app, request, body, caller)
+        request[LANDED] = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
+    if form:
+        render = functools.partial(accepted_batch, raw_ids, not_json)
+        if payloads > MANY:
+            return json_answer(await in_thread(app, render), 202)
+        return json_answer(render(), 202)
+    [raw_id] = raw_ids
     location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
     return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
 
 
-async def payloads_of(
-    app: web.Application, split: Callable[..., list[bytes]], body: bytes, caller: str
-) -> list[bytes]:
-    """Split a body; one that is large and not strictly JSON in another process, where few wait."""
+def accepted_batch(raw_ids: Sequence[UUID], not_json: Sequence[NotJson]) -> bytes:
+    """Return the answer to a batch."""
+    texts = texts_of(raw_ids)
+    bad = [BadLine(line, texts[at], detail) for line, at, detail in not_json]
+    return msgspec.json.encode(AcceptedBatch(texts, not_json=bad or msgspec.UNSET))
+
+
+async def contents_in(
+    app: web.Application, request: web.Request, body: bytes, caller: str
+) -> Contents:
+    """Find out what a body is; if it is large and odd in another process, where few wait."""
+    is_ndjson = request.content_type in NDJSON
+    look = functools.partial(contents_of, body, is_ndjson=is_ndjson)
     try:
-        if len(body) <= LARGE_JSON:
-            return split(body)
-        strictly = functools.partial(split, body, patient=False)
-        return await asyncio.get_running_loop().run_in_executor(app[ARRIVALS], strictly)
+        if len(body) <= ODD_AT_ONCE:
+            return look()
+        if len(body) <= LARGE_JSON and body.count(b"\n") <= MANY:
+            return look(patient=False)
+        return await in_thread(app, functools.partial(look, patient=False))
     except REFUSED:
         with app[ADMISSION].to_be_checked.taken(caller, len(body)):
-            return await app[CHECKER].run(split, body)
+            return await app[CHECKER].run(look)
 
 
-def document_of(body: bytes, *, patient: bool = True) -> list[bytes]:
-    """Return the one document that a body is."""
-    check_json(body, patient=patient)
-    return [body]
-
-
-def lines_of(body: bytes, *, patient: bool = True) -> list[bytes]:
-    """Return the documents of NDJSON, one of each line that has one."""
-    found = documents(io.BytesIO(body), len(body), patient=patient)
-    lines = list(itertools.islice(found, BATCH + 1))
-    if not lines:
-        raise PayloadNotJson("no line has a document")
-    if len(lines) > BATCH:
-        raise too_large(BATCH, "lines")
-    return lines
-
-
-def documents(lines: Iterable[bytes], limit: int, *, patient: bool = True) -> Iterator[bytes]:
-    """Yield the JSON document of each line that has one; an error names the line."""
-    for number, line in enumerate(lines, 1):
-        document = line.rstrip(b"\r\n")
-        if len(document) > limit:
-            raise too_large(limit)
-        try:
-            if document.strip():
-                check_json(document, patient=patient)
-                yield document
-        except PayloadNotJson as error:
-            raise PayloadNotJson(f"line {number}: {error}", line=number) from None
+async def in_thread(app: web.Application, call: Callable[[], T]) -> T:
+    """Call something in a thread for what arrives and is large."""
+    return await asyncio.get_running_loop().run_in_executor(app[ARRIVALS], call)
 
 
 def idempotency_key(request: web.Request) -> str | None:
@@ -4475,8 +4663,7 @@ LOOK = 1.0  # seconds
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────
 
-FILE_GROUP = 1000  # payloads of a file that are landed together
-FILE_GROUP_BYTES = 1024 * 1024
+FILE_PART = 8 * 1024 * 1024  # bytes of a large file that are landed as a batch
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
 
@@ -4591,12 +4778,12 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     code = os.EX_OK
     async with opened_store(config) as (store, _metrics):
         for name in args.files:
+            parts = functools.partial(parts_of, limit=config.server.max_body_bytes, name=name)
             with tempfile.TemporaryFile(dir=store.workspace) as copy:  # which nobody alters
                 try:
                     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
                         shutil.copyfileobj(file, copy)
-                    groups = groups_in(copy, config.server.max_body_bytes)
-                    total = sum(map(len, groups))  # all of it is checked
+                    total = sum(contents.payloads for _, contents in parts(copy))  # all is checked
                 except (DropzoneError, OSError) as error:
                     code = os.EX_NOINPUT if isinstance(error, OSError) else os.EX_DATAERR
                     reason = str(error)
@@ -4606,34 +4793,54 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
                     print(f"{name}: {reason}; nothing of it was landed", file=sys.stderr)
                     continue
                 with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
-                    for group in groups_in(copy, config.server.max_body_bytes):
-                        print(*await store.land(group), sep="\n")
-                        bar.update(len(group))
+                    for body, contents in parts(copy):
+                        if not await land_part(store, name, body, contents):
+                            code = os.EX_DATAERR
+                        bar.update(contents.payloads)
     return code
 
 
-def groups_in(file: BinaryIO, limit: int) -> Iterator[list[bytes]]:
-    """Yield the payloads of a file: one JSON document, or one on each line (NDJSON)."""
+async def land_part(store: PayloadStore, name: str, body: bytes, contents: Contents) -> bool:
+    """Land a body of a file and print its raw_ids; return whether all that is in it is JSON."""
+    landed = await store.land(body, form=contents.form, payloads=contents.payloads)
+    raw_ids = texts_of(landed)
+    print(*raw_ids, sep="\n")
+    for line, at, detail in contents.not_json:
+        print(f"{name}: line {line} has landed as {raw_ids[at]}, but is {detail}", file=sys.stderr)
+    return not contents.not_json
+
+
+def parts_of(file: BinaryIO, limit: int, name: str) -> Iterator[tuple[bytes, Contents]]:
+    """Yield a file as bodies that can be landed: all of it, or if that is too large its lines."""
     file.seek(0)
     whole = file.read(limit + 1)
-    try:
-        if len(whole) <= limit:
-            parse_json(whole)
-            yield [whole]
+    is_ndjson = name.endswith((".ndjson", ".jsonl"))
+    if len(whole) <= limit:
+        try:
+            yield whole, contents_of(whole, is_ndjson=is_ndjson)
             return
-    except PayloadNotJson as error:
-        if not error.detail.startswith("not JSON: Extra data"):  # behind the first document
-            raise
+        except DropzoneError as error:
+            if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                raise
+    for lines, before in lines_of(file, limit):
+        yield lines, _lines_of(lines, before=before)
+
+
+def lines_of(file: BinaryIO, limit: int) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a file, as many as make a batch, and how many there are before them."""
     file.seek(0)
-    group, size = list[bytes](), 0
-    for document in documents(iter(lambda: file.readline(limit + 2), b""), limit):
-        group.append(document)
-        size += len(document)
-        if size >= FILE_GROUP_BYTES or len(group) == FILE_GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    lines, size, before = list[bytes](), 0, 0
+    for line in iter(lambda: file.readline(limit + 2), b""):
+        if len(line.rstrip(b"\r\n")) > limit:
+            raise too_large(limit)
+        lines.append(line)
+        size += len(line)
+        if size >= FILE_PART or len(lines) == BATCH:
+            yield b"".join(lines), before
+            before += len(lines)
+            lines, size = [], 0
+    if any(map(bytes.strip, lines)):
+        yield b"".join(lines), before
 
 
 async def process_pending(config: Config, args: argparse.Namespace) -> int:

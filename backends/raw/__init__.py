@@ -1,12 +1,15 @@
 """Payloads: the words for them, the errors, and the protocol by which the service reaches them.
 
 A payload is the exact bytes that a device sent. Its name is its `raw_id`, and its state is the
-folder that its file lies in. The rooms of this house, the upper ones knowing the lower ones only:
+folder that its file lies in. Payloads that came in one body are a batch, and lie in one file. The
+rooms of this house, the upper ones knowing the lower ones only:
 
 - `landing.py`: takes payloads in, many at a time, and acknowledges them when they are on disk;
 - `journal.py`: the log that makes them durable, and why none that was acknowledged can be lost;
 - `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
+- `batches.py`: the payloads that are in the bytes of a batch;
+- `notes.py`: which payloads of a batch have left it;
 - `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `unpacking.py`: large payloads of these, piece by piece;
@@ -20,25 +23,30 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from random import getrandbits
+from typing import Literal, NamedTuple, Protocol, overload
 from uuid import UUID
 
 from msgspec import Struct
-from uuid_utils.compat import uuid7
 
 from backends import require_utc
 
 State = Literal["pending", "processed", "rejected"]
 STATES: tuple[State, ...] = ("pending", "processed", "rejected")
 
+Form = Literal["", "ndjson", "json"]  # of a file: of one payload, or of a batch; see `batches.py`
+
 PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
-RAND_B = (1 << 62) - 1  # the random tail of a UUIDv7
+BATCH_NAME = re.compile(
+    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([1-9]\d{0,5})\.(ndjson|json)", re.ASCII
+)
 PIECE_BYTES = 64 * 1024  # bytes of a payload that are read at a time
 
 
@@ -98,10 +106,139 @@ class FolderTaken(PayloadStoreError):
 # ── raw_id ────────────────────────────────────────────────────────────────────────────────────────
 
 
+#
+# A UUIDv7 (RFC 9562). Behind its milliseconds are 12 bits of their fraction (method 3), then:
+#
+#     12 bits   random, so that ids of one moment differ
+#     17 bits   how many payloads came in its batch; 0 for a payload that came alone
+#     17 bits   its place in the batch, from 0; random for a payload that came alone
+#     16 bits   the number of the node
+#
+# So a raw_id leads to the file of its batch, whose name has the first raw_id and the count. Those
+# of older versions have random bits there, and lead to no file.
+
+NODE_BITS, PLACE_BITS, COUNT_BITS = 16, 17, 17
+COUNT_AT, REST_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
+MOST_IN_BATCH = (1 << COUNT_BITS) - 1  # payloads
+NEXT = 1 << NODE_BITS  # from a raw_id to that of the next payload of a batch
+
+
+class Place(NamedTuple):
+    """Where a payload is in a batch: the first raw_id of so many payloads, and its place from 0."""
+
+    first: UUID
+    payloads: int
+    at: int
+
+    def name(self, form: Form) -> str:
+        """Return the name of the file of the batch."""
+        return f"{self.first}.{self.payloads}.{form}"
+
+
+def place_of(raw_id: UUID) -> Place | None:
+    """Return where a payload is in its batch, as far as its raw_id tells; None if it came alone."""
+    payloads = raw_id.int >> COUNT_AT & MOST_IN_BATCH
+    at = raw_id.int >> NODE_BITS & MOST_IN_BATCH
+    if at >= payloads:
+        return None
+    return Place(UUID(int=raw_id.int - at * NEXT), payloads, at)
+
+
+class RawIds(Sequence[UUID]):
+    """The raw_ids of a batch: `first` + k·2¹⁶ for k = 0, 1, … below the number of payloads."""
+
+    def __init__(self, first: UUID, payloads: int) -> None:
+        self.first = first
+        self._of = range(first.int, first.int + payloads * NEXT, NEXT)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __iter__(self) -> Iterator[UUID]:
+        return (UUID(int=value) for value in self._of)
+
+    @overload
+    def __getitem__(self, index: int) -> UUID: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[UUID]: ...
+    def __getitem__(self, index: int | slice) -> UUID | list[UUID]:
+        if isinstance(index, slice):
+            return [UUID(int=value) for value in self._of[index]]
+        return UUID(int=self._of[index])
+
+    def texts(self) -> list[str]:
+        """Return them as text, which is much quicker than one by one."""
+        head, last = str(self.first)[:24], (1 << 48) - 1  # of which no payload changes a bit
+        return [f"{head}{value & last:012x}" for value in self._of]
+
+
+def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
+    """Return raw_ids as text."""
+    return raw_ids.texts() if isinstance(raw_ids, RawIds) else list(map(str, raw_ids))
+
+
+def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
+    """Return a new raw_id that is greater than `last`, whatever the clock says.
+
+    With a `count` it is the first one of a batch of so many payloads.
+    """
+    nanoseconds = time.time_ns()
+    milliseconds, rest = divmod(nanoseconds, 1_000_000)
+    head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | getrandbits(12)
+    head = max(head, _head_of(last) + 1)
+    place = 0 if count else getrandbits(PLACE_BITS)
+    tail = count << COUNT_AT | place << NODE_BITS | node
+    fraction = head >> 12 & 0xFFF
+    return UUID(
+        int=head >> 24 << 80 | 7 << 76 | fraction << 64 | 2 << 62 | (head & 0xFFF) << REST_AT | tail
+    )
+
+
+def _head_of(raw_id: UUID) -> int:
+    """Return the bits by which raw_ids of one store differ and are ordered."""
+    value = raw_id.int
+    return value >> 80 << 24 | (value >> 64 & 0xFFF) << 12 | value >> REST_AT & 0xFFF
+
+
+# ── Names of files ────────────────────────────────────────────────────────────────────────────────
+
+
 def raw_id_of(name: str) -> UUID | None:
-    """Return the raw_id that a file name stands for, or None for the name of another file."""
+    """Return the raw_id that the name of a payload's file stands for, None for another file."""
     match = PAYLOAD_NAME.fullmatch(name)
     return UUID(match[1]) if match else None
+
+
+def payloads_in_name(name: str) -> int:
+    """Return how many payloads are in the file of this name, 0 for that of another file."""
+    if len(name) == 41:
+        return 1 if PAYLOAD_NAME.fullmatch(name) else 0
+    match = BATCH_NAME.fullmatch(name)
+    if match is None:
+        return 0
+    count = int(match[2])
+    place = place_of(UUID(match[1]))
+    return count if place and place.payloads == count and place.at == 0 else 0
+
+
+def first_of(name: str) -> UUID:
+    """Return the raw_id of a file's first payload."""
+    return UUID(name[:36])
+
+
+def form_of(name: str) -> Form:
+    """Return the form of the file of this name."""
+    if len(name) == 41:
+        return ""
+    return "ndjson" if name.endswith(".ndjson") else "json"
+
+
+def name_of(first: UUID | str, count: int, form: Form) -> str:
+    """Return the name of the file of a batch, or of a payload where `form` is empty."""
+    return f"{first}.{count}.{form}" if form else f"{first}.json"
+
+
+# ── Moments ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def arrival_of(raw_id: UUID) -> datetime | None:
@@ -134,17 +271,6 @@ def _name_of_day(days_since_1970: int) -> str:
         return f"{datetime.fromtimestamp(days_since_1970 * 86_400, UTC):%Y-%m-%d}"
     except ValueError:  # beyond the year 9999
         return "unknown"
-
-
-def next_raw_id(last: UUID) -> UUID:
-    """Return a new UUIDv7 (RFC 9562) that is greater than `last`, whatever the clock says."""
-    fresh = uuid7()
-    if fresh > last:
-        return fresh
-    step = 1 + (fresh.int & (1 << 48) - 1)
-    if (last.int & RAND_B) + step <= RAND_B:
-        return UUID(int=last.int + step)
-    return UUID(int=((last.int >> 80) + 1) << 80 | 7 << 76 | 2 << 62)
 
 
 # ── What is kept beside a payload ─────────────────────────────────────────────────────────────────
@@ -181,12 +307,13 @@ class OpenPayload:
 class Settled(Struct, frozen=True):
     """What `settle` did.
 
-    `rejected` has the rejections, their retries counted; `stuck` says why the others of the
-    payloads stay pending, as this user may not move them.
+    So many payloads are processed now, and `rejected` has the rejections, their retries counted.
+    `stuck` says, by their names, why other files stay pending: this user may not move them.
     """
 
+    processed: int
     rejected: list[Rejection]
-    stuck: dict[UUID, str]
+    stuck: dict[str, str]
 
 
 class Activity(Struct, frozen=True):
@@ -233,13 +360,10 @@ class Observer(Protocol):
 class Portion(Protocol):
     """Some of the processed payloads, to be read one after another; it can be pickled."""
 
-    def raw_ids(self) -> Sequence[UUID]:
-        """Return the raw_ids of these payloads, in order of arrival."""
+    def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        """Yield these payloads in order of arrival, or why one cannot be read.
 
-    def reader(self) -> Callable[[UUID], bytes]:
-        """Return a function that reads one of them.
-
-        It raises `RawIdUnknown` for one that left, `PayloadUnreadable`, and `NoAccess`.
+        One that has left is passed over. Raises `PackDamaged` and OSError.
         """
 
 
@@ -264,37 +388,48 @@ class Payloads(Protocol):
     def open_payload(self, raw_id: UUID) -> OpenPayload:
         """Return the same bytes to be read piece by piece; raises the same."""
 
-    def read_pending(self, raw_id: UUID) -> bytes:
-        """Return a pending payload.
+    def read_pending(
+        self, name: str, begin: int = 0, end: int = sys.maxsize
+    ) -> list[tuple[UUID, bytes]]:
+        """Return the payloads of a pending file; of a batch those in `begin <= place < end`.
 
-        Raises `RawIdUnknown` where it is no longer pending; `PayloadUnreadable`; `NoAccess` where
-        it may well be whole, and another user can read it.
+        What has left the batch is not among them. Raises `RawIdUnknown` where the file is no longer
+        pending; `PayloadUnreadable`; `NoAccess` where it may well be whole, and another user can
+        read it.
         """
 
     def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
-        """Return the `limit` earliest pending raw_ids behind `after`, in order of arrival.
+        """Return the names of the `limit` earliest pending files behind `after`, by arrival.
 
-        The number is how many there are in all behind `after`. raw_ids are text here, which is
-        quicker to hand about.
+        A file is a payload or a batch; its name tells what is in it (`payloads_in_name`,
+        `first_of`). The number is how many payloads there are in all behind `after`.
         """
 
+    def done(self) -> dict[str, int]:
+        """Return how many payloads of a pending batch are done, for each of which some are."""
+
     def count_pending(self) -> int:
-        """Return how many payloads are pending."""
+        """Return how many payloads are pending; it opens no file."""
 
     def changed(self, state: Literal["pending", "rejected"]) -> int:
         """Return a number that is another one when payloads have entered or left a state."""
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
-        """Move payloads out of pending, as far as this user may, and return what was done.
+    def settle(
+        self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
+    ) -> Settled:
+        """Move files out of pending, as far as this user may, and return what was done.
 
-        Doing it again, or a part of it again, changes nothing.
+        `processed` are names; a batch among them moves as one, behind those of its payloads that
+        are `rejected`, each of which gets a file of its own. Of the batches in `done` so many
+        payloads are processed or rejected, and the rest stays pending. Doing it again, or a part of
+        it again, changes nothing.
         """
 
     def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
         """Return what keeps payloads from being processed, as far as a glance tells, or None.
 
-        It takes a dozen system calls. `oldest` are the oldest pending raw_ids, as far as they are
-        known: what cannot be read or moved stays behind, and so becomes the oldest.
+        It takes a dozen system calls. `oldest` are the names of the oldest pending files, as far as
+        they are known: what cannot be read or moved stays behind, and so becomes the oldest.
         """
 
     def rejection(self, raw_id: UUID) -> Rejection:
@@ -375,15 +510,22 @@ class PayloadStore(Payloads, Protocol):
         """
 
     async def land(
-        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
-    ) -> list[UUID]:
-        """Store payloads durably, unchanged, all or none; return their new raw_ids, in order.
+        self,
+        body: bytes,
+        key: str | None = None,
+        caller: str = "",
+        form: Form = "",
+        payloads: int = 1,
+    ) -> Sequence[UUID]:
+        """Store a body durably, unchanged; return the new raw_ids of its payloads, in order.
+
+        It is a payload, or a batch of a `form` and of so many payloads, which land all or none.
 
         If the `caller` has used the Idempotency-Key `key` in the last 24 hours, return the raw_ids
         of that time and store nothing, or raise `KeyReused` if the bodies differ.
 
-        Raises `StorageUnavailable` where the disk refuses: then none of them is acknowledged. Where
-        it hangs, that is so after some seconds, and they may land all the same.
+        Raises `StorageUnavailable` where the disk refuses: then nothing is acknowledged. Where it
+        hangs, that is so after some seconds, and it may land all the same.
         """
 
     def portable(self) -> Payloads:

@@ -28,13 +28,14 @@ from contextlib import closing
 from pathlib import Path
 
 from backends.raw import (
-    PAYLOAD_NAME,
     Copied,
     FolderTaken,
     Kind,
     PayloadUnreadable,
     StorageUnavailable,
+    payloads_in_name,
 )
+from backends.raw.days import REASON
 from backends.raw.disk import (
     locked,
     read_file,
@@ -44,7 +45,7 @@ from backends.raw.disk import (
     user_name,
     write_all,
 )
-from backends.raw.folders import REASON, Folders
+from backends.raw.folders import Folders
 
 # What a file system answers that is another one, that has no links, or not for this user.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP}
@@ -145,10 +146,10 @@ def _payloads(kind: Kind, source: Path, target: Path) -> Iterator[Copied]:
     Where payloads land faster than they are copied, there would be no end.
     """
     names = (entry.name for entry in os.scandir(source))
-    last = max(filter(PAYLOAD_NAME.fullmatch, names), default="")
+    last = max(filter(payloads_in_name, names), default="")
     with os.scandir(source) as entries:
         for entry in entries:
-            if entry.name <= last and PAYLOAD_NAME.fullmatch(entry.name):
+            if entry.name <= last and payloads_in_name(entry.name):
                 yield from _copied(kind, entry.path, f"{target}/{entry.name}")
 
 

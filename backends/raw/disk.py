@@ -27,7 +27,7 @@ from concurrent.futures import Executor, Future
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from backends.raw import NoAccess, StorageFull, StorageUnavailable
 
@@ -259,6 +259,13 @@ def storage_error(error: Exception) -> StorageUnavailable:
     return StorageUnavailable(f"the payload could not be stored ({reason}); try again later")
 
 
+class Need(NamedTuple):
+    """What a file needs: its bytes, and how many files there may be in the end."""
+
+    bytes: int
+    files: int
+
+
 class Room:
     """What may still be written to the disk of a folder: bytes and files, without the reserve.
 
@@ -280,17 +287,19 @@ class Room:
         """Say whether not even the smallest payload finds room."""
         return self._bytes < self._block + 1 + BESIDE or self._files < 1
 
-    def take(self, sizes: Sequence[int]) -> bool:
-        """Set room aside for payloads of these sizes; return False where there is too little.
+    def take(self, needs: Sequence[Need]) -> bool:
+        """Set room aside for files; return False where there is too little.
 
-        Each takes whole blocks as a file, and its bytes once more in the journal.
+        Each takes whole blocks, and its bytes once more in the journal.
         """
-        blocks = sum(-(-size // self._block) for size in sizes)
-        needed = blocks * self._block + sum(sizes) + len(sizes) * BESIDE
-        if needed > self._bytes or len(sizes) > self._files:
+        size = sum(need.bytes for need in needs)
+        files = sum(need.files for need in needs)
+        blocks = sum(-(-need.bytes // self._block) for need in needs)
+        needed = blocks * self._block + size + len(needs) * BESIDE
+        if needed > self._bytes or files > self._files:
             return False
         self._bytes -= needed
-        self._files -= len(sizes)
+        self._files -= files
         return True
 
 

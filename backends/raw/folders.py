@@ -1,29 +1,24 @@
-"""Where payloads lie: the folder of a file is the payload's state.
+"""Where payloads lie: the folder of a file is the payload's state; `places.py` has the folders.
 
-    data/raw/<raw_id>.json                pending
-    data/processed/<day>/<raw_id>.json    processed, by the UTC day of arrival
-    data/processed/<day>.ndjson.gz        a finished day, packed
-    data/rejected/<raw_id>.json           rejected, beside <raw_id>.reason.json
-
-Moves are renames on one file system, so that a payload is in exactly one folder at any moment.
+Moves are renames on one file system, so that a file is in exactly one folder at any moment. A batch
+is one file, and moves as one. A payload of it that was rejected has a file of its own from then on,
+and the state of that file; `notes.py` has that it has left its batch. So a payload is looked for by
+its own name first, then in the file of its batch, to which its raw_id leads, then in the packs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
-import re
 import sys
 import threading
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Literal, TypeVar
 from uuid import UUID
@@ -32,114 +27,64 @@ import msgspec
 
 from backends import json_of
 from backends.raw import (
-    PAYLOAD_NAME,
     PIECE_BYTES,
     STATES,
+    Form,
     NoAccess,
     OpenPayload,
     PayloadUnreadable,
-    Portion,
+    Place,
+    RawIds,
     RawIdUnknown,
     Rejection,
     Settled,
     State,
     StorageUnavailable,
     arrival_of,
+    batches,
     day_of,
-    raw_id_of,
+    first_of,
+    form_of,
+    payloads_in_name,
+    place_of,
 )
+from backends.raw.batches import REFUSED
+from backends.raw.days import DAY_NAME, FORMS, Days, earliest_names
 from backends.raw.disk import (
-    DAMAGED,
     DISK_FULL,
-    FILE,
-    FOLDER,
     UNREADABLE,
     access_errors,
-    access_trouble,
     denied,
-    existing,
     read_file,
     set_aside,
     storage_error,
-    sync_file,
-    syncs_file_systems,
-    tell_once,
-    write_all,
-    writing_trouble,
 )
-from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
+from backends.raw.packs import Pack
 from backends.raw.rejections import RejectionIndex
 from backends.raw.tally import Tally
 
 log = logging.getLogger("dropzone")
 T = TypeVar("T")
 
-REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
-DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 # One file is broken, and no other user could read it either.
 BROKEN_FILE = UNREADABLE | {errno.EISDIR, errno.ELOOP, errno.ENOENT}
 # No file can be moved: this user may not, or the disk is full or read-only.
 NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL}
-WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
-PORTION = 1000  # payloads
-OUT_OF_REACH_SHOWN = 20
-NO_LOCK = "is a folder, and has to be a file: remove it"
-CLOCK_PATIENCE = timedelta(minutes=5)
+LARGE_BATCH = 1024 * 1024  # bytes; of larger ones few are looked into at a time
+LARGE_AT_ONCE = threading.BoundedSemaphore(2)
 
 
 # ── Listing ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def earliest(folder: Path, limit: int = sys.maxsize, after: UUID | None = None) -> list[UUID]:
-    """Return the `limit` least raw_ids of the payloads in a folder behind `after`, in order."""
-    names, _ = earliest_names(folder, limit, str(after or ""))
-    return list(map(UUID, names))
-
-
-def earliest_names(folder: Path, limit: int, after: str = "") -> tuple[list[str], int]:
-    """Return the same as text, which is quicker to hand about, and how many there are in all.
-
-    It holds no more than twice as many names at a time, however many files there are.
-    """
-    names, count = list[str](), 0
-    low, high = f"{after}~" if after else "", "~"
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name > low and PAYLOAD_NAME.fullmatch(name):
-                count += 1
-                if name < high:
-                    names.append(name)
-                if len(names) > 2 * limit:
-                    names.sort()
-                    high = names[limit]
-                    del names[limit:]
-    names.sort()
-    return [name[:36] for name in names[:limit]], count
-
-
-def _below(folder: Path | str, mode: int) -> Iterator[tuple[Path | str, int]]:
-    """Yield all that lies below a folder, and the rights that are needed: `mode` for a file."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield entry.path, FOLDER
-                yield from _below(entry.path, mode)
-            else:
-                yield entry.path, mode
-
-
 # ── The folders ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Folders:
+class Folders(Days):
     """The folders of a data folder: implements `backends.raw.Payloads`.
 
-    It holds nothing but paths and plain values, so that it can travel to other processes. `folder`
-    is that of pending payloads; the others lie beside it unless given, on the same file system.
-    Packs are deleted `keep_days` days after their day, never where that is 0.
+    It holds nothing but paths and plain values, so that it can travel to other processes. Packs are
+    deleted `keep_days` days after their day, never where that is 0.
     """
 
     def __init__(
@@ -150,89 +95,82 @@ class Folders:
         rejected: Path | None = None,
         keep_days: int = 0,
     ) -> None:
-        self.raw = folder
-        self.processed = processed or folder.parent / "processed"
-        self.rejected = rejected or folder.parent / "rejected"
-        self.journal = folder.parent / "journal"
-        self.keep_days = keep_days
-        self._expired = self.journal / "expired"
+        super().__init__(folder, processed, rejected, keep_days)
         self._index = RejectionIndex(self.journal / "rejected.sqlite")
 
-    @property
-    def workspace(self) -> Path:
-        """See Payloads.workspace."""
-        return self.journal
-
-    @property
-    def process_lock(self) -> Path:
-        """See Payloads.process_lock."""
-        return self.raw.parent / "process.lock"
-
-    def path(self, raw_id: UUID, state: State) -> Path:
-        """Return where the file of a payload lies in a state."""
-        if state == "pending":
-            folder = self.raw
-        elif state == "rejected":
-            folder = self.rejected
-        else:
-            folder = self.processed / day_of(raw_id)
-        return folder / f"{raw_id}.json"
+    # Looking for one payload
 
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
         """See Payloads.read."""
+        state, found = self._find(raw_id)
+        with contextlib.closing(found):
+            return state, b"".join(found.pieces)
+
+    def open_payload(self, raw_id: UUID) -> OpenPayload:
+        """See Payloads.open_payload."""
+        return self._find(raw_id)[1]
+
+    def _find(self, raw_id: UUID) -> tuple[State, OpenPayload]:
         for state in (*STATES, STATES[0]):  # it may move meanwhile
             with contextlib.suppress(FileNotFoundError), access_errors():
-                return state, self.path(raw_id, state).read_bytes()
-        packed = self._packed(raw_id)
+                return state, _opened(self.path(raw_id, state))
+        place = place_of(raw_id)
+        if place:
+            for state in (*STATES, STATES[0]):
+                for form in FORMS:
+                    with contextlib.suppress(FileNotFoundError), access_errors():
+                        return self._find_in_batch(place, form, state)
+        packed = self.look_in_packs(raw_id, Pack.open_payload)
         if packed is None:
             raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
         return "processed", packed
 
-    def open_payload(self, raw_id: UUID) -> OpenPayload:
-        """See Payloads.open_payload."""
-        for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError), access_errors():
-                file = open(self.path(raw_id, state), "rb", 0)
-                size = os.fstat(file.fileno()).st_size
-                return OpenPayload(
-                    size, iter(functools.partial(file.read, PIECE_BYTES), b""), file.close
-                )
-        packed = self._look_in_packs(raw_id, Pack.open_payload)
-        if packed is None:
-            raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
-        return packed
+    def _find_in_batch(self, place: Place, form: Form, state: State) -> tuple[State, OpenPayload]:
+        """Find a payload in the file of its batch; raises FileNotFoundError."""
+        name = place.name(form)
+        path = self.folder(state, place.first) / name
+        path.lstat()
+        if place.at in self.left(name):
+            raise FileNotFoundError(path)
+        found = _opened(path, form, place.at)
+        if state == "pending" and place.at < self.done().get(name, 0):
+            state = "processed"
+        return state, found
 
-    def read_pending(self, raw_id: UUID) -> bytes:
+    # What is pending
+
+    def read_pending(
+        self, name: str, begin: int = 0, end: int = sys.maxsize
+    ) -> list[tuple[UUID, bytes]]:
         """See Payloads.read_pending."""
-        path = f"{self.raw}/{raw_id}.json"
+        path = f"{self.raw}/{name}"
         try:
-            return read_file(path)
+            body = read_file(path)
         except PermissionError as error:
             raise NoAccess(denied(error)) from None
         except OSError as error:
             if not os.path.lexists(path):
-                raise RawIdUnknown(f"{raw_id} is no longer pending") from None
+                raise RawIdUnknown(f"{name} is no longer pending") from None
             if error.errno not in BROKEN_FILE:
                 raise storage_error(error) from error
             raise PayloadUnreadable(f"the file cannot be read: {error.strerror}") from error
+        return list(filter(None, self.payloads_in(name, body)[begin:end]))
 
     def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
         """See Payloads.pending."""
-        return earliest_names(self.raw, limit, after)
+        names, count = earliest_names(self.raw, limit, after)
+        return names, count - self.count_done(after)
 
     def count_pending(self) -> int:
         """See Payloads.count_pending."""
         with os.scandir(self.raw) as entries:
-            return sum(PAYLOAD_NAME.fullmatch(entry.name) is not None for entry in entries)
+            count = sum(payloads_in_name(entry.name) for entry in entries)
+        return count - self.count_done()
 
     def changed(self, state: Literal["pending", "rejected"]) -> int:
         """See Payloads.changed: it is when the folder was last changed, in nanoseconds."""
         folder = self.raw if state == "pending" else self.rejected
         return folder.stat().st_mtime_ns
-
-    def strays(self) -> list[str]:
-        """See PayloadStore.strays."""
-        return sorted(name for name in os.listdir(self.raw) if raw_id_of(name) is None)
 
     def open_tally(self) -> Tally:
         """Return the numbers that all processes share; close it."""
@@ -250,25 +188,15 @@ class Folders:
             arrival = arrival_of(self.greatest_raw_id())
         return total, int(arrival.timestamp() * 1000) if arrival else 0
 
-    def publish(self, path: Path | str, body: bytes) -> None:
-        """Make a file appear whole: written under another name, then renamed to `path`."""
-        part = f"{self.journal}/{os.getpid()}-{threading.get_ident()}.part"
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            write_all(descriptor, body)
-            if not syncs_file_systems():
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(part, path)
-
-    def restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
-        """Write a payload of the journal again where it is missing, torn, different or unreadable.
+    def restore(self, raw_id: UUID, body: bytes, form: Form, *, force: bool = False) -> None:
+        """Write a file of the journal again where it is missing, torn, different or unreadable.
 
         With `force`, also where it looks right: what the system shows may never reach the disk.
         """
+        place = place_of(raw_id) if form else None
+        name = place.name(form) if place else f"{raw_id}.json"
         for state in (*STATES, STATES[0]):  # it may move meanwhile
-            path = self.path(raw_id, state)
+            path = self.folder(state, raw_id) / name
             try:
                 path.lstat()
                 holds = path.read_bytes() == body
@@ -280,8 +208,9 @@ class Folders:
             if force or not holds:
                 self.publish(path, body)
             return
-        if not self._is_packed_or_expired(raw_id):
-            self.publish(self.path(raw_id, "pending"), body)
+        raw_ids = RawIds(raw_id, place.payloads if place else 1)
+        if not all(map(self._is_elsewhere if form else self.is_packed_or_expired, raw_ids)):
+            self.publish(self.raw / name, body)
 
     def _replace(self, path: Path, body: bytes, error: OSError) -> None:
         kept: Path | str = "lost"
@@ -294,9 +223,18 @@ class Folders:
         log.error(wrong, path, error.strerror, kept)
 
     def has(self, raw_id: UUID) -> bool:
-        """Say whether a payload lies in any folder or pack."""
+        """Say whether a payload lies in any folder or pack; for a batch, whether the first does."""
+        place = place_of(raw_id)
+        names = [place.name(form) for form in FORMS] if place else []
+        folders = [self.folder(state, raw_id) for state in STATES]
+        return self._is_elsewhere(raw_id) or any(
+            os.path.lexists(folder / name) for folder in folders for name in names
+        )
+
+    def _is_elsewhere(self, raw_id: UUID) -> bool:
+        """Say whether a payload has a file of its own, or is packed, or has expired."""
         return any(os.path.lexists(self.path(raw_id, state)) for state in STATES) or (
-            self._is_packed_or_expired(raw_id)
+            self.is_packed_or_expired(raw_id)
         )
 
     def greatest_raw_id(self) -> UUID:
@@ -311,44 +249,94 @@ class Folders:
             if of_day:
                 names += of_day
                 break
-        raw_ids = list(filter(None, map(raw_id_of, names)))
+        raw_ids = [
+            RawIds(first_of(n), payloads_in_name(n))[-1] for n in names if payloads_in_name(n)
+        ]
         packs = self.packs()
         raw_ids += [pack.last() for pack in packs if pack.day == packs[-1].day]
         return max(filter(arrival_of, raw_ids), default=UUID(int=0))
 
     # Settling
 
-    def settle(self, processed: Iterable[str], rejected: Iterable[Rejection]) -> Settled:
+    def settle(
+        self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
+    ) -> Settled:
         """See Payloads.settle."""
-        settled, moved = Settled([], {}), 0
-        for rejection in rejected:
-            try:
-                with access_errors():
-                    counted = self._with_retries(rejection)
-                    self._record(counted)  # before the payload, so that none is without its reason
-                    self._move(rejection.raw_id, self.rejected)
-                settled.rejected.append(counted)
-            except NoAccess as error:
-                settled.stuck[rejection.raw_id] = str(error)
-        if settled.rejected:
+        apart, stuck = list[Rejection](), dict[str, str]()
+        for name, of_file in itertools.groupby(rejected, self._pending_file_of):
+            with _noting(stuck, name):
+                apart += self._set_apart(name, list(of_file))
+        if apart:
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
-                self._index.note(settled.rejected)
-        for day, raw_ids in itertools.groupby(processed, day_of):
-            moved += self._move_all(raw_ids, self.processed / day, settled.stuck)
+                self._index.note(apart)
+        moved = self._move_all((name for name in processed if name not in stuck), stuck)
+        before, count = self.notes.done(), 0
+        for name in moved:
+            count += self._count_between(name, before.get(name, 0))
+            if name in before:
+                self.notes.forget_done(name)
+        for name, number in done.items():
+            if name not in stuck:
+                count += self._count_between(name, before.get(name, 0), number)
+                self.notes.note_done(name, number)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
-            tally.add(processed=moved)
-        return settled
+            tally.add(processed=count)
+        return Settled(count, apart, stuck)
 
-    def _move_all(self, raw_ids: Iterable[str], folder: Path, stuck: dict[UUID, str]) -> int:
-        moved = 0
-        for raw_id in raw_ids:
+    def _count_between(self, name: str, begin: int, end: int = sys.maxsize) -> int:
+        """Return how many payloads of a file are between two places and have not left it."""
+        if not form_of(name):
+            return 1
+        places = range(begin, min(end, payloads_in_name(name)))
+        return len(places) - sum(at in places for at in self.left(name))
+
+    def _pending_file_of(self, rejection: Rejection) -> str:
+        """Return the name of the file that a payload is in, if it is pending."""
+        own, place = f"{rejection.raw_id}.json", place_of(rejection.raw_id)
+        names = [place.name(form) for form in FORMS] if place else []
+        if not names or os.path.lexists(self.raw / own):
+            return own
+        return next((name for name in names if os.path.lexists(self.raw / name)), own)
+
+    def _set_apart(self, name: str, rejections: Sequence[Rejection]) -> list[Rejection]:
+        """Move payloads of one file to the rejected ones; those of a batch get files of their own.
+
+        A batch that is damaged goes as one, under the reason of its first payload.
+        """
+        counted = [self._with_retries(rejection) for rejection in rejections]
+        for rejection in counted:
+            self._record(rejection)  # before the payload, so that none is without its reason
+        if not form_of(name):
+            self._move(name, self.rejected)
+            return counted
+        try:
+            payloads = dict(self.read_pending(name))
+        except PayloadUnreadable:
+            self._move(name, self.rejected)
+            return counted
+        left = self.left(name)
+        for raw_id in (rejection.raw_id for rejection in counted):
+            place = place_of(raw_id)
+            if place and raw_id in payloads:
+                self.publish(self.path(raw_id, "rejected"), payloads[raw_id])
+                left.add(place.at)
+        self.notes.note_left(name, left)
+        return counted
+
+    def _move_all(self, names: Iterable[str], stuck: dict[str, str]) -> list[str]:
+        """Move files to the processed ones; return the names of those that this has moved."""
+        moved, made = list[str](), set[str]()
+        for name in names:
+            day = day_of(name)
             try:
                 with access_errors():
-                    if not moved:
-                        folder.mkdir(parents=True, exist_ok=True)
-                    moved += self._move(raw_id, folder)
+                    if day not in made:
+                        (self.processed / day).mkdir(parents=True, exist_ok=True)
+                        made.add(day)
+                    if self._move(name, self.processed / day):
+                        moved.append(name)
             except NoAccess as error:
-                stuck[UUID(str(raw_id))] = str(error)
+                stuck[name] = str(error)
         return moved
 
     def _with_retries(self, rejection: Rejection) -> Rejection:
@@ -359,8 +347,7 @@ class Folders:
             rejection, retries=before.retries, retried_at=before.retried_at
         )
 
-    def _move(self, raw_id: UUID | str, folder: Path) -> bool:
-        name = f"{raw_id}.json"
+    def _move(self, name: str, folder: Path) -> bool:
         source = f"{self.raw}/{name}"
         try:
             os.rename(source, f"{folder}/{name}")
@@ -373,162 +360,36 @@ class Folders:
             log.error("%s stays pending, it cannot be moved: %s", source, error)  # noqa: TRY400
         return False
 
-    # Finished days are packed, and deleted after `keep_days`.
-
-    def packs(self, day: str = "") -> list[Pack]:
-        """Return the packs of a day, or all; a day has a second one if payloads came late.
-
-        One that was lost is among them, as far as its index is there to tell.
-        """
-        with os.scandir(self.processed) as entries:
-            found = {e.name: e for e in entries if e.name.startswith(day) and PACK in e.name}
-        packs = []
-        for name, entry in found.items():
-            with contextlib.suppress(FileNotFoundError):  # it has just expired
-                if PACK_NAME.fullmatch(name):
-                    packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
-                elif name.endswith(INDEX) and name.removesuffix(INDEX) not in found:
-                    lost = Pack(Path(entry.path.removesuffix(INDEX)), 0, is_lost=True)
-                    packs += [lost] if self._is_lost(lost) else []
-        return sorted(packs, key=lambda pack: pack.path)
-
-    def _is_lost(self, pack: Pack) -> bool:
-        """Say whether an index that lies alone is one of a pack that was lost.
-
-        It may also be left of a pack that has expired, or that was never finished; in that case
-        the files of its payloads are still there.
-        """
-        if not PACK_NAME.fullmatch(pack.path.name) or pack.day < self.first_kept_day():
-            return False
-        try:
-            [first, _], *_ = pack.index().members
-        except (OSError, StorageUnavailable):  # it was never finished either
-            return False
-        return not (self.processed / pack.day / f"{first}.json").exists() and not pack.path.exists()
-
-    def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
-        """See Payloads.portions."""
-        for pack in self.packs():
-            yield f"{pack.path.name} {pack.written}", pack.portions()
-        for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
-            if entry.is_dir():
-                name = f"{entry.name} {entry.stat().st_mtime_ns}"
-                yield name, self._portions_in(Path(entry.path))
-
-    def _portions_in(self, folder: Path) -> Iterator[Portion]:
-        raw_ids = earliest(folder, WINDOW)
-        while raw_ids:
-            for start in range(0, len(raw_ids), PORTION):
-                yield FolderPortion(self, raw_ids[start : start + PORTION])
-            raw_ids = earliest(folder, WINDOW, raw_ids[-1])
-
-    def count_processed(self) -> int:
-        """See Payloads.count_processed."""
-        packed = sum(pack.index().payloads for pack in self.packs() if not pack.is_lost)
-        folders = (entry.path for entry in os.scandir(self.processed) if entry.is_dir())
-        return packed + sum(len(os.listdir(folder)) for folder in folders)
-
-    def finished_days(self) -> list[str]:
-        """See Payloads.finished_days."""
-        days = filter(DAY_NAME.fullmatch, os.listdir(self.processed))
-        return sorted(day for day in days if day < f"{datetime.now(UTC):%Y-%m-%d}")
-
-    def compact(self, day: str) -> int:
-        """See Payloads.compact."""
-        folder = self.processed / day
-        raw_ids = [raw_id for raw_id in earliest(folder) if day_of(raw_id) == day]
-        packs = self.packs(day)
-        fresh = [
-            raw_id
-            for raw_id in raw_ids  # the others are left of a run that was stopped
-            if not packs or self._packed(raw_id) != (folder / f"{raw_id}.json").read_bytes()
-        ]
-        if fresh:
-            names = (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
-            paths = (self.processed / name for name in names)
-            Pack.write(next(path for path in paths if not path.exists()), folder, fresh)
-        for raw_id in raw_ids:
-            (folder / f"{raw_id}.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else lies there
-            folder.rmdir()
-        return len(fresh)
-
-    def expire(self) -> list[str]:
-        """See Payloads.expire."""
-        first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
-        packs = self.packs() if self.keep_days else []
-        expired = [pack for pack in packs if pack.day < first]
-        if expired:
-            day = max(self.first_kept_day(), first)
-            self.publish(self._expired, f"{day} {zlib.crc32(day.encode()):08x}".encode())
-            sync_file(self._expired)
-        for pack in expired:
-            pack.remove()
-        return [pack.path.name for pack in expired]
-
-    def first_kept_day(self) -> str:
-        """See Payloads.first_kept_day.
-
-        It is written down: a day that is old enough for it may have landed before a long power
-        cut, and still be processed. Where that is damaged, nothing counts as expired.
-        """
-        try:
-            text = self._expired.read_bytes().decode("ascii", "replace")
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            text = str(error.strerror)
-        day, _, checksum = text.partition(" ")  # of which older versions have none
-        is_whole = not checksum or checksum == f"{zlib.crc32(day.encode()):08x}"
-        if DAY_NAME.fullmatch(day) and is_whole and day <= f"{datetime.now(UTC):%Y-%m-%d}":
-            return day
-        tell_once(f"{self._expired} is damaged: what has expired is not known any more, delete it")
-        return ""
-
-    def _is_packed_or_expired(self, raw_id: UUID) -> bool:
-        with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
-            return day_of(raw_id) < self.first_kept_day() or self._packed(raw_id) is not None
-        return False
-
-    def _packed(self, raw_id: UUID) -> bytes | None:
-        return self._look_in_packs(raw_id, Pack.read)
-
-    def _look_in_packs(self, raw_id: UUID, look: Callable[[Pack, UUID], T | None]) -> T | None:
-        damage = None
-        for pack in self.packs(day_of(raw_id)):
-            try:
-                found = look(pack, raw_id)
-            except FileNotFoundError:
-                continue  # it has just expired
-            except StorageUnavailable as error:
-                damage = error
-                continue
-            if found is not None:
-                return found
-        if damage:
-            raise damage
-        return None
-
     # The quarantine
 
     def rejection(self, raw_id: UUID) -> Rejection:
         """See Payloads.rejection."""
+        path = self._rejected_path(raw_id)
         try:
-            moved = datetime.fromtimestamp(self.path(raw_id, "rejected").lstat().st_ctime, UTC)
+            moved = datetime.fromtimestamp(path.lstat().st_ctime, UTC)
         except FileNotFoundError:
             raise RawIdUnknown(f"{raw_id} is not rejected") from None
         wrong = "the reason is not there or cannot be read"
+        first = first_of(path.name)
         try:
-            known = self.last_rejection(raw_id)
+            known = self.last_rejection(first)
         except NoAccess as error:
             known, wrong = None, str(error)
-        return known or Rejection(raw_id, "reason_missing", wrong, moved)
+        return known or Rejection(first, "reason_missing", wrong, moved)
+
+    def _rejected_path(self, raw_id: UUID) -> Path:
+        """Return where a payload lies if it is rejected: as its own file, or as a damaged batch."""
+        own, place = self.path(raw_id, "rejected"), place_of(raw_id)
+        paths = [self.rejected / place.name(form) for form in FORMS if place]
+        if not paths or os.path.lexists(own):
+            return own
+        return next(filter(os.path.lexists, paths), own)
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
-        for raw_id in [str(one)] if one else self.rejected_names():
+        for raw_id in [one] if one else map(UUID, self.rejected_names()):
             with contextlib.suppress(RawIdUnknown):  # it was put back meanwhile
-                yield self.rejection(UUID(raw_id))
+                yield self.rejection(raw_id)
 
     def find_rejections(
         self,
@@ -548,24 +409,25 @@ class Folders:
 
     def rejected_names(self, limit: int = sys.maxsize, after: str = "") -> list[str]:
         """Return the `limit` earliest rejected raw_ids behind `after`, in order of arrival."""
-        return earliest_names(self.rejected, limit, after)[0]
+        names, _ = earliest_names(self.rejected, limit, f"{after}~" if after else "")
+        return [name[:36] for name in names]
 
     def last_rejection(self, raw_id: UUID) -> Rejection | None:
         """See Payloads.last_rejection."""
         with contextlib.suppress(OSError, ValueError), access_errors():  # also what is no UTF-8
-            return msgspec.json.decode(self._reason(raw_id).read_bytes(), type=Rejection)
+            return msgspec.json.decode(self.reason(raw_id).read_bytes(), type=Rejection)
         return None
 
     def retry(self, raw_id: UUID) -> bool:
         """See Payloads.retry."""
-        source = self.path(raw_id, "rejected")
+        source = self._rejected_path(raw_id)
         try:
             known, now = self.last_rejection(raw_id), datetime.now(UTC)
             reason = known or self.rejection(raw_id)
             self._record(
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
-            os.rename(source, self.path(raw_id, "pending"))
+            os.rename(source, self.raw / source.name)
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds it
                 self._index.forget([str(raw_id)])
             return True
@@ -577,98 +439,48 @@ class Folders:
             return False  # another caller has put it back
 
     def _record(self, rejection: Rejection) -> None:
-        self.publish(self._reason(rejection.raw_id), json_of(rejection))
-
-    def _reason(self, raw_id: UUID) -> Path:
-        return self.rejected / f"{raw_id}{REASON}"
+        self.publish(self.reason(rejection.raw_id), json_of(rejection))
 
     # What is wrong around
 
-    def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:
-        """See Payloads.processing_trouble."""
-        for folder in (self.raw, self.processed, self.rejected, self.journal):
-            if not os.path.isdir(folder):
-                return f"{folder} is not there, or no folder"
-            if not os.access(folder, FOLDER):
-                return access_trouble(folder, FOLDER)
-        today = f"{datetime.now(UTC):%Y-%m-%d}"
-        days = {today, *map(day_of, oldest)}
-        lock = self.process_lock
-        if os.path.isdir(lock):
-            return f"{lock} {NO_LOCK}"
-        places = [(lock, FILE) if os.path.exists(lock) else (lock.parent, os.W_OK | os.X_OK)]
-        places += [(self.processed / day, FOLDER) for day in days]
-        places += [(self.path(UUID(raw_id), "pending"), os.R_OK) for raw_id in oldest]
-        return next(filter(None, itertools.starmap(access_trouble, places)), None)
-
     def problems(self) -> dict[str, list[str]]:
-        """See PayloadStore.problems; a folder that it made would have the wrong owner."""
-        folders = (self.raw, self.processed, self.rejected, self.journal)
-        troubles = [trouble for trouble in map(writing_trouble, folders) if trouble]
-        device = existing(self.raw).stat().st_dev
-        troubles += [
-            f"{folder} is not on the file system of {self.raw}: choose a folder that is"
-            for folder in folders
-            if existing(folder).stat().st_dev != device
-        ]
-        if os.path.isdir(self.process_lock):
-            troubles.append(f"{self.process_lock} {NO_LOCK}")
-        if os.path.isdir(self.raw) and os.access(self.raw, os.R_OK):
-            troubles += [
-                f"{self.raw / name} is not named <uuid>.json: move it away"
-                for name in self.strays()
-            ]
-        troubles += self.out_of_reach()
-        kept = self.journal.glob(f"*{DAMAGED}*")
-        troubles += [f"{path} was damaged, and kept: look at it, then delete it" for path in kept]
+        """See PayloadStore.problems."""
+        troubles = self.folder_troubles()
         if self.processed.is_dir() and os.access(self.processed, os.R_OK | os.X_OK):
             troubles += filter(None, (pack.trouble() for pack in self.packs()))
-        behind = self._clock_trouble()
+        behind = self.clock_trouble()
         return {"data folder": list(dict.fromkeys(troubles)), "clock": [behind] if behind else []}
 
-    def out_of_reach(self) -> list[str]:
-        """Name what lies here and this user has no right to; the first of it where it is much."""
-        places = itertools.chain(
-            [(self.process_lock, FILE)],
-            *(_below(folder, os.R_OK) for folder in (self.raw, self.rejected, self.processed)),
-            _below(self.journal, FILE),
-        )
-        found = list(filter(None, itertools.starmap(access_trouble, places)))
-        rest = len(found) - OUT_OF_REACH_SHOWN
-        return found[:OUT_OF_REACH_SHOWN] + ([f"and {rest} more of that kind"] if rest > 0 else [])
 
-    def _clock_trouble(self) -> str | None:
-        """Compare the clock with the last raw_id given out, and with the age of this program."""
-        past = [datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)]
-        with contextlib.suppress(OSError, ValueError):  # nothing has landed
-            last = UUID(bytes=(self.journal / "last_raw_id").read_bytes()[:16])
-            past.append(arrival_of(last) or past[0])
-        behind = max(past) - datetime.now(UTC)
-        if behind < CLOCK_PATIENCE:
-            return None
-        return f"it is {behind} behind what has happened already: set it, and keep it by NTP"
+def _opened(path: Path, form: Form = "", index: int = 0) -> OpenPayload:
+    """Open the file of a payload, or one payload in that of a batch."""
+    file = open(path, "rb", 0)
+    try:
+        begin, end = 0, os.fstat(file.fileno()).st_size
+        if form:
+            with LARGE_AT_ONCE if end > LARGE_BATCH else contextlib.nullcontext():
+                begin, end = batches.stretch_of(file.read(), form, index)
+            file.seek(begin)
+        return OpenPayload(end - begin, _pieces(file, end - begin), file.close)
+    except (*REFUSED, ValueError) as error:
+        file.close()
+        raise PayloadUnreadable(f"{path} is damaged: {error}") from error
+    except BaseException:
+        file.close()
+        raise
 
 
-@dataclass(frozen=True)
-class FolderPortion:
-    """Some processed payloads of one day that are files: a `Portion`."""
+def _pieces(file: FileIO, rest: int) -> Iterator[bytes]:
+    while rest and (piece := file.read(min(rest, PIECE_BYTES))):
+        yield piece
+        rest -= len(piece)
 
-    folders: Folders
-    of: list[UUID]
 
-    def raw_ids(self) -> Sequence[UUID]:
-        """See Portion.raw_ids."""
-        return self.of
-
-    def reader(self) -> Callable[[UUID], bytes]:
-        """See Portion.reader."""
-
-        def read(raw_id: UUID) -> bytes:
-            try:
-                _, body = self.folders.read(raw_id)
-            except OSError as error:
-                wrong = f"{error.filename} cannot be read: {error.strerror}"
-                raise PayloadUnreadable(wrong) from error
-            return body
-
-        return read
+@contextlib.contextmanager
+def _noting(stuck: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a file stays pending where this user has no right to move it."""
+    try:
+        with access_errors():
+            yield
+    except NoAccess as error:
+        stuck[name] = str(error)

@@ -3,8 +3,8 @@
 A group of payloads is landed in this order (`landing.RawStore.write`):
 
  1. One record that holds the whole group is appended to a log and synced (`Log.append`).
- 2. Each payload is written under another name and renamed to `raw/<raw_id>.json`
-    (`Folders.publish`).
+ 2. Each payload, or each batch, is written under another name and renamed to `raw/<raw_id>.json`,
+    or `raw/<first raw_id>.<count>.ndjson` (`Folders.publish`).
  3. The group is acknowledged: only now does a device hear its 202.
 
 What follows from it, sentence by sentence:
@@ -65,7 +65,8 @@ import msgspec
 from msgspec import Struct
 from uuid_utils.compat import uuid7
 
-from backends.raw import next_raw_id
+from backends.raw import Form, RawIds, next_raw_id, place_of
+from backends.raw.batches import payloads_in
 from backends.raw.disk import (
     UNREADABLE,
     Hands,
@@ -89,8 +90,8 @@ HEAD = struct.Struct("<QII")  # of a record: its epoch, the length and CRC-32 of
 EPOCH = struct.Struct("<Q")  # at the end of a record once more
 MARKED = b"\x94"  # what such a record begins with, in MessagePack; older versions have none
 CHUNK = 1024 * 1024  # bytes of a log that are looked through at a time
-BODY_BEGINS = re.compile(  # of a record in MessagePack: of no payloads, or of the first raw_id
-    rb"(?=[\x92\x94](?:\x90\x90|(?:[\x91-\x9f]|\xdc..|\xdd....)\x92\xd9\x24))", re.DOTALL
+BODY_BEGINS = re.compile(  # of a record in MessagePack: of no files, or of the first raw_id
+    rb"(?=[\x92\x94](?:\x90\x90|(?:[\x91-\x9f]|\xdc..|\xdd....)[\x92\x93]\xd9\x24))", re.DOTALL
 )
 RAW_ID = re.compile(rb"\xd9\x24([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 LONGEST = 64  # bytes that the two match, at most
@@ -103,13 +104,21 @@ COUNTER = struct.Struct("<16sI")  # the last raw_id, and its CRC-32
 OLD_COUNTER = 16  # bytes: older versions have no checksum
 
 
+class Entry(Struct, frozen=True, array_like=True):
+    """A file in the journal: its (first) raw_id, its bytes, and its form; see `backends.raw`."""
+
+    raw_id: UUID
+    body: bytes
+    form: Form = ""  # which older versions do not write
+
+
 class Record(Struct, frozen=True, array_like=True):
-    """A group in the journal: payloads under their raw_ids, and the keys that came with them.
+    """A group in the journal: files, and the keys that came with them.
 
     A log begins with one that has none, and that says whether the file was new.
     """
 
-    payloads: list[tuple[UUID, bytes]]
+    entries: list[Entry]
     keys: list[KeyUse]
     is_first: bool = False  # in this file, so that nothing but zeros lay behind it
 
@@ -137,7 +146,7 @@ class Contents:
         self.behind = 0
 
     def records(self) -> Iterator[Record]:
-        """Yield the whole records that have payloads, in their order."""
+        """Yield the whole records that have files, in their order."""
         epoch = self._epoch()
         if epoch is None:
             return
@@ -149,7 +158,7 @@ class Contents:
                 before, at = at, found.end
                 is_marked |= found.is_marked
                 is_new |= found.record.is_first
-                if found.record.payloads:
+                if found.record.entries:
                     self.behind += bool(self.gaps)
                     yield found.record
                 continue
@@ -313,7 +322,7 @@ class Log:
     def append(self, record: Record) -> None:
         """Return when the record is on disk; after an OSError it may be there or not."""
         end_mark = EPOCH.pack(self._epoch)
-        body = msgspec.msgpack.encode((record.payloads, record.keys, record.is_first, end_mark))
+        body = msgspec.msgpack.encode((record.entries, record.keys, record.is_first, end_mark))
         head = HEAD.pack(self._epoch, len(body), zlib.crc32(body))
         end = self.size + len(head) + len(body)
         if end + MARGIN > self._filled:
@@ -372,8 +381,8 @@ class Log:
 class Restorer(Protocol):
     """Whatever can write payloads of the journal again: the folders."""
 
-    def restore(self, raw_id: UUID, body: bytes, *, force: bool = False) -> None:
-        """Write a payload again where it is missing, torn or different; with `force` anyway."""
+    def restore(self, raw_id: UUID, body: bytes, form: Form, *, force: bool = False) -> None:
+        """Write a file again where it is missing, torn or different; with `force` anyway."""
 
     def has(self, raw_id: UUID) -> bool:
         """Say whether a payload lies in any folder or pack."""
@@ -494,10 +503,10 @@ class Journal:
         except OSError as error:  # what could not be written is forgotten: write it again
             log.error("the journal cannot be emptied: %s", error)  # noqa: TRY400
             for each in logs:
-                for raw_id, body in itertools.chain.from_iterable(
-                    record.payloads for record in each.records()
+                for entry in itertools.chain.from_iterable(
+                    record.entries for record in each.records()
                 ):
-                    self._payloads.restore(raw_id, body, force=True)
+                    self._payloads.restore(entry.raw_id, entry.body, entry.form, force=True)
                 self._tell_damage(each)
             raise
         for done in logs:
@@ -520,7 +529,7 @@ class Journal:
             for left in logs:
                 for record in left.records():
                     self._recover(record, left)
-                    last = max(last, *(raw_id for raw_id, _ in record.payloads))
+                    last = max(last, *map(_last_of, record.entries))
                 self._tell_damage(left)
             self._keys.drop_old()
             self._set_last(last)
@@ -528,9 +537,9 @@ class Journal:
             self._remove_abandoned((*self._folder.glob("*.part*"), *self._folder.glob("*.new")))
 
     def _recover(self, record: Record, left: Log) -> None:
-        for raw_id, body in record.payloads:
+        for entry in record.entries:
             try:
-                self._payloads.restore(raw_id, body)
+                self._payloads.restore(entry.raw_id, entry.body, entry.form)
             except OSError as error:
                 if error.errno not in BROKEN_PLACE:
                     raise
@@ -539,7 +548,7 @@ class Journal:
                     "payload %s cannot be written again (%s): mend the file system. It stays in "
                     "%s, from which the next start tries again"
                 )
-                log.error(wrong, raw_id, error, left.path)  # noqa: TRY400
+                log.error(wrong, entry.raw_id, error, left.path)  # noqa: TRY400
         self.confirm(record)
 
     def _tell_damage(self, left: Log) -> None:
@@ -566,15 +575,19 @@ class Journal:
     # raw_ids and keys
 
     @contextlib.contextmanager
-    def counting(self) -> Iterator[Callable[[], UUID]]:
-        """Give out raw_ids that are greater than those of every process before."""
+    def counting(self) -> Iterator[Callable[[int], UUID]]:
+        """Give out raw_ids that are greater than those of every process before.
+
+        Each is that of a payload, or the first one of a batch of so many payloads.
+        """
         with locked(self._counter):
             last = self._last_raw_id()
 
-            def next_id() -> UUID:
+            def next_id(payloads: int) -> UUID:
                 nonlocal last
-                last = next_raw_id(last)
-                return last
+                first = next_raw_id(last, payloads)
+                last = RawIds(first, payloads)[-1] if payloads else first
+                return first
 
             try:
                 yield next_id
@@ -613,7 +626,7 @@ class Journal:
             yield
 
     def use_of(
-        self, key: str, caller: str, digest: bytes, next_ids: Callable[[], list[UUID]]
+        self, key: str, caller: str, digest: bytes, payloads: int, next_id: Callable[[], UUID]
     ) -> KeyUse:
         """Return the use that a caller's key has had, or note this one before it has landed.
 
@@ -626,12 +639,28 @@ class Journal:
         if use is None and caller:
             use = self._keys.find(key)
             use = use if use and use.digest == digest else None
+        if use and not use.landed and payloads and not _begins_batch(use.raw_ids[0], payloads):
+            use = None  # an older version has given it raw_ids of files for each of its lines
         if use is None:
-            use = KeyUse(own, digest, next_ids())
+            use = KeyUse(own, digest, [next_id()])
             self._keys.note(use)
         return use
 
 
-def digest_of(bodies: Sequence[bytes]) -> bytes:
-    """Return the SHA-256 by which a repeated Idempotency-Key is compared."""
-    return hashlib.sha256(b"\n".join(bodies)).digest()
+def digest_of(body: bytes, form: Form) -> bytes:
+    """Return the SHA-256 by which a repeated Idempotency-Key is compared.
+
+    That of NDJSON is the one of its lines, as it was when each of them was a file.
+    """
+    if form == "ndjson":
+        body = b"\n".join(payloads_in(body, form))
+    return hashlib.sha256(form.encode() + body if form == "json" else body).digest()
+
+
+def _last_of(entry: Entry) -> UUID:
+    place = place_of(entry.raw_id) if entry.form else None
+    return RawIds(entry.raw_id, place.payloads)[-1] if place else entry.raw_id
+
+
+def _begins_batch(raw_id: UUID, payloads: int) -> bool:
+    return place_of(raw_id) == (raw_id, payloads, 0)

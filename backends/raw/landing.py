@@ -1,8 +1,8 @@
 """Landing: payloads that arrive together become durable together, and only then are acknowledged.
 
 `RawStore.land` gathers what arrives while the group before is written (group commit). Each group is
-one record of the journal, one sync, and then one file for each payload; `journal.py` says why none
-that was acknowledged can be lost.
+one record of the journal, one sync, and then a file for each payload or batch; `journal.py` says
+why none that was acknowledged can be lost.
 
 A disk may hang, and a process may be stopped. A group that takes longer than `LAND_PATIENCE`, and
 all that waits behind it, is refused, and so is what comes, until that group is done. It may have
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -23,8 +24,7 @@ import sqlite3
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -36,18 +36,22 @@ from msgspec import Struct
 from backends.raw import (
     Activity,
     Copied,
+    Form,
     KeyReused,
     NoAccess,
     Observer,
     PayloadStoreError,
+    RawIds,
     StorageFull,
     StorageUnavailable,
+    name_of,
 )
 from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import (
     DISK_FULL,
     NO_ROOM,
     Hands,
+    Need,
     Room,
     denied,
     make_folder,
@@ -57,52 +61,61 @@ from backends.raw.disk import (
     wrong_owner,
 )
 from backends.raw.folders import Folders
-from backends.raw.journal import Journal, Record, digest_of
+from backends.raw.journal import Entry, Journal, Record, digest_of
 from backends.raw.keys import KeyUse
 
 log = logging.getLogger("dropzone")
 T = TypeVar("T")
 
-BATCHES = 2  # groups under way at once where many payloads come together; else it is one
+GROUPS = 2  # under way at once where batches come; else it is one
 LARGE_GROUP = 16  # requests
-LARGE_BATCH = 200  # payloads; a larger one is landed alone, and the others pass it
-LARGE_BATCHES = 2  # under way at once
-GROUP_BYTES = 1024 * 1024  # that are landed together; a single request may be larger
-GROUP_FILES = 1000  # likewise
+LARGE = 1024 * 1024  # bytes; a larger body is landed alone, and the others pass it
+LARGE_AT_ONCE = 2  # under way
+GROUP_BYTES = 1024 * 1024  # that are landed together
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
-MANY_FILES = 64  # in a group that two threads write
 MIN_FREE_BYTES = 256 * 1024 * 1024
 LAND_PATIENCE = 10.0  # seconds for a group, and more for what it holds, before it stands still
-LEAST_PAYLOADS = 500  # in a second, and
+LEAST_FILES = 500  # in a second, and
 LEAST_BYTES = 2 * 1024 * 1024  # in a second: what is slower stands still
 PROBE_PATIENCE = 3.0  # seconds
 CLOSE_PATIENCE = 10.0  # seconds for what is under way, before the writer process is killed
 KILL_PATIENCE = 3.0  # seconds for what waited for it
 
 
-class Batch(Struct, frozen=True, array_like=True):
-    """What one request brought."""
+class Arrival(Struct, frozen=True, array_like=True):
+    """What one request brought: a payload, or a batch of a `form` and of so many payloads."""
 
-    bodies: list[bytes]
+    body: bytes
     key: str | None
-    caller: str = ""
+    caller: str
+    form: Form
+    payloads: int
 
     def is_large(self) -> bool:
         """Say whether it is landed alone."""
-        return len(self.bodies) > LARGE_BATCH
+        return len(self.body) > LARGE
+
+    def needs(self) -> Need:
+        """Return the room that it needs; each payload of a batch may be rejected, with a reason."""
+        return Need(len(self.body), 1 + 2 * self.payloads if self.form else 1)
 
 
 class Answer(Struct, frozen=True, array_like=True):
-    """The raw_ids for a batch; or the error that refuses it, by its code, and its detail."""
+    """The (first) raw_id for a body; or the error that refuses it, by its code, and its detail.
+
+    There are several for a body that an older version has landed under the same Idempotency-Key.
+    """
 
     raw_ids: list[UUID]
     code: str = ""
     detail: str = ""
 
-    def result(self) -> list[UUID]:
-        """Return the raw_ids, or raise the error."""
+    def result(self, arrival: Arrival) -> Sequence[UUID]:
+        """Return the raw_ids of all payloads, or raise the error."""
         if self.code:
             raise REFUSALS[self.code](self.detail)
+        if arrival.form and len(self.raw_ids) == 1:
+            return RawIds(self.raw_ids[0], arrival.payloads)
         return self.raw_ids
 
 
@@ -149,7 +162,7 @@ class Writer:
         self._turn = asyncio.Lock()
 
     async def write(
-        self, group: Sequence[Batch], others: Sequence[int], *, patient: bool
+        self, group: Sequence[Arrival], others: Sequence[Need], *, patient: bool
     ) -> Written | None:
         """Return the answers to a group, None where the process is not there (yet).
 
@@ -213,7 +226,7 @@ class Writer:
                 self._started.kill()
 
 
-GROUP = msgspec.msgpack.Decoder(tuple[list[Batch], list[int]])
+GROUP = msgspec.msgpack.Decoder(tuple[list[Arrival], list[Need]])
 WRITTEN = msgspec.msgpack.Decoder(Written)
 
 
@@ -258,11 +271,11 @@ class RawStore(Folders):
         self._min_free = min_free_bytes
         self._observer = observer
         self._is_open = False
-        self._gathered: deque[tuple[Batch, asyncio.Future[Answer], int]] = deque()  # and its bytes
+        self._gathered: deque[tuple[Arrival, asyncio.Future[Answer]]] = deque()
         self._landing: set[asyncio.Task[None]] = set()
-        self._large = 0  # large batches under way
-        self._turns_of_large = asyncio.Semaphore(LARGE_BATCHES)
-        self._writing: list[Sequence[int]] = []  # the sizes of the payloads of each group under way
+        self._large = 0  # bodies under way
+        self._turns_of_large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._writing: list[Sequence[Need]] = []  # what each group under way needs
         self._under_way: dict[int, tuple[float, float, Answers]] = {}  # begun, patience, for whom
         self._overdue: dict[int, float] = {}  # groups that stand still, and since when
         self._watch: asyncio.TimerHandle | None = None
@@ -309,7 +322,6 @@ class RawStore(Folders):
         wrong = wrong_owner(self.raw)
         if wrong:
             raise NoAccess(f"{wrong}: one user has to run all that works there")
-        self._file_writers = Hands(2, "files")
         for folder in (self.raw, self.processed, self.rejected, self.journal):
             make_folder(folder)
             if folder.stat().st_dev != self.raw.stat().st_dev:
@@ -344,7 +356,6 @@ class RawStore(Folders):
     def close_here(self) -> None:
         """Close what `open_here` has opened."""
         self._journal.close()
-        self._file_writers.shutdown()
         self._tally.close()
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
@@ -353,32 +364,37 @@ class RawStore(Folders):
         return result
 
     async def land(
-        self, bodies: Sequence[bytes], key: str | None = None, caller: str = ""
-    ) -> list[UUID]:
+        self,
+        body: bytes,
+        key: str | None = None,
+        caller: str = "",
+        form: Form = "",
+        payloads: int = 1,
+    ) -> Sequence[UUID]:
         """See PayloadStore.land."""
+        arrival = Arrival(body, key, caller, form, payloads)
         if not self._is_open:
-            return STOPPED.result()
-        batch = Batch(list(bodies), key, caller)
-        if not batch.is_large():
-            return await self._land(batch)
+            return STOPPED.result(arrival)
+        if not arrival.is_large():
+            return await self._land(arrival)
         async with self._turns_of_large:
             self._large += 1
             try:
-                return await self._land(batch)
+                return await self._land(arrival)
             finally:
                 self._large -= 1
 
-    async def _land(self, batch: Batch) -> list[UUID]:
+    async def _land(self, arrival: Arrival) -> Sequence[UUID]:
         if self._overdue:
             raise StorageUnavailable(self._standstill())
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append((batch, landed, sum(map(len, batch.bodies))))
-        most = BATCHES if len(batch.bodies) > 1 else 1
+        self._gathered.append((arrival, landed))
+        most = GROUPS if arrival.form else 1
         if self._large:  # or else the small ones would wait for it
-            most = LARGE_BATCHES + 1
+            most = LARGE_AT_ONCE + 1
         if len(self._landing) < most:
             self._landing.add(asyncio.create_task(self._land_gathered()))
-        return (await landed).result()
+        return (await landed).result(arrival)
 
     async def _land_gathered(self) -> None:
         """Land what has gathered while the groups before were landed, until nothing has.
@@ -386,28 +402,25 @@ class RawStore(Folders):
         A large group is half of all that wait, so that one half is received while the other is
         written; left alone, the groups would become ever more unequal, and each side wait.
         """
-        group = list[Batch]()
+        group = list[Arrival]()
         try:
             while self._gathered:
                 half = max(LARGE_GROUP, (len(self._gathered) + len(group) + 1) // 2)
-                group, waiting, size, files = [], [], 0, 0
-                while self._gathered and len(group) < half:
-                    if size >= GROUP_BYTES or files >= GROUP_FILES:
-                        break
+                group, waiting, size = [], [], 0
+                while self._gathered and len(group) < half and size < GROUP_BYTES:
                     if group and (group[0].is_large() or self._gathered[0][0].is_large()):
                         break  # nobody else has to wait for it
-                    batch, landed, added = self._gathered.popleft()
-                    group.append(batch)
+                    arrival, landed = self._gathered.popleft()
+                    group.append(arrival)
                     waiting.append(landed)
-                    size += added
-                    files += len(batch.bodies)
+                    size += len(arrival.body)
                 await self._land_group(group, waiting, size)
         finally:  # at once: a caller that has just been answered and lands again begins another
             self._landing.difference_update({asyncio.current_task()})
             if self._gathered and not self._landing:  # this task was cancelled
                 self._refuse_gathered(STOPPED)
 
-    async def _land_group(self, group: Sequence[Batch], waiting: Answers, size: int) -> None:
+    async def _land_group(self, group: Sequence[Arrival], waiting: Answers, size: int) -> None:
         """Land a group of `size` bytes and answer those who wait for it, whatever happens."""
         self._under_way[id(waiting)] = (time.monotonic(), self._patience(group, size), waiting)
         if self._watch is None:
@@ -427,11 +440,11 @@ class RawStore(Folders):
                 del self._overdue[id(waiting)]
                 log.warning("landing goes on after %.0f s", time.monotonic() - begun)
 
-    def _patience(self, group: Sequence[Batch], size: int) -> float:
+    def _patience(self, group: Sequence[Arrival], size: int) -> float:
         """Return the seconds that a group may take, beside those that are under way."""
-        payloads = sum(len(batch.bodies) for batch in group) + sum(map(len, self._writing))
-        total = size + sum(map(sum, self._writing))
-        return LAND_PATIENCE + payloads / LEAST_PAYLOADS + total / LEAST_BYTES
+        files = len(group) + sum(map(len, self._writing))
+        total = size + sum(need.bytes for needs in self._writing for need in needs)
+        return LAND_PATIENCE + files / LEAST_FILES + total / LEAST_BYTES
 
     def _look(self) -> None:
         """Refuse the groups that take too long, and all that waits behind them; look again later.
@@ -451,7 +464,7 @@ class RawStore(Folders):
             self._watch = asyncio.get_running_loop().call_later(min(left), self._look)
 
     def _refuse_gathered(self, refusal: Answer) -> None:
-        waiting = [landed for _, landed, _ in self._gathered]
+        waiting = [landed for _, landed in self._gathered]
         self._gathered.clear()
         _answer(waiting, [refusal] * len(waiting))
 
@@ -462,14 +475,14 @@ class RawStore(Folders):
             "lands payloads there does not go on; try again later"
         )
 
-    async def _written(self, group: Sequence[Batch], size: int) -> Written:
+    async def _written(self, group: Sequence[Arrival], size: int) -> Written:
         """Land a group of `size` bytes by the writer process or by a thread, and tell of it."""
         begun = time.monotonic()
         others = tuple(itertools.chain(*self._writing))
-        sizes = tuple(len(body) for batch in group for body in batch.bodies)
+        needs = tuple(arrival.needs() for arrival in group)
         is_large = group[0].is_large()
         by_writer = is_large or (size >= WRITER_BYTES and not self._large)
-        self._writing.append(sizes)
+        self._writing.append(needs)
         try:
             written = None
             if by_writer:
@@ -477,26 +490,28 @@ class RawStore(Folders):
             if written is None:
                 written = await self._in_thread(self.write, group, others)
         finally:
-            self._writing.remove(sizes)
+            self._writing.remove(needs)
         if self._observer and written.payloads:
             seconds = time.monotonic() - begun
             self._observer.landed(written.payloads, written.bytes, seconds, written.sync_seconds)
         return written
 
-    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+    def write(self, group: Sequence[Arrival], others: Sequence[Need] = ()) -> Written:
         """Land a group, in the order that `journal.py` explains, and answer it.
 
-        `others` are the sizes of payloads that are written meanwhile, which need room, too. A batch
-        for which there is too little room is refused, and the others land.
+        `others` is what is written meanwhile, which needs room, too. A body for which there is too
+        little room is refused, and the others land.
         """
         journal = self._journal
         try:
             room = self._room_left()
             room.take(others)  # where they find too little, they are refused, and need none
-            has_keys = any(batch.key for batch in group)
+            has_keys = any(arrival.key for arrival in group)
             with journal.keys_locked() if has_keys else contextlib.nullcontext():
-                answers, record = self._assign(group, room)
-                written = self._commit(record, answers) if record.payloads else Written(answers)
+                answers, record, payloads = self._assign(group, room)
+                written = Written(answers)
+                if record.entries:
+                    written = self._commit(record, answers, payloads)
                 with contextlib.suppress(OSError):  # it is on disk, whether counted or not
                     self._tally.add(landed=written.payloads)
         except Exception as error:  # noqa: BLE001 (whatever it was, no one may hear a 202)
@@ -507,65 +522,68 @@ class RawStore(Folders):
         journal.begin_checkpoint()
         return written
 
-    def _assign(self, group: Sequence[Batch], room: Room) -> tuple[list[Answer], Record]:
-        """Return the answers to a group, and the record of what is to be stored for them."""
-        answers: list[Answer] = []
+    def _assign(
+        self, group: Sequence[Arrival], room: Room
+    ) -> tuple[list[Answer], Record, dict[UUID, int]]:
+        """Return the answers to a group, and the record of what is to be stored for them.
+
+        Then, for each file of the record, how many payloads are in it.
+        """
+        answers, payloads = list[Answer](), dict[UUID, int]()
         record = Record([], [])
         with self._journal.counting() as next_id:
-            for batch in group:
-                bodies = batch.bodies
-                use = self._use_of(batch, next_id) if batch.key else None
-                if use and use.digest != digest_of(bodies):
+            for arrival in group:
+                use = self._use_of(arrival, next_id) if arrival.key else None
+                if use and use.digest != digest_of(arrival.body, arrival.form):
                     wrong = "this Idempotency-Key came with another body before"
                     answers.append(Answer([], KeyReused.code, wrong))
                     continue
-                if not (use and use.landed) and not room.take([len(body) for body in bodies]):
+                if not (use and use.landed) and not room.take([arrival.needs()]):
                     answers.append(Answer([], StorageFull.code, NO_ROOM))
                     continue
-                raw_ids = use.raw_ids if use else [next_id() for _ in bodies]
+                raw_ids = use.raw_ids if use else [next_id(_batched(arrival))]
                 answers.append(Answer(raw_ids))
                 if use and use.landed:
                     continue
-                record.payloads.extend(zip(raw_ids, bodies, strict=True))
+                record.entries.append(Entry(raw_ids[0], arrival.body, arrival.form))
+                payloads[raw_ids[0]] = arrival.payloads
                 if use:
                     record.keys.append(use)
-        return answers, record
+        return answers, record, payloads
 
-    def _use_of(self, batch: Batch, next_id: Callable[[], UUID]) -> KeyUse:
-        def next_ids() -> list[UUID]:
-            return [next_id() for _ in batch.bodies]
+    def _use_of(self, arrival: Arrival, next_id: Callable[[int], UUID]) -> KeyUse:
+        payloads = _batched(arrival)
+        digest = digest_of(arrival.body, arrival.form)
+        return self._journal.use_of(
+            arrival.key or "",
+            arrival.caller,
+            digest,
+            payloads,
+            functools.partial(next_id, payloads),
+        )
 
-        digest = digest_of(batch.bodies)
-        return self._journal.use_of(batch.key or "", batch.caller, digest, next_ids)
-
-    def _commit(self, record: Record, answers: list[Answer]) -> Written:
+    def _commit(
+        self, record: Record, answers: list[Answer], payloads: Mapping[UUID, int]
+    ) -> Written:
         begun = time.monotonic()
         size = self._journal.append(record)
         sync_seconds = time.monotonic() - begun
+        files = {
+            f"{self.raw}/{name_of(entry.raw_id, payloads[entry.raw_id], entry.form)}": entry.body
+            for entry in record.entries  # one key may have come several times
+        }
         try:
-            self._write_files(record.payloads)
+            for path, body in files.items():
+                self.publish(path, body)
             self._journal.confirm(record)
         except Exception:
-            for raw_id, _ in record.payloads:
+            for path in files:
                 with contextlib.suppress(OSError):
-                    os.unlink(f"{self.raw}/{raw_id}.json")
+                    os.unlink(path)
             self._journal.take_back(size)
             raise
         self._journal.end_log_when_full()
-        bodies = dict(record.payloads).values()  # one key may have come several times
-        return Written(answers, len(bodies), sum(map(len, bodies)), sync_seconds)
-
-    def _write_files(self, payloads: Sequence[tuple[UUID, bytes]]) -> None:
-        if len(payloads) < MANY_FILES:
-            for raw_id, body in payloads:
-                self.publish(f"{self.raw}/{raw_id}.json", body)
-            return
-        starts = range(0, len(payloads), MANY_FILES - 1)
-        parts = [payloads[start : start + MANY_FILES - 1] for start in starts]
-        parts_done = [self._file_writers.submit(self._write_files, part) for part in parts]
-        wait(parts_done)
-        for done in parts_done:
-            done.result()
+        return Written(answers, sum(payloads.values()), sum(map(len, files.values())), sync_seconds)
 
     def _room_left(self) -> Room:
         """Refuse before anything is written, so that what is acknowledged can be processed too."""
@@ -628,6 +646,11 @@ class RawStore(Folders):
         """See PayloadStore.back_up; `backup.py` says why no payload is missed."""
         backup = Backup(self, folder)
         return backup.copy_processed() if processed_alone else backup.copy()
+
+
+def _batched(arrival: Arrival) -> int:
+    """Return how many payloads a batch has, 0 where it is none."""
+    return arrival.payloads if arrival.form else 0
 
 
 def _advice(error: OSError) -> str:

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import OpenPayload, PackDamaged, RawIdUnknown, StorageUnavailable, uuid_at
+from backends.raw import OpenPayload, PackDamaged, PayloadStoreError, StorageUnavailable, uuid_at
 from backends.raw.disk import sync_file
 from backends.raw.unpacking import open_packed
 
@@ -197,31 +197,35 @@ class Pack:
             return int.from_bytes(file.read(4), "little")
 
     @classmethod
-    def write(cls, path: Path, folder: Path, raw_ids: Sequence[UUID]) -> Pack:
-        """Write payloads to a new pack; it is there when it is synced and has been read again."""
-        part, members, lines, size = path.with_suffix(".part"), list[tuple[UUID, int]](), [], 0
+    def write(cls, path: Path, payloads: Callable[[], Iterator[tuple[UUID, bytes]]]) -> int:
+        """Write payloads to a new pack; return how many.
+
+        It is there when it is synced and was compared with the payloads, which are asked for twice.
+        They come in order of arrival.
+        """
+        part, members, lines = path.with_suffix(".part"), list[tuple[UUID, int]](), list[PackLine]()
+        size = count = 0
         with open(part, "wb") as file:
-            for number, raw_id in enumerate(raw_ids, 1):
-                body = (folder / f"{raw_id}.json").read_bytes()
+            for raw_id, body in payloads():
+                if size >= MEMBER_BYTES:
+                    members.append(_write_member(file, lines))
+                    lines, size = [], 0
                 lines.append(PackLine.of(raw_id, body))
                 size += len(body)
-                if size >= MEMBER_BYTES or number == len(raw_ids):
-                    members.append((lines[0].raw_id, file.tell()))
-                    text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
-                    file.write(gzip.compress(text, 6, mtime=0))
-                    lines, size = [], 0
+                count += 1
+            members.append(_write_member(file, lines))
             file.flush()
             os.fsync(file.fileno())
         with open(part, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        index = PackIndex(len(raw_ids), part.stat().st_size, digest, members)
-        _check_pack(part, index, folder, raw_ids)
+        index = PackIndex(count, part.stat().st_size, digest, members)
+        _check_pack(part, index, payloads())
         index_file = Path(f"{path}{INDEX}")
         index_file.write_bytes(msgspec.json.encode(index.with_checksum()))
         sync_file(index_file)
         os.rename(part, path)
         sync_file(path.parent)
-        return cls(path, path.stat().st_mtime_ns)
+        return count
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -242,20 +246,17 @@ class PackPortion:
     pack: Pack
     number: int
 
-    def raw_ids(self) -> Sequence[UUID]:
-        """See Portion.raw_ids."""
-        return list(self.pack.member(self.number))
+    def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        """See Portion.payloads."""
+        yield from self.pack.member(self.number).items()
 
-    def reader(self) -> Callable[[UUID], bytes]:
-        """See Portion.reader."""
-        bodies = self.pack.member(self.number)
 
-        def read(raw_id: UUID) -> bytes:
-            if raw_id not in bodies:
-                raise RawIdUnknown(f"{self.pack.path.name} has no payload {raw_id}")
-            return bodies[raw_id]
-
-        return read
+def _write_member(file: BinaryIO, lines: Sequence[PackLine]) -> tuple[UUID, int]:
+    """Append lines to a pack; return the first raw_id and where they begin."""
+    begin = file.tell()
+    text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    file.write(gzip.compress(text, 6, mtime=0))
+    return lines[0].raw_id, begin
 
 
 def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
@@ -343,12 +344,12 @@ def _next_member(file: BinaryIO, begin: int, size: int) -> int:
     return size
 
 
-def _check_pack(path: Path, index: PackIndex, folder: Path, raw_ids: Iterable[UUID]) -> None:
+def _check_pack(path: Path, index: PackIndex, payloads: Iterator[tuple[UUID, bytes]]) -> None:
     """Raise `StorageUnavailable` unless a pack gives back each payload, byte for byte."""
-    wanted = iter(raw_ids)
+    kept = "what was to be packed was kept"
     for number in range(len(index.members)):
-        for raw_id, body in _read_member(path, index, number).items():
-            if next(wanted, None) != raw_id or (folder / f"{raw_id}.json").read_bytes() != body:
-                raise StorageUnavailable(f"{path} is not what was written; {folder} was kept")
-    if next(wanted, None) is not None:
-        raise StorageUnavailable(f"{path} is not whole; {folder} was kept")
+        for found in _read_member(path, index, number).items():
+            if next(payloads, None) != found:
+                raise StorageUnavailable(f"{path} is not what was written; {kept}")
+    if next(payloads, None) is not None:
+        raise StorageUnavailable(f"{path} is not whole; {kept}")

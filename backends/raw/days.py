@@ -1,0 +1,344 @@
+"""Days of processed payloads: files in a folder first, then a pack, and in the end nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from backends.raw import (
+    Form,
+    NoAccess,
+    PayloadStoreError,
+    PayloadUnreadable,
+    Portion,
+    RawIds,
+    StorageUnavailable,
+    batches,
+    day_of,
+    first_of,
+    form_of,
+    payloads_in_name,
+    place_of,
+)
+from backends.raw.batches import REFUSED
+from backends.raw.disk import denied, read_file, sync_file, tell_once
+from backends.raw.notes import Notes
+from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
+from backends.raw.places import Places
+
+T = TypeVar("T")
+
+REASON = ".reason.json"  # behind a raw_id: the name of a file of `Rejection`
+DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
+WINDOW = 200_000  # files that are listed at a time, so that any number fits into memory
+PORTION = 1000  # payloads
+FORMS: tuple[Form, ...] = ("ndjson", "json")  # of batches
+
+
+def earliest_names(
+    folder: Path, limit: int = sys.maxsize, after: str = ""
+) -> tuple[list[str], int]:
+    """Return the names of the `limit` earliest files behind `after`, and the number of payloads.
+
+    That is of all behind `after`. It holds no more than twice as many names at a time, however many
+    files there are.
+    """
+    names, count, high = list[str](), 0, "~"
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            payloads = payloads_in_name(name) if name > after else 0
+            if payloads:
+                count += payloads
+                if name < high:
+                    names.append(name)
+                if len(names) > 2 * limit:
+                    names.sort()
+                    high = names[limit]
+                    del names[limit:]
+    names.sort()
+    return names[:limit], count
+
+
+class Days(Places):
+    """The days of a data folder; packs are deleted after `keep_days` days, or never if it is 0."""
+
+    def __init__(
+        self, folder: Path, processed: Path | None, rejected: Path | None, keep_days: int
+    ) -> None:
+        super().__init__(folder, processed, rejected)
+        self.keep_days = keep_days
+        self.notes = Notes(self.journal / "batches")
+        self._expired = self.journal / "expired"
+
+    # Batches
+
+    def left(self, name: str) -> set[int]:
+        """Return the places of payloads that have left a batch; all have a reason for it."""
+        left = self.notes.left(name)
+        if left is None:
+            raw_ids = RawIds(first_of(name), payloads_in_name(name))
+            left = {at for at, raw_id in enumerate(raw_ids) if os.path.lexists(self.reason(raw_id))}
+        return left
+
+    def payloads_in(self, name: str, body: bytes) -> list[tuple[UUID, bytes] | None]:
+        """Return the payloads of a file; None in the place of one that has left it."""
+        form, count = form_of(name), payloads_in_name(name)
+        if not form:
+            return [(first_of(name), body)]
+        try:
+            bodies = batches.payloads_in(body, form)
+        except (*REFUSED, ValueError) as error:
+            raise PayloadUnreadable(f"the batch {name} is damaged: {error}") from error
+        if len(bodies) != count:
+            wrong = f"the batch {name} is damaged: there are {len(bodies)} payloads in it"
+            raise PayloadUnreadable(wrong)
+        found: list[tuple[UUID, bytes] | None] = list(
+            zip(RawIds(first_of(name), count), bodies, strict=True)
+        )
+        for at in self.left(name):
+            found[at] = None
+        return found
+
+    def reason(self, raw_id: UUID) -> Path:
+        return self.rejected / f"{raw_id}{REASON}"
+
+    def count_done(self, after: str = "") -> int:
+        return sum(count for name, count in self.done().items() if name > after)
+
+    def done(self) -> dict[str, int]:
+        """See Payloads.done."""
+        done = self.notes.done()
+        return {name: done[name] for name in done if os.path.lexists(f"{self.raw}/{name}")}
+
+    # Packs
+
+    def packs(self, day: str = "") -> list[Pack]:
+        """Return the packs of a day, or all; a day has a second one if payloads came late.
+
+        One that was lost is among them, as far as its index is there to tell.
+        """
+        with os.scandir(self.processed) as entries:
+            found = {e.name: e for e in entries if e.name.startswith(day) and PACK in e.name}
+        packs = []
+        for name, entry in found.items():
+            with contextlib.suppress(FileNotFoundError):  # it has just expired
+                if PACK_NAME.fullmatch(name):
+                    packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
+                elif name.endswith(INDEX) and name.removesuffix(INDEX) not in found:
+                    lost = Pack(Path(entry.path.removesuffix(INDEX)), 0, is_lost=True)
+                    packs += [lost] if self._is_lost(lost) else []
+        return sorted(packs, key=lambda pack: pack.path)
+
+    def _is_lost(self, pack: Pack) -> bool:
+        """Say whether an index that lies alone is one of a pack that was lost.
+
+        It may also be left of a pack that has expired, or that was never finished; in that case
+        the files of its payloads are still there.
+        """
+        if not PACK_NAME.fullmatch(pack.path.name) or pack.day < self.first_kept_day():
+            return False
+        try:
+            [first, _], *_ = pack.index().members
+        except (OSError, StorageUnavailable):  # it was never finished either
+            return False
+        return not self._has_processed(first) and not pack.path.exists()
+
+    def _has_processed(self, raw_id: UUID) -> bool:
+        place = place_of(raw_id)
+        names = [f"{raw_id}.json", *(place.name(form) for form in FORMS if place)]
+        return any((self.folder("processed", raw_id) / name).exists() for name in names)
+
+    def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
+        """See Payloads.portions."""
+        for pack in self.packs():
+            yield f"{pack.path.name} {pack.written}", pack.portions()
+        for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
+            if entry.is_dir():
+                name = f"{entry.name} {entry.stat().st_mtime_ns}"
+                yield name, self._portions_in(Path(entry.path))
+        for name, count in self.done().items():
+            yield f"{name} {count}", iter([FolderPortion(self, self.raw, [name], count)])
+
+    def _portions_in(self, folder: Path) -> Iterator[Portion]:
+        names, _ = earliest_names(folder, WINDOW)
+        while names:
+            of_portion, count = list[str](), 0
+            for name in names:
+                of_portion.append(name)
+                count += payloads_in_name(name)
+                if count >= PORTION:
+                    yield FolderPortion(self, folder, of_portion)
+                    of_portion, count = [], 0
+            if of_portion:
+                yield FolderPortion(self, folder, of_portion)
+            names, _ = earliest_names(folder, WINDOW, names[-1])
+
+    def count_processed(self) -> int:
+        """See Payloads.count_processed."""
+        packed = sum(pack.index().payloads for pack in self.packs() if not pack.is_lost)
+        folders = [Path(entry.path) for entry in os.scandir(self.processed) if entry.is_dir()]
+        count = sum(payloads_in_name(name) for folder in folders for name in os.listdir(folder))
+        left = [n for n in self.notes.with_left() if os.path.lexists(self._processed_path(n))]
+        return packed + count + self.count_done() - sum(len(self.left(name)) for name in left)
+
+    def _processed_path(self, name: str) -> Path:
+        return self.processed / day_of(name) / name
+
+    def finished_days(self) -> list[str]:
+        """See Payloads.finished_days."""
+        days = filter(DAY_NAME.fullmatch, os.listdir(self.processed))
+        return sorted(day for day in days if day < f"{datetime.now(UTC):%Y-%m-%d}")
+
+    def compact(self, day: str) -> int:
+        """See Payloads.compact."""
+        folder = self.processed / day
+        names = [name for name in earliest_names(folder)[0] if day_of(name) == day]
+        packs, count = self.packs(day), 0
+
+        def fresh() -> Iterator[tuple[UUID, bytes]]:
+            for raw_id, body in self._payloads_of(folder, names):
+                if not packs or self.packed(raw_id) != body:
+                    yield raw_id, body  # the others are left of a run that was stopped
+
+        if any(True for _ in fresh()):
+            paths = (self.processed / name for name in _names_of_packs(day))
+            count = Pack.write(next(path for path in paths if not path.exists()), fresh)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            if form_of(name):
+                self.notes.forget_left(name)
+        with contextlib.suppress(OSError):  # something else lies there
+            folder.rmdir()
+        return count
+
+    def _payloads_of(self, folder: Path, names: Iterable[str]) -> Iterator[tuple[UUID, bytes]]:
+        """Yield the payloads of files, in order of arrival.
+
+        One that has left its batch, and was processed later, stands between the others of it.
+        """
+        seen = set[str]()
+        for name in names:
+            if name in seen:
+                continue
+            raw_ids = RawIds(first_of(name), payloads_in_name(name))
+            body = (folder / name).read_bytes()
+            for at, found in enumerate(self._readable_in(name, body)):
+                own = f"{raw_ids[at]}.json"
+                if found:
+                    yield found
+                elif (folder / own).exists():
+                    seen.add(own)
+                    yield raw_ids[at], (folder / own).read_bytes()
+
+    def _readable_in(self, name: str, body: bytes) -> list[tuple[UUID, bytes] | None]:
+        try:
+            return self.payloads_in(name, body)
+        except PayloadUnreadable as error:
+            raise StorageUnavailable(f"{error}: restore it from a copy") from error
+
+    def expire(self) -> list[str]:
+        """See Payloads.expire."""
+        first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
+        packs = self.packs() if self.keep_days else []
+        expired = [pack for pack in packs if pack.day < first]
+        if expired:
+            day = max(self.first_kept_day(), first)
+            self.publish(self._expired, f"{day} {zlib.crc32(day.encode()):08x}".encode())
+            sync_file(self._expired)
+        for pack in expired:
+            pack.remove()
+        return [pack.path.name for pack in expired]
+
+    def first_kept_day(self) -> str:
+        """See Payloads.first_kept_day.
+
+        It is written down: a day that is old enough for it may have landed before a long power
+        cut, and still be processed. Where that is damaged, nothing counts as expired.
+        """
+        try:
+            text = self._expired.read_bytes().decode("ascii", "replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            text = str(error.strerror)
+        day, _, checksum = text.partition(" ")  # of which older versions have none
+        is_whole = not checksum or checksum == f"{zlib.crc32(day.encode()):08x}"
+        if DAY_NAME.fullmatch(day) and is_whole and day <= f"{datetime.now(UTC):%Y-%m-%d}":
+            return day
+        tell_once(f"{self._expired} is damaged: what has expired is not known any more, delete it")
+        return ""
+
+    def is_packed_or_expired(self, raw_id: UUID) -> bool:
+        with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
+            return day_of(raw_id) < self.first_kept_day() or self.packed(raw_id) is not None
+        return False
+
+    def packed(self, raw_id: UUID) -> bytes | None:
+        return self.look_in_packs(raw_id, Pack.read)
+
+    def look_in_packs(self, raw_id: UUID, look: Callable[[Pack, UUID], T | None]) -> T | None:
+        damage = None
+        for pack in self.packs(day_of(raw_id)):
+            try:
+                found = look(pack, raw_id)
+            except FileNotFoundError:
+                continue  # it has just expired
+            except StorageUnavailable as error:
+                damage = error
+                continue
+            if found is not None:
+                return found
+        if damage:
+            raise damage
+        return None
+
+
+def _names_of_packs(day: str) -> Iterator[str]:
+    return (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
+
+
+@dataclass(frozen=True)
+class FolderPortion:
+    """Processed payloads that are files of one folder, in each the first `end`: a `Portion`."""
+
+    days: Days
+    folder: Path
+    names: list[str]
+    end: int = sys.maxsize
+
+    def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        """See Portion.payloads."""
+        for name in self.names:
+            try:
+                body = read_file(f"{self.folder}/{name}")
+                yield from filter(None, self.days.payloads_in(name, body)[: self.end])
+            except FileNotFoundError:
+                yield from self._packed(RawIds(first_of(name), payloads_in_name(name)))
+            except OSError as error:
+                yield first_of(name), _unreadable(error)
+            except PayloadStoreError as error:
+                yield first_of(name), error
+
+    def _packed(self, raw_ids: Sequence[UUID]) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        """Yield payloads that were packed meanwhile."""
+        for raw_id in raw_ids[: self.end]:
+            body = self.days.packed(raw_id)
+            if body is not None:
+                yield raw_id, body
+
+
+def _unreadable(error: OSError) -> PayloadStoreError:
+    if isinstance(error, PermissionError):
+        return NoAccess(denied(error))
+    return PayloadUnreadable(f"{error.filename} cannot be read: {error.strerror}")

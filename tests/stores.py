@@ -1,11 +1,13 @@
 """Payload stores as tests open and look at them."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
-from backends.raw import Payloads
+from backends.raw import Payloads, first_of
 from backends.raw.landing import RawStore
 
 
@@ -21,7 +23,18 @@ async def opened(folder: Path) -> AsyncIterator[RawStore]:
 
 
 def pending_in(payloads: Payloads) -> list[UUID]:
-    """Return the raw_ids of all pending payloads, in order of arrival."""
-    raw_ids, count = payloads.pending()
-    assert len(raw_ids) == count
-    return [UUID(raw_id) for raw_id in raw_ids]
+    """Return the raw_ids of all pending payloads that came alone, in order of arrival."""
+    names, count = payloads.pending()
+    assert len(names) == count
+    return [first_of(name) for name in names]
+
+
+async def land_each(store: RawStore, bodies: Iterable[bytes]) -> list[UUID]:
+    """Land payloads that come alone, all at once; return their raw_ids in the same order."""
+    landed = await asyncio.gather(*map(store.land, bodies))
+    return [raw_id for raw_ids in landed for raw_id in raw_ids]
+
+
+def lines(*bodies: bytes) -> dict[str, Any]:
+    """Return the arguments of `land` for a batch of lines."""
+    return {"body": b"\n".join(bodies), "form": "ndjson", "payloads": len(bodies)}

@@ -23,14 +23,13 @@ from backends.raw import (
     Portion,
     RawIds,
     StorageUnavailable,
-    batches,
     day_of,
     first_of,
     form_of,
     payloads_in_name,
     place_of,
 )
-from backends.raw.batches import REFUSED
+from backends.raw.batches import REFUSED, payloads_in
 from backends.raw.disk import denied, read_file, sync_file, tell_once
 from backends.raw.notes import Notes
 from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
@@ -97,7 +96,7 @@ class Days(Places):
         if not form:
             return [(first_of(name), body)]
         try:
-            bodies = batches.payloads_in(body, form)
+            bodies = payloads_in(body, form)
         except (*REFUSED, ValueError) as error:
             raise PayloadUnreadable(f"the batch {name} is damaged: {error}") from error
         if len(bodies) != count:

@@ -41,14 +41,13 @@ from backends.raw import (
     State,
     StorageUnavailable,
     arrival_of,
-    batches,
     day_of,
     first_of,
     form_of,
     payloads_in_name,
     place_of,
 )
-from backends.raw.batches import REFUSED
+from backends.raw.batches import REFUSED, stretch_of
 from backends.raw.days import DAY_NAME, FORMS, Days, earliest_names
 from backends.raw.disk import (
     DISK_FULL,
@@ -459,7 +458,7 @@ def _opened(path: Path, form: Form = "", index: int = 0) -> OpenPayload:
         begin, end = 0, os.fstat(file.fileno()).st_size
         if form:
             with LARGE_AT_ONCE if end > LARGE_BATCH else contextlib.nullcontext():
-                begin, end = batches.stretch_of(file.read(), form, index)
+                begin, end = stretch_of(file.read(), form, index)
             file.seek(begin)
         return OpenPayload(end - begin, _pieces(file, end - begin), file.close)
     except (*REFUSED, ValueError) as error:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 from power_cut import copy_as_it_lies, device_of, disk, may_mount, mounted
-from stores import opened, pending_in
+from stores import land_each, opened, pending_in
 from uuid_utils.compat import uuid7
 
 from backends.raw import Copied, FolderTaken, Rejection, StorageUnavailable, day_of, uuid_at
@@ -49,7 +49,7 @@ def rejection_of(raw_id: UUID) -> Rejection:
 
 
 async def landed(store: RawStore, *bodies: bytes) -> list[UUID]:
-    return [(await store.land([body]))[0] for body in bodies]
+    return [(await store.land(body))[0] for body in bodies]
 
 
 async def in_every_state(store: RawStore) -> dict[UUID, bytes]:
@@ -155,15 +155,15 @@ async def test_idempotency_keys(store: RawStore, folder: Path):
 
     Or else a device would hear 202 for a payload that is not there.
     """
-    before = await store.land([b"1"], "before")
+    before = await store.land(b"1", "before")
     with store.new_backup(folder.parent / "backup") as part:
         files = store.back_up(part)
         assert next(files).kind == "pending"
-        meanwhile = await store.land([b"2"], "meanwhile")
+        meanwhile = await store.land(b"2", "meanwhile")
         list(files)
     async with opened(folder.parent / "backup") as copy:
-        assert await copy.land([b"1"], "before") == before
-        assert await copy.land([b"2"], "meanwhile") != meanwhile
+        assert await copy.land(b"1", "before") == before
+        assert await copy.land(b"2", "meanwhile") != meanwhile
         assert [copy.read(raw_id)[1] for raw_id in pending_in(copy)][-1] == b"2"
 
 
@@ -176,9 +176,9 @@ async def test_raw_ids_never_go_back(folder: Path):
         with store.new_backup(folder.parent / "backup") as part:
             for _ in store.back_up(part):
                 pass
-        [last] = await store.land([b"2"])
+        [last] = await store.land(b"2")
     async with opened(folder.parent / "backup") as copy:
-        assert (await copy.land([b"3"]))[0] > ahead
+        assert (await copy.land(b"3"))[0] > ahead
     assert last > ahead
 
 
@@ -192,7 +192,7 @@ async def test_counter_is_copied_last(store: RawStore, folder: Path):
         (store.journal / "last_raw_id").write_bytes(ahead.bytes)
         list(files)
     async with opened(folder.parent / "backup") as copy:
-        assert (await copy.land([b"2"]))[0] > ahead
+        assert (await copy.land(b"2"))[0] > ahead
 
 
 async def test_strays_stay_where_they_are(store: RawStore, folder: Path):
@@ -250,7 +250,7 @@ async def test_processed_between_the_two_rounds(store: RawStore, folder: Path):
 
 async def test_landing_meanwhile(store: RawStore, folder: Path):
     """Payloads may land faster than they are copied: a backup comes to its end all the same."""
-    raw_ids = await store.land([b"%d" % number for number in range(1000)])
+    raw_ids = await land_each(store, (b"%d" % number for number in range(1000)))
     copied = list[Copied]()
     with store.new_backup(folder.parent / "backup") as part:
         for each in store.back_up(part):
@@ -279,7 +279,7 @@ async def test_refused_meanwhile(store: RawStore, folder: Path, monkeypatch: pyt
 async def test_what_only_the_journal_has(folder: Path):
     """Where no service has recovered since a power cut, the command does, and misses nothing."""
     async with opened(folder) as store:
-        [raw_id] = await store.land([b"1"])
+        [raw_id] = await store.land(b"1")
         crashed = folder.parent / "crashed"
         shutil.copytree(folder, crashed)
     (crashed / "raw" / f"{raw_id}.json").write_bytes(b"")
@@ -369,7 +369,7 @@ def test_no_folder_is_taken(tmp_path: Path):
 
 async def test_keys_can_be_read_alone(store: RawStore, folder: Path):
     """The copy of the keys is one whole file, while the original is still being written to."""
-    await store.land([b"1"], "key")
+    await store.land(b"1", "key")
     back_up(store, folder.parent / "backup")
     names = [file.name for file in (folder.parent / "backup" / "journal").iterdir()]
     assert sorted(names) == ["keys.sqlite", "last_raw_id", "tally"]

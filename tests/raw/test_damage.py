@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from power_cut import REPO, files_in
-from stores import opened, pending_in
+from stores import land_each, opened, pending_in
 from test_durability import FUTURE, assert_increasing, landed_and_killed, logs_in, records_in
 from test_packs import compact, journaled, processed_in
 from test_raw_store import uuid7_at
@@ -86,7 +86,7 @@ async def assert_damage_told(
         [kept] = set_aside_in(folder)
         assert kept.read_bytes() == damaged
         assert any(str(kept) in line for line in store.problems()["data folder"])
-        await store.land([BODY])
+        await store.land(BODY)
     async with opened(folder) as store:
         assert bodies_in(store) == [*left, BODY]
     assert told(caplog) == []
@@ -272,7 +272,7 @@ async def test_a_block_that_cannot_be_read(
 async def test_many_payloads_in_a_damaged_record(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Only those payloads of a damaged record are told to be lost that lie nowhere else."""
     async with opened(tmp_path) as store:
-        raw_ids = await store.land([b"%d" % number for number in range(5)])
+        raw_ids = await land_each(store, (b"%d" % number for number in range(5)))
         [name] = logs_in(tmp_path)
         log = tmp_path / "journal" / name
         data = log.read_bytes()
@@ -419,7 +419,7 @@ async def main():
                 print(store.read(raw_id)[1].decode())
             except OSError as error:
                 print(error.strerror)
-        await store.land([b"new"])
+        await store.land(b"new")
 
 asyncio.run(main())
 """
@@ -537,7 +537,7 @@ async def test_the_last_raw_id_is_lost(
 ):
     """With the clock set back, too, raw_ids go on behind the greatest one, wherever it lies."""
     async with opened(tmp_path) as store:
-        await store.land([BODY])
+        await store.land(BODY)
     place = tmp_path / (
         "processed/2399-12-31" if "pack" in where or where == "processed" else where
     )
@@ -554,10 +554,10 @@ async def test_the_last_raw_id_is_lost(
     caplog.clear()
     async with opened(tmp_path) as store:
         assert any("last_raw_id is damaged or was lost" in line for line in told(caplog))
-        raw_ids = await store.land([BODY] * 3)
+        raw_ids = await land_each(store, [BODY] * 3)
     assert_increasing([last, *raw_ids])
     async with opened(tmp_path) as store:
-        raw_ids += await store.land([BODY])
+        raw_ids += await store.land(BODY)
     assert_increasing(raw_ids)
     assert told(caplog) == []
 
@@ -575,7 +575,7 @@ async def test_the_last_raw_id_and_the_last_pack_are_lost(how: str, tmp_path: Pa
     else:
         pack.path.unlink()
     async with opened(tmp_path) as store:
-        [raw_id] = await store.land([BODY])
+        [raw_id] = await store.land(BODY)
     assert raw_id > last
 
 
@@ -585,9 +585,9 @@ async def test_the_last_raw_id_is_damaged_under_way(how: str, tmp_path: Path):
     async with opened(tmp_path) as store:
         path = tmp_path / "journal" / "last_raw_id"
         path.write_bytes(FUTURE.bytes)  # as the clock was set back since
-        raw_ids = await store.land([BODY] * 2)
+        raw_ids = await land_each(store, [BODY] * 2)
         damage(path, COUNTERS[how])
-        raw_ids += await store.land([BODY] * 2)
+        raw_ids += await land_each(store, [BODY] * 2)
     assert_increasing([FUTURE, *raw_ids])
 
 
@@ -612,19 +612,19 @@ KEY_FILES: dict[str, Callable[[bytes], bytes | None]] = {
 async def test_the_keys_are_lost(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """The service starts, tells that the keys from before are forgotten, and lands new ones."""
     async with opened(tmp_path) as store:
-        before = await store.land([BODY], "a")
+        before = await store.land(BODY, "a")
     damage(keys_in(tmp_path), KEY_FILES[how])
     caplog.clear()
     async with opened(tmp_path) as store:
         said = told(caplog)
         assert len(said) == 1
         assert str(keys_in(tmp_path)) in said[0]
-        again = await store.land([BODY], "a")
+        again = await store.land(BODY, "a")
         assert again != before
-        assert await store.land([BODY], "a") == again
+        assert await store.land(BODY, "a") == again
         assert len(set_aside_in(tmp_path)) == (how not in ("deleted", "emptied"))
     async with opened(tmp_path) as store:
-        assert await store.land([BODY], "a") == again
+        assert await store.land(BODY, "a") == again
     assert told(caplog) == []
 
 
@@ -633,18 +633,18 @@ async def test_the_keys_are_lost_under_way(how: str, tmp_path: Path):
     """So it does where that happens while stores are open: all of them go on with the same keys."""
     async with opened(tmp_path) as store, opened(tmp_path) as other:
         for number in range(200):
-            await store.land([BODY], f"{number}")
+            await store.land(BODY, f"{number}")
         with sqlite3.connect(keys_in(tmp_path)) as keys:
             keys.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         keys.close()
         damage(keys_in(tmp_path), KEY_FILES[how])
         for number in range(200):
-            again = await store.land([BODY], f"{number}")
-            assert await other.land([BODY], f"{number}") == again
-        new = await other.land([BODY], "new")
-        assert await store.land([BODY], "new") == new
+            again = await store.land(BODY, f"{number}")
+            assert await other.land(BODY, f"{number}") == again
+        new = await other.land(BODY, "new")
+        assert await store.land(BODY, "new") == new
     async with opened(tmp_path) as store:
-        assert await store.land([BODY], "new") == new
+        assert await store.land(BODY, "new") == new
 
 
 def test_a_flipped_bit_in_the_keys(tmp_path: Path):
@@ -675,12 +675,12 @@ def test_a_flipped_bit_in_the_keys(tmp_path: Path):
 async def test_most_keys_are_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Of a file that is damaged in one place most keys are kept."""
     async with opened(tmp_path) as store:
-        given = {f"{number}": await store.land([BODY], f"{number}") for number in range(300)}
+        given = {f"{number}": await store.land(BODY, f"{number}") for number in range(300)}
     data = keys_in(tmp_path).read_bytes()
     page = data.index(given["200"][0].bytes) // 4096 * 4096
     keys_in(tmp_path).write_bytes(data[:page] + os.urandom(50) + data[page + 50 :])
     async with opened(tmp_path) as store:
-        kept = sum([await store.land([BODY], key) == raw_ids for key, raw_ids in given.items()])
+        kept = sum([await store.land(BODY, key) == raw_ids for key, raw_ids in given.items()])
     assert 100 < kept < 300
     assert any("keys were taken over" in line for line in told(caplog))
 
@@ -688,13 +688,13 @@ async def test_most_keys_are_taken_over(tmp_path: Path, caplog: pytest.LogCaptur
 async def test_keys_of_older_versions(tmp_path: Path):
     """The file of 0.1.0, which has no checksums, is taken over with its keys."""
     async with opened(tmp_path) as store:
-        before = await store.land([BODY], "a")
+        before = await store.land(BODY, "a")
     with sqlite3.connect(keys_in(tmp_path)) as keys:
         keys.execute("ALTER TABLE keys DROP COLUMN checksum")
     keys.close()
     async with opened(tmp_path) as store:
-        assert await store.land([BODY], "a") == before
-        await store.land([BODY], "b")
+        assert await store.land(BODY, "a") == before
+        await store.land(BODY, "b")
 
 
 # ── The tally ─────────────────────────────────────────────────────────────────────────────────────
@@ -707,7 +707,7 @@ async def test_the_tally_is_lost(
 ):
     """What is processed is counted again, and when the last payload landed is taken from it."""
     async with opened(tmp_path) as store:
-        raw_ids = await store.land([BODY] * 5)
+        raw_ids = await land_each(store, [BODY] * 5)
         store.settle(map(str, raw_ids[:3]), [])
         before = store.activity()
         if is_open and how != "deleted":
@@ -719,7 +719,7 @@ async def test_the_tally_is_lost(
         after = store.activity()
         assert (after.processed, len(after.landed)) == (3, 60)
         assert abs(after.last_landed - before.last_landed) < 60_000
-        await store.land([BODY])
+        await store.land(BODY)
         assert store.activity().landed[-1] >= 1 or sum(store.activity().landed) >= 1
     assert any("tally is damaged or was lost" in line for line in told(caplog))
 
@@ -727,13 +727,13 @@ async def test_the_tally_is_lost(
 async def test_a_flipped_bit_in_a_minute_of_the_tally(tmp_path: Path):
     """A minute that is damaged counts as one in which nothing landed."""
     async with opened(tmp_path) as store:
-        await store.land([BODY] * 5)
+        await land_each(store, [BODY] * 5)
         tally = tmp_path / "journal" / "tally"
         data = tally.read_bytes()
         [minute] = [n for n in range(1, 61) if any(data[20 * n : 20 * n + 16])]
         tally.write_bytes(flipped(data, 20 * minute + 8))
         assert sum(store.activity().landed) == 0
-        await store.land([BODY])
+        await store.land(BODY)
         assert sum(store.activity().landed) == 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from stores import opened, pending_in
+from stores import land_each, opened, pending_in
 
 from backends.raw import disk
 
@@ -53,7 +53,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mac]:
 async def test_macos_lands(mac: Mac, tmp_path: Path):
     """Without fdatasync and syncfs the drive has a record, and each file, before the 202."""
     async with opened(tmp_path) as store:
-        raw_ids = await store.land([b"1", b"2"])
+        raw_ids = await land_each(store, [b"1", b"2"])
         [log] = (tmp_path / "journal").glob("*.log")
         assert str(log) in mac.synced
         assert [name.endswith(".part") for name in mac.handed_over].count(True) == len(raw_ids)
@@ -65,7 +65,7 @@ async def test_macos_lands(mac: Mac, tmp_path: Path):
 async def test_macos_empties_a_log_behind_a_sync(mac: Mac, tmp_path: Path):
     """Without syncfs a log is emptied behind a sync of all and one of the drive, or not at all."""
     async with opened(tmp_path) as store:
-        await store.land([b"1"])
+        await store.land(b"1")
         mac.synced.clear()
     assert mac.synced[:2] == ["everything", str(tmp_path / "journal")]
 
@@ -75,12 +75,12 @@ async def test_macos_refuses_what_the_drive_refuses(mac: Mac, tmp_path: Path):
     """Where the drive does not take a record, nothing is acknowledged, and nothing stays."""
     landed: list[UUID] = []
     async with opened(tmp_path) as store:
-        landed += await store.land([b"1"])
+        landed += await store.land(b"1")
         mac.fails = True
         with pytest.raises(disk.StorageUnavailable):
-            await store.land([b"2"])
+            await store.land(b"2")
         mac.fails = False
-        landed += await store.land([b"3"])
+        landed += await store.land(b"3")
         assert pending_in(store) == landed
     async with opened(tmp_path) as store:
         assert pending_in(store) == landed

@@ -39,7 +39,7 @@ from power_cut import (
     not_whole,
     program,
 )
-from stores import opened, pending_in
+from stores import land_each, lines, opened, pending_in
 
 from backends import raw
 from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
@@ -293,9 +293,9 @@ async def refused_where_no_room_is_told(folder: Path, monkeypatch: pytest.Monkey
         full = os.statvfs_result((*real[:4], 0, *real[5:]))  # no block is free
         told.setattr(os, "statvfs", lambda _: full)
         with pytest.raises(StorageFull):
-            await store.land([b"{}"])
+            await store.land(b"{}")
         assert store.trouble()
-    [raw_id] = await store.land([b"{}"])
+    [raw_id] = await store.land(b"{}")
     assert pending_in(store) == [raw_id]
     await store.close()
 
@@ -386,8 +386,8 @@ async def test_groups_know_of_each_other(tmp_path: Path):
     """A group that is landed beside another is told of its payloads, and of none that are done."""
     store = Attentive(tmp_path / "raw")
     await store.open()
-    await asyncio.gather(store.land([b"1" * GROUP_BYTES]), store.land([b"1", b"22"]))
-    await store.land([b"1"])
+    await asyncio.gather(store.land(b"1" * GROUP_BYTES), land_each(store, [b"1", b"22"]))
+    await store.land(b"1")
     await store.close()
     assert store.others == [[], [GROUP_BYTES], []]
 
@@ -409,12 +409,12 @@ async def test_disk_without_files(tmp_path: Path, record_property: Note):
     with mounted("none", tmp_path / "disk", "-t", "tmpfs", "-o", "nr_inodes=500") as where:
         async with opened(where / "data") as store:
             batch = asyncio.create_task(store.land(LINES))
-            alone = [asyncio.create_task(store.land([b"%d" % number])) for number in range(100)]
+            alone = [asyncio.create_task(store.land(b"%d" % number)) for number in range(100)]
             with pytest.raises(StorageFull):
                 await batch
             landed = [raw_id for each in alone for raw_id in await each]
             assert pending_in(store) == landed
-            more = [store.land([b"1"]) for _ in range(400)]
+            more = [store.land(b"1") for _ in range(400)]
             found = await asyncio.gather(*more, return_exceptions=True)
             assert {type(each) for each in found} == {list, StorageFull}
             assert store.trouble()
@@ -532,18 +532,18 @@ async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path
     landed: dict[UUID, bytes] = {}
     async with opened(tmp_path) as store:
         if not first:
-            landed[(await store.land([b"before"]))[0]] = b"before"
+            landed[(await store.land(b"before"))[0]] = b"before"
         if name == "fsync" and not first:
             store._journal.end_log()  # noqa: SLF001 (a new log is what an fsync is for)
         tries = 1 if name == "fsync" and not first else 2  # then the old log is there again
         calls.fail(name, number, tries)
         for _ in range(tries):
             with pytest.raises(kind) as caught:
-                await store.land([b"refused", b"refused, too"], "a key")
+                await store.land(**lines(b"refused", b"refused, too"), key="a key")
             assert type(caught.value) is kind
-        raw_ids = await store.land([b"refused", b"refused, too"], "a key")
+        raw_ids = await store.land(**lines(b"refused", b"refused, too"), key="a key")
         landed.update(zip(raw_ids, [b"refused", b"refused, too"], strict=True))
-        landed[(await store.land([b"after"]))[0]] = b"after"
+        landed[(await store.land(b"after"))[0]] = b"after"
         assert store.trouble() is None
         assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
 
@@ -567,15 +567,15 @@ async def test_trouble(name: str, tmp_path: Path, calls: Calls):
 async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
     """Of a batch of which one file cannot be written nothing is left behind, nor brought back."""
     async with opened(tmp_path) as store:
-        [before] = await store.land([b"before"])
+        [before] = await store.land(b"before")
         calls.fail("rename", errno.ENOSPC)
         calls.skip("rename", 2)
         with pytest.raises(StorageFull):
-            await store.land([b"1", b"2", b"3", b"4"], key)
+            await store.land(**lines(b"1", b"2", b"3", b"4"), key=key)
         assert pending_in(store) == [before]
     async with opened(tmp_path) as store:
         assert pending_in(store) == [before]
-        again = await store.land([b"1", b"2", b"3", b"4"], key)
+        again = await store.land(**lines(b"1", b"2", b"3", b"4"), key=key)
         assert [store.read(raw_id)[1] for raw_id in again] == [b"1", b"2", b"3", b"4"]
         assert pending_in(store) == [before, *again]
 
@@ -592,13 +592,13 @@ async def test_a_key_that_cannot_be_noted(how: str, tmp_path: Path):
     async with opened(tmp_path) as store:
         keys = sqlite3.connect(tmp_path / "journal" / "keys.sqlite")
         keys.execute(REFUSE.format(how))
-        calls = (store.land([b"1"], "a"), store.land([b"2"], "b"))
+        calls = (store.land(b"1", "a"), store.land(b"2", "b"))
         refused = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(each) for each in refused} == {StorageUnavailable}
         assert pending_in(store) == []
         keys.execute("DROP TRIGGER refuse")
         keys.close()
-        [one], [other] = await store.land([b"1"], "a"), await store.land([b"2"], "b")
+        [one], [other] = await store.land(b"1", "a"), await store.land(b"2", "b")
         assert store.read(one) == ("pending", b"1")
         assert store.read(other) == ("pending", b"2")
     async with opened(tmp_path) as store:
@@ -616,8 +616,8 @@ async def test_a_log_that_cannot_be_filled_ahead(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patched:
             patched.setattr(os, "pwrite", write_half)
             with pytest.raises(StorageFull):
-                await store.land([BODY])
-        [raw_id] = await store.land([BODY])
+                await store.land(BODY)
+        [raw_id] = await store.land(BODY)
         assert pending_in(store) == [raw_id]
 
 
@@ -630,7 +630,7 @@ async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
             calls.fail("fdatasync", errno.EIO, times=number % 3 == 0)
             body = b"payload %d of many" % number
             try:
-                [raw_id] = await store.land([body])
+                [raw_id] = await store.land(body)
             except StorageUnavailable:
                 refused += 1
             else:
@@ -646,7 +646,7 @@ async def test_no_raw_id_before_the_sync(tmp_path: Path, calls: Calls):
 async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, calls: Calls):
     """A log that could not be cut after a failure is not appended to again."""
     async with opened(tmp_path) as store:
-        await store.land([b"before"])
+        await store.land(b"before")
         [log] = logs_in(tmp_path)
         calls.fail("rename", errno.EIO)
         seek = os.lseek
@@ -660,9 +660,9 @@ async def test_a_group_that_cannot_be_taken_back(name: str, tmp_path: Path, call
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "lseek", seek_and_fail)
             with pytest.raises(StorageUnavailable):
-                await store.land([b"refused"])
+                await store.land(b"refused")
         seen = len(calls.done)
-        [raw_id] = await store.land([b"after"])
+        [raw_id] = await store.land(b"after")
         assert store.read(raw_id) == ("pending", b"after")
         assert not [
             call for call in calls.done[seen:] if call[0] == "write" and call[1].endswith(log)
@@ -676,11 +676,11 @@ async def test_failing_again_and_again(tmp_path: Path, calls: Calls):
         calls.fail("fsync", errno.EIO, times=30)
         for number in range(30):
             with pytest.raises(StorageUnavailable):
-                await store.land([BODY])
+                await store.land(BODY)
             if number == 9:
                 before = len(os.listdir("/proc/self/fd")), len(os.listdir(tmp_path / "journal"))
         after = len(os.listdir("/proc/self/fd")), len(os.listdir(tmp_path / "journal"))
-        await store.land([BODY])
+        await store.land(BODY)
     assert after <= before, f"descriptors, files: {before} after 10 failures, {after} after 30"
 
 
@@ -710,10 +710,10 @@ async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
         with suppress(StorageUnavailable):
             for number in range(20):
                 body = b"%d" % number
-                landed[(await store.land([body]))[0]] = body
+                landed[(await store.land(body))[0]] = body
         assert len(logs_in(tmp_path)) == len(landed) <= journal.FULL_LOGS + 2
         with pytest.raises(StorageUnavailable):
-            await store.land([BODY])
+            await store.land(BODY)
         journaled = b"".join(log.read_bytes() for log in (tmp_path / "journal").glob("*.log"))
         assert all(
             raw_id.bytes in journaled or str(raw_id).encode() in journaled for raw_id in landed
@@ -722,7 +722,7 @@ async def test_failing_checkpoint(tmp_path: Path, sync_fails: threading.Event):
         sync_fails.clear()
         for _ in range(50):
             with suppress(StorageUnavailable):
-                landed[(await store.land([BODY]))[0]] = BODY
+                landed[(await store.land(BODY))[0]] = BODY
                 break
             await asyncio.sleep(0.02)
         assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
@@ -733,14 +733,14 @@ async def test_failing_checkpoint_of_what_is_settled(tmp_path: Path, sync_fails:
     """After a failed sync files that look right are written again, too, and where they lie now."""
     async with opened(tmp_path) as store:
         sync_fails.set()
-        [good] = await store.land([b"1"])
+        [good] = await store.land(b"1")
         await asyncio.sleep(0.1)
         store.settle([good], [])
         lost = tmp_path / "lost"
         os.link(store.path(good, "processed"), lost)  # so that no other file becomes this one
         with suppress(StorageUnavailable):
             for _ in range(5):
-                await store.land([b"more"])
+                await store.land(b"more")
         [path] = files_in(tmp_path)[good]
         assert path == store.path(good, "processed")
         assert not path.samefile(lost), "what the system shows may never reach the disk"
@@ -763,7 +763,7 @@ async def main(folder, count, end, log_bytes):
     await store.open()
     landed = []
     for number in range(int(count)):
-        landed += await store.land([b"%d" % number])
+        landed += await store.land(b"%d" % number)
         print(landed[-1], flush=True)
     if end == "settled":
         reason = Rejection(landed[1], "code", "detail", datetime.now(UTC))
@@ -809,7 +809,7 @@ async def test_clock_set_back_between_runs(tmp_path: Path):
     (tmp_path / "journal" / "last_raw_id").write_bytes(FUTURE.bytes)
     raw_ids = [FUTURE, *landed_and_killed(tmp_path, 3), *landed_and_killed(tmp_path, 3, "close")]
     async with opened(tmp_path) as store:
-        raw_ids += await store.land([BODY] * 100)
+        raw_ids += await land_each(store, [BODY] * 100)
     assert_increasing(raw_ids)
 
 
@@ -828,16 +828,16 @@ async def test_a_counter_that_is_torn(counter: bytes | None, tmp_path: Path):
         file.write_bytes(counter)
     async with opened(tmp_path) as store:
         assert pending_in(store) == before
-        assert_increasing([FUTURE, *before, *(await store.land([BODY] * 2))])
+        assert_increasing([FUTURE, *before, *(await land_each(store, [BODY] * 2))])
 
 
 async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A clock that is set back while the store is open does not show in its raw_ids."""
     async with opened(tmp_path) as store:
-        raw_ids = await store.land([BODY] * 3)
+        raw_ids = await land_each(store, [BODY] * 3)
         monkeypatch.setattr(raw, "uuid7", lambda: UUID("01000000-0000-7000-8000-00000000beef"))
         for _ in range(5):
-            raw_ids += await store.land([BODY] * 3)
+            raw_ids += await land_each(store, [BODY] * 3)
     assert_increasing(raw_ids)
 
 
@@ -991,7 +991,7 @@ async def test_recover_beside_a_running_process(tmp_path: Path):
         raw_ids = [UUID(process.stdout.readline().strip()) for _ in range(3)]
         held = logs_in(tmp_path)
         async with opened(tmp_path) as store:
-            await store.land([BODY])
+            await store.land(BODY)
             assert len(logs_in(tmp_path) - held) == 1
         assert logs_in(tmp_path) == held
     for raw_id in raw_ids:

@@ -23,6 +23,7 @@ import test_processing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from power_cut import CHANCE, state_of, wait_for
+from stores import land_each
 from test_cli import OK, TRY_AGAIN, Program, Server, assert_explained
 from test_processing import Folder, arrival, body
 
@@ -194,7 +195,7 @@ def test_served_from_a_pack(folder: Folder, program: Program):
 
 async def test_today_is_not_packed(folder: Folder):
     """A day that is not over (UTC) is left alone, and so is one that has not begun."""
-    raw_ids = await folder.store.land([body(0), body(1)])
+    raw_ids = await land_each(folder.store, [body(0), body(1)])
     tomorrow = uuid_at(datetime.now(UTC) + timedelta(days=1))
     folder.put(tomorrow, body(2))
     folder.store.settle([*raw_ids, tomorrow], [])

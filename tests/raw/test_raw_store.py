@@ -18,7 +18,7 @@ import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stores import opened, pending_in
+from stores import land_each, opened, pending_in
 
 from backends.raw import (
     PayloadUnreadable,
@@ -130,7 +130,7 @@ def test_arrival_beyond_the_calendar():
 async def test_arrival_of_a_landed_payload(store: RawStore):
     """A landed payload arrived between the call and its return."""
     before = datetime.now(UTC)
-    [raw_id] = await store.land([BODY])
+    [raw_id] = await store.land(BODY)
     arrival = arrival_of(raw_id)
 
     assert arrival is not None
@@ -187,7 +187,7 @@ def test_names_of_payloads(raw_id: UUID):
 )
 async def test_exact_bytes(body: bytes, store: RawStore, folder: Path):
     """The file raw/<raw_id>.json holds the bytes that were landed, unchanged."""
-    [raw_id] = await store.land([body])
+    [raw_id] = await store.land(body)
 
     assert (folder / "raw" / f"{raw_id}.json").read_bytes() == body
     assert store.read(raw_id) == ("pending", body)
@@ -205,13 +205,13 @@ async def test_several_at_a_time(store: RawStore):
 
 async def test_nothing_at_all(store: RawStore, folder: Path):
     """Landing no payloads is no error, and leaves no file."""
-    assert await store.land([]) == []
+    assert await land_each(store, []) == []
     assert files_below(folder) == set()
 
 
 async def test_raw_ids_increase_from_call_to_call(store: RawStore):
     """A later call gets a greater raw_id."""
-    raw_ids = [(await store.land([BODY]))[0] for _ in range(50)]
+    raw_ids = [(await store.land(BODY))[0] for _ in range(50)]
 
     assert_increasing(raw_ids)
     assert pending_in(store) == raw_ids
@@ -234,9 +234,7 @@ async def test_many_at_once(store: RawStore, folder: Path):
 async def test_two_stores_on_one_folder(store: RawStore, folder: Path):
     """Two stores on one folder, as in two worker processes, never share a raw_id."""
     async with opened(folder) as other:
-        answers = await asyncio.gather(
-            *(s.land([BODY]) for _ in range(100) for s in (store, other))
-        )
+        answers = await asyncio.gather(*(s.land(BODY) for _ in range(100) for s in (store, other)))
 
         assert len({raw_id for [raw_id] in answers}) == 200
         assert pending_in(store) == pending_in(other) == sorted(raw_id for [raw_id] in answers)
@@ -248,7 +246,7 @@ async def test_opening_a_folder_that_another_store_lands_in(store: RawStore, fol
 
     async def land_on() -> None:
         while not over.is_set():
-            await store.land([BODY] * 20)
+            await land_each(store, [BODY] * 20)
 
     landing = asyncio.create_task(land_on())
     try:
@@ -272,8 +270,8 @@ async def test_small_ones_pass_large_batches(store: RawStore):
         large = [asyncio.create_task(store.land(many)) for _ in range(5)]
         async with asyncio.timeout(60):
             for size in (1, 100_000):  # such that would go to the writer process, too
-                await asyncio.gather(*(store.land([b"1" * size]) for _ in range(40)))
-            await store.land([b"1"] * LARGE_BATCH)
+                await asyncio.gather(*(store.land(b"1" * size) for _ in range(40)))
+            await land_each(store, [b"1"] * LARGE_BATCH)
         assert not any(batch.done() for batch in large)
     finally:
         writer.resume()
@@ -284,14 +282,14 @@ async def test_small_ones_pass_large_batches(store: RawStore):
 
 async def test_a_caller_that_leaves(store: RawStore):
     """A call that is cancelled does no harm to the calls beside it and after it."""
-    leaving = [asyncio.ensure_future(store.land([BODY])) for _ in range(5)]
-    staying = asyncio.ensure_future(store.land([b"1"]))
+    leaving = [asyncio.ensure_future(store.land(BODY)) for _ in range(5)]
+    staying = asyncio.ensure_future(store.land(b"1"))
     await asyncio.sleep(0)
     for call in leaving:
         call.cancel()
     await asyncio.wait(leaving)
 
-    [[first], [second]] = await staying, await store.land([b"2"])
+    [[first], [second]] = await staying, await store.land(b"2")
     assert (store.read(first)[1], store.read(second)[1]) == (b"1", b"2")
     assert all(store.read(raw_id)[1] in (BODY, b"1", b"2") for raw_id in pending_in(store))
 
@@ -299,7 +297,7 @@ async def test_a_caller_that_leaves(store: RawStore):
 async def test_close_waits(folder: Path):
     """`close` returns when what was handed in is on disk, even if nobody waits for it any more."""
     async with opened(folder) as store:
-        call = asyncio.ensure_future(store.land([b"x" * 1_000_000] * 5))
+        call = asyncio.ensure_future(land_each(store, [b"x" * 1_000_000] * 5))
         await asyncio.sleep(0)
     sizes = [file.stat().st_size for file in (folder / "raw").iterdir()]
 
@@ -320,7 +318,7 @@ async def test_a_reader_sees_whole_files_alone(store: RawStore, folder: Path):
 
     reader = asyncio.create_task(asyncio.to_thread(read_all_the_time))
     for _ in range(4):
-        await store.land([b"x" * 2_000_000] * 4)
+        await land_each(store, [b"x" * 2_000_000] * 4)
     done.set()
     await reader
 
@@ -331,7 +329,7 @@ async def test_a_reader_sees_whole_files_alone(store: RawStore, folder: Path):
 async def test_landing_does_not_block_the_loop(store: RawStore):
     """Other coroutines go on while payloads are being written and synced."""
     turns = 0
-    landing = asyncio.ensure_future(store.land([b"x" * 1_000_000] * 32))
+    landing = asyncio.ensure_future(land_each(store, [b"x" * 1_000_000] * 32))
     while not landing.done():
         turns += 1
         await asyncio.sleep(0)
@@ -357,7 +355,7 @@ async def test_payloads_survive(folder: Path):
     raw_ids = []
     for number in range(5):
         async with opened(folder) as store:
-            raw_ids += await store.land([b"%d" % number] * 3)
+            raw_ids += await land_each(store, [b"%d" % number] * 3)
             assert pending_in(store) == raw_ids
 
     assert_increasing(raw_ids)
@@ -373,7 +371,7 @@ async def test_clock_set_back(place: str, folder: Path):
     put(folder, NEVER, "processed/2024-07-11")
 
     async with opened(folder) as store:
-        raw_ids = await store.land([BODY] * 3) + await store.land([BODY])
+        raw_ids = await land_each(store, [BODY] * 3) + await store.land(BODY)
 
     assert_increasing([FUTURE, *raw_ids])
 
@@ -388,7 +386,7 @@ async def test_clock_set_back_after_foreign_payloads(place: str, folder: Path):
     put(folder, uuid4(), "rejected")
 
     async with opened(folder) as store:
-        [raw_id] = await store.land([BODY])
+        [raw_id] = await store.land(BODY)
         assert store.read(foreign) == ("processed", BODY)
 
     assert raw_id > FUTURE
@@ -403,7 +401,7 @@ async def test_clock_set_back_and_foreign_files(name: str, folder: Path):
     (folder / "rejected" / name).write_text("not ours")
 
     async with opened(folder) as store:
-        [raw_id] = await store.land([BODY])
+        [raw_id] = await store.land(BODY)
         assert quarantined(store) == []
 
     assert raw_id > FUTURE
@@ -416,7 +414,7 @@ async def test_empty_day_after_the_greatest(folder: Path):
     (folder / "processed" / "2400-01-01").mkdir()
 
     async with opened(folder) as store:
-        [raw_id] = await store.land([BODY])
+        [raw_id] = await store.land(BODY)
 
     assert raw_id > FUTURE
 
@@ -426,7 +424,7 @@ async def test_a_name_beyond_the_calendar(folder: Path):
     strange = put(folder, uuid7_of(LAST_MS, 0xFFF, (1 << 62) - 1))
 
     async with opened(folder) as store:
-        [raw_id] = await store.land([BODY])
+        [raw_id] = await store.land(BODY)
         assert store.read(raw_id) == ("pending", BODY)
         store.settle([strange], [])
         assert store.read(strange) == ("processed", BODY)
@@ -454,20 +452,20 @@ def replace_by_a_dead_link(raw: Path) -> None:
 async def test_failing_disk(break_disk: Callable[[Path], None], store: RawStore, folder: Path):
     """On a failing disk nothing is acknowledged or half-written; when it is back, landing works."""
     raw = folder / "raw"
-    before = await store.land([BODY])
+    before = await store.land(BODY)
     break_disk(raw)
 
     for bodies in ([b"1"], [b"1", b"2"]):
         with pytest.raises(StorageUnavailable):
             await store.land(bodies)
-    answers = await asyncio.gather(*(store.land([b"1"]) for _ in range(9)), return_exceptions=True)
+    answers = await asyncio.gather(*(store.land(b"1") for _ in range(9)), return_exceptions=True)
     assert all(isinstance(answer, StorageUnavailable) for answer in answers)
     assert "raw" in (store.trouble() or "")
 
     if os.path.lexists(raw):
         raw.unlink()
     raw.with_name("away").rename(raw)
-    after = await store.land([b"2"])
+    after = await store.land(b"2")
     assert store.trouble() is None
     assert pending_in(store) == before + after
     assert_increasing(before + after)
@@ -499,7 +497,7 @@ async def main():
     store = RawStore(sys.argv[1])
     await store.open()
     calls = [[b"s" * size for size in call] for call in json.loads(sys.argv[2])]
-    landed = await store.land([b"first"])
+    landed = await store.land(b"first")
     limit(100_000)
     answers = await asyncio.gather(*map(store.land, calls), return_exceptions=True)
     limit(resource.RLIM_INFINITY)
@@ -508,7 +506,7 @@ async def main():
             print("refused", answer.code)
         else:
             landed += answer
-    landed += await store.land([b"l" * 300_000])
+    landed += await store.land(b"l" * 300_000)
     await store.close()
     print(*landed)
 
@@ -557,7 +555,7 @@ from backends.raw.landing import RawStore
 async def land(store, worker):
     for number in range(10**9):
         body = b"%d %d " % (worker, number) * 20_000
-        [raw_id] = await store.land([body])
+        [raw_id] = await store.land(body)
         print(raw_id, worker, number, flush=True)
 
 async def main():
@@ -589,7 +587,7 @@ async def test_killed_while_landing(acknowledged: int, folder: Path):
             assert body == body[: len(body) // 20_000] * 20_000
         assert store.strays() == []
         last = max(pending_in(store))
-        assert (await store.land([BODY]))[0] > last
+        assert (await store.land(BODY))[0] > last
 
 
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────
@@ -601,7 +599,7 @@ async def test_pending_in_order_of_arrival(store: RawStore, folder: Path):
     early = [uuid7_at(moment, tail) for moment in moments for tail in (0, 1, 9)]
     for raw_id in reversed(early):
         put(folder, raw_id)
-    landed = await store.land([BODY] * 20)
+    landed = await land_each(store, [BODY] * 20)
 
     assert pending_in(store) == early + landed
 
@@ -635,7 +633,7 @@ async def test_strays(store: RawStore, folder: Path):
     for name in names:
         (folder / "raw" / name).write_text("not ours")
     (folder / "raw" / "subfolder").mkdir()
-    raw_ids = await store.land([BODY] * 2)
+    raw_ids = await land_each(store, [BODY] * 2)
 
     assert store.strays() == sorted([*names, "subfolder"])
     assert pending_in(store) == raw_ids
@@ -703,7 +701,7 @@ async def test_processed(moment: str, day: str, store: RawStore, folder: Path):
 
 async def test_rejected(store: RawStore, folder: Path):
     """A rejected payload moves beside its reason, which anyone can read as JSON."""
-    [raw_id] = await store.land([BODY])
+    [raw_id] = await store.land(BODY)
     store.settle([], [rejection_of(raw_id)])
 
     assert files_below(folder) == {f"rejected/{raw_id}.json", f"rejected/{raw_id}.reason.json"}
@@ -724,7 +722,7 @@ async def test_folders_of_ones_own(tmp_path: Path):
     """processed/ and rejected/ may be configured to lie elsewhere."""
     store = RawStore(tmp_path / "a/raw", processed=tmp_path / "b/done", rejected=tmp_path / "c/bad")
     await store.open()
-    good, bad = await store.land([BODY] * 2)
+    good, bad = await land_each(store, [BODY] * 2)
     store.settle([good], [rejection_of(bad)])
     await store.close()
 
@@ -735,7 +733,7 @@ async def test_folders_of_ones_own(tmp_path: Path):
 
 async def test_settling_again(store: RawStore, folder: Path):
     """Settling a second time, or a part of it, as after a crash, changes nothing."""
-    good, bad, untouched = await store.land([b"1", b"2", b"3"])
+    good, bad, untouched = await land_each(store, [b"1", b"2", b"3"])
     store.settle([good], [rejection_of(bad)])
     before = files_below(folder)
 
@@ -749,7 +747,7 @@ async def test_settling_again(store: RawStore, folder: Path):
 
 async def test_rejecting_what_is_processed(store: RawStore):
     """A late rejection of a payload that was processed does not bring it back."""
-    [raw_id] = await store.land([BODY])
+    [raw_id] = await store.land(BODY)
     store.settle([raw_id], [])
     store.settle([], [rejection_of(raw_id), rejection_of(NEVER)])
 
@@ -759,7 +757,7 @@ async def test_rejecting_what_is_processed(store: RawStore):
 
 async def test_reading_while_it_is_settled(store: RawStore):
     """A payload can be read at any moment of its way."""
-    raw_ids = await store.land([b"%d" % number for number in range(200)])
+    raw_ids = await land_each(store, (b"%d" % number for number in range(200)))
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(store.settle, raw_ids[::2], list(map(rejection_of, raw_ids[1::2])))
         rounds = 0
@@ -841,7 +839,7 @@ async def test_reasons_that_are_missing_or_broken(
 
 async def test_reason_of_what_is_not_rejected(store: RawStore):
     """Asking for the reason of a payload that is not in the quarantine is an unknown raw_id."""
-    [raw_id] = await store.land([BODY])
+    [raw_id] = await store.land(BODY)
     for other in (raw_id, NEVER):
         with pytest.raises(RawIdUnknown):
             store.rejection(other)
@@ -850,7 +848,7 @@ async def test_reason_of_what_is_not_rejected(store: RawStore):
 @pytest.mark.parametrize("detail", ["\0", "µ€😀", '"\\\n', "x" * 100_000])
 async def test_any_reason_can_be_kept(detail: str, store: RawStore):
     """Whatever a reason quotes of a payload, it is kept, and never stops the settling of others."""
-    good, bad = await store.land([b"1", b"2"])
+    good, bad = await land_each(store, [b"1", b"2"])
     store.settle([good], [rejection_of(bad, detail)])
 
     assert pending_in(store) == []

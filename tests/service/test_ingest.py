@@ -651,7 +651,7 @@ async def test_free_space_is_a_twentieth_at_most(tmp_path: Path):
         pytest.fail(f"the disk under {tmp_path} is too full for this: make room")
     store = RawStore(tmp_path / "raw", min_free_bytes=2**62)
     await store.open()
-    [raw_id] = await store.land([b"1"])
+    [raw_id] = await store.land(b"1")
     await store.close()
     assert (tmp_path / "raw" / f"{raw_id}.json").read_bytes() == b"1"
 

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from stores import pending_in
+from stores import land_each, pending_in
 from test_cli import OK, PATIENCE, Program
 from test_processing import NOON, Folder, arrival, body, processor_of
 
@@ -133,7 +133,9 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(arrivals=st.lists(contents, min_size=1, max_size=3))
     def land(self, arrivals: list[Content]) -> None:
-        raw_ids = self.run(self.folder.store.land([payload(*content) for content in arrivals]))
+        raw_ids = self.run(
+            land_each(self.folder.store, (payload(*content) for content in arrivals))
+        )
         self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
 
     @rule(
@@ -325,7 +327,7 @@ class Chaos:
     async def arrive(self) -> None:
         """Up to 60 payloads arrive: some landed now, some in a folder that comes from the past."""
         arrivals = [self.draw() for _ in range(self.chance.randint(1, 60))]
-        raw_ids = await self.folder.store.land([payload(*one) for one in arrivals])
+        raw_ids = await land_each(self.folder.store, (payload(*one) for one in arrivals))
         for one in [self.draw() for _ in arrivals]:
             raw_id = arrival(self.chance.randrange(4 * DAY))
             if raw_id not in self.payloads:

@@ -278,7 +278,7 @@ async def test_no_audit_of_the_loop(tmp_path: Path, caplog: pytest.LogCaptureFix
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        await app[dropzone.RAW].land([LINE])
+        await app[dropzone.RAW].land(LINE)
         async with asyncio.timeout(PATIENCE):
             while "processed 1" not in caplog.text:
                 await asyncio.sleep(0.01)

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
+from stores import land_each
 from test_cli import OK, PATIENCE, Program, closed_port
 
 import dropzone
@@ -275,7 +276,7 @@ async def test_landed_meanwhile(folder: Folder):
     running = asyncio.create_task(processor.process())
     landed = []
     while not running.done():
-        landed += await folder.store.land([body(100_000 + len(landed))])
+        landed += await land_each(folder.store, [body(100_000 + len(landed))])
     result = await running
     early = result.processed - 500  # landed before the pending ones were listed
     assert (result.failed, 0 <= early < len(landed)) == (0, True)

@@ -253,7 +253,7 @@ async def test_expired(book: Book):
     assert len(store.expire()) == 2
     book.folder.store = store
     assert await book.findings() == []
-    [raw_id] = await store.land([payload(1, 7)])
+    [raw_id] = await store.land(payload(1, 7))
     await book.process()
     await book.overwrite(at(1), later(1))
     newest = made(1, 7, raw_id)

@@ -262,7 +262,7 @@ async def test_retries_are_counted(serve: Serve):
 
 async def test_retry_without_a_reason(service: Service):
     """A payload whose reason is lost is listed as such, put back by that code, and counted."""
-    raw_id = await service.land([1])
+    raw_id = await service.land(1)
     await service.process()
     (service.folder / "rejected" / f"{raw_id}.reason.json").unlink()
     page = (await service("GET", "/rejected")).json

@@ -25,7 +25,7 @@ from power_cut import (
     run,
     wait_for,
 )
-from stores import opened, pending_in
+from stores import land_each, opened, pending_in
 
 from backends.raw import StorageUnavailable
 from backends.raw.journal import START_PATIENCE
@@ -277,8 +277,8 @@ async def test_another_process_that_is_stopped_at_the_start(tmp_path: Path):
 async def test_landing_in_a_store_that_is_closed(tmp_path: Path):
     """Whoever lands in a store that is closed hears so, one or many."""
     async with opened(tmp_path) as store:
-        [raw_id] = await store.land([SMALL])
-    calls = [store.land([SMALL]), store.land([SMALL] * 3), store.land([LARGE], "a")]
+        [raw_id] = await store.land(SMALL)
+    calls = [store.land(SMALL), land_each(store, [SMALL] * 3), store.land(LARGE, "a")]
     async with asyncio.timeout(HANGS):
         answers = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(answer) for answer in answers} == {StorageUnavailable}
@@ -288,9 +288,9 @@ async def test_landing_in_a_store_that_is_closed(tmp_path: Path):
 async def test_a_call_that_is_wrong(tmp_path: Path):
     """A program that hands in no bytes hears of it, and nobody beside it waits for ever."""
     async with opened(tmp_path) as store:
-        calls = [store.land([SMALL]), store.land([SMALL, None]), store.land(["text"], "a")]  # type: ignore[list-item]
+        calls = [store.land(SMALL), land_each(store, [SMALL, None]), store.land("text", "a")]  # type: ignore[list-item]
         async with asyncio.timeout(HANGS):
-            answers = await asyncio.gather(*calls, store.land([SMALL]), return_exceptions=True)
+            answers = await asyncio.gather(*calls, store.land(SMALL), return_exceptions=True)
         assert isinstance(answers[1], TypeError)
         assert all(isinstance(answer, StorageUnavailable | list) for answer in answers[2:])
-        await store.land([SMALL])
+        await store.land(SMALL)

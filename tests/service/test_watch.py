@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
 from power_cut import GONE, Service, children_of, state_of, wait_for
+from stores import land_each
 from test_cli import LINE, OK, PATIENCE, Program, Server
 from test_http import Outage
 from test_processing import Failing, Folder, Recording, Slow, arrival, body, processor_of, rows_of
@@ -235,7 +236,7 @@ async def test_postgres_restarted_again_and_again(
 
     async def ingest() -> None:
         while True:
-            landed.extend(await folder.store.land([body(len(landed), len(landed))]))
+            landed.extend(await land_each(folder.store, [body(len(landed), len(landed))]))
             await asyncio.sleep(0.005)
 
     ingesting = asyncio.create_task(ingest())

@@ -157,7 +157,15 @@ from backends.raw import (
     raw_id_of,
     texts_of,
 )
-from backends.raw.batches import ARRAY, BLANK, NOT_FINITE, REFUSED, sequence_in, strict_text
+from backends.raw.batches import (
+    ARRAY,
+    BLANK,
+    NOT_FINITE,
+    RECORD_SEPARATOR,
+    REFUSED,
+    sequence_in,
+    strict_text,
+)
 from backends.raw.batches import RAW as RAW_JSON
 from backends.raw.disk import (
     FILE,
@@ -207,6 +215,10 @@ class DropzoneError(Exception):
         self.detail, self.extra = detail, extra
         self.code, self.status = code or self.code, status or self.status
 
+    def __reduce__(self) -> tuple[Callable[..., DropzoneError], tuple[()]]:
+        make = functools.partial(type(self), self.detail, self.code, self.status, **self.extra)
+        return make, ()
+
 
 class ConfigError(DropzoneError):
     code = "config_invalid"
@@ -236,8 +248,8 @@ class DataQualityError(DropzoneError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail, code)
 
-    def __reduce__(self) -> tuple[type[DataQualityError], tuple[str, str]]:
-        return type(self), (self.code, self.detail)
+    def __reduce__(self) -> tuple[Callable[..., DataQualityError], tuple[()]]:
+        return functools.partial(type(self), self.code, self.detail), ()
 
 
 REJECTION_CODES = (  # why a payload is rejected
@@ -958,12 +970,8 @@ def _documents_of(body: bytes) -> Contents:
     with contextlib.suppress(*REFUSED):
         check_utf8(body)
         stretches = list(itertools.islice(sequence_in(strict_text(body)), BATCH + 1))
-        if len(stretches) > 1:
-            gaps = itertools.pairwise(stretches)
-            is_lines = all(b"\n" in body[end:begin] for (_, end), (begin, _) in gaps) and all(
-                b"\n" not in body[begin:end] for begin, end in stretches
-            )
-            return _batch("ndjson" if is_lines else "json", len(stretches))
+        if len(stretches) > 1 or RECORD_SEPARATOR in body:
+            return _batch("ndjson" if _are_lines(body, stretches) else "json", len(stretches))
     first = next(filter(bytes.strip, body.splitlines()), b"")
     if first.lstrip()[:1] in (b"{", b"["):
         with contextlib.suppress(PayloadNotJson):
@@ -971,6 +979,16 @@ def _documents_of(body: bytes) -> Contents:
             return _lines_of(body)
     check_json(body)
     return ALONE
+
+
+def _are_lines(body: bytes, stretches: Sequence[tuple[int, int]]) -> bool:
+    """Say whether there is a document on each line of a body."""
+    gaps = itertools.pairwise(stretches)
+    return (
+        RECORD_SEPARATOR not in body
+        and all(b"\n" in body[end:begin] for (_, end), (begin, _) in gaps)
+        and not any(b"\n" in body[begin:end] for begin, end in stretches)
+    )
 
 
 def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents:
@@ -3002,7 +3020,11 @@ SUMMARIES = web.AppKey("SUMMARIES", Turns)  # of all rows of a range, which may 
 RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
 
 ROUTES: list[Route] = []
-NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+NDJSON = {
+    f"application/{name}"
+    for name in ("x-ndjson", "ndjson", "x-jsonl", "jsonl", "x-jsonlines", "jsonlines")
+}
+UTF8 = ("utf-8", "utf8", "us-ascii", "ascii")
 MANY = 1000  # lines, or raw_ids, that are not looked at in the event loop
 
 
@@ -3150,7 +3172,11 @@ async def ingest(request: web.Request) -> web.Response:
     caller = owner or address_of(request)
     with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
         body = await read_body(request, arriving.take)
-        form, payloads, not_json = await contents_in(app, request, body, caller)
+        try:
+            form, payloads, not_json = await contents_in(app, request, body, caller)
+        except PayloadNotJson as error:
+            error.detail += advice_on(body, request.content_type, request.charset)
+            raise
         request[LANDED] = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
     if form:
         render = functools.partial(accepted_batch, raw_ids, not_json)
@@ -3160,6 +3186,33 @@ async def ingest(request: web.Request) -> web.Response:
     [raw_id] = raw_ids
     location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
     return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
+
+
+def advice_on(body: bytes, media_type: str, charset: str | None) -> str:
+    """Say what a body is that is no JSON, as far as that is plain, and what to send."""
+    begin = body[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if b"\0" in begin or begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "; it looks like UTF-16: send UTF-8"
+    if charset and charset.lower() not in UTF8 and not _is_utf8(body):
+        return f"; it is said to be {_shown(charset)}: send UTF-8"
+    if media_type == "multipart/form-data" or begin.startswith(b"--"):
+        kind = "a form of several parts"
+    elif media_type == "application/x-www-form-urlencoded" and b"=" in begin:
+        kind = "a form"
+    elif media_type.endswith("xml") or begin.startswith(b"<"):
+        kind = "XML"
+    elif media_type == "text/csv":
+        kind = "CSV"
+    else:
+        return ""
+    return f"; it is {kind}: the body itself has to be a JSON document, or one on each line"
+
+
+def _is_utf8(body: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        check_utf8(body)
+        return True
+    return False
 
 
 def accepted_batch(raw_ids: Sequence[UUID], not_json: Sequence[NotJson]) -> bytes:
@@ -4104,6 +4157,9 @@ def cause_of(request: web.Request) -> dict[str, str]:
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
     known, request_id = as_dropzone_error(error), request[REQUEST_ID]
+    route = request.path.rstrip("/")
+    if isinstance(error, web.HTTPNotFound) and is_route(request, route):
+        known.detail = f"there is nothing at {route}/: send to {route}"
     request[REFUSAL] = known.code
     request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
@@ -4117,6 +4173,11 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     if known.code in CHALLENGES:
         response.headers["WWW-Authenticate"] = CHALLENGES[known.code]
     return response
+
+
+def is_route(request: web.Request, path: str) -> bool:
+    known = {f"{request.app[PREFIX]}{route.path}" for route in ROUTES}
+    return path != request.path and path in known
 
 
 REFUSAL_CODES = (  # of problem documents
@@ -4288,10 +4349,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
     limits, content = request.app[CONFIG].server, request.content
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
-        wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
-        raise DropzoneError(wrong, "encoding_unsupported", 415)
+    encoding = encoding_of(request)
     length = request.content_length
     if length is None and request.headers.get("Transfer-Encoding", CHUNKED).lower() != CHUNKED:
         wrong = "of all values of Transfer-Encoding only chunked is undone: use Content-Encoding"
@@ -4314,9 +4372,22 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
-    if encoding == "identity" or not body or content.total_compressed_bytes is not None:
+    if not encoding or not body or content.total_compressed_bytes is not None:
         return body
     return await inflated(body, limits.max_body_bytes, take, request.app[ARRIVALS])
+
+
+def encoding_of(request: web.Request) -> str:
+    """Return the one Content-Encoding besides identity (RFC 9110, section 8.4), empty for none."""
+    given = request.headers.get("Content-Encoding")
+    if given is None:
+        return ""
+    codings = [coding.strip().lower() for coding in given.split(",")]
+    codings = [coding for coding in codings if coding not in ("identity", "")]
+    if len(codings) > 1 or not {*codings} <= {"gzip", "x-gzip", "deflate"}:
+        wrong = f"Content-Encoding is {_shown(given)}: send gzip or deflate"
+        raise DropzoneError(wrong, "encoding_unsupported", 415)
+    return codings[0] if codings else ""
 
 
 async def invite(request: web.Request) -> None:
@@ -4367,9 +4438,10 @@ async def inflated(
 
 
 def inflating(data: bytes) -> Iterator[bytes]:
-    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950), piece by piece.
+    """Undo gzip (RFC 1952, any number of members) or deflate, piece by piece.
 
-    The first piece is small; a body that ends within it has no other.
+    Deflate is RFC 1951 in the wrapping of zlib (RFC 1950), or, as many send it, without. The first
+    piece is small; a body that ends within it has no other.
     """
     size = SMALL_BODY
     if data[:2] == b"\x1f\x8b":
@@ -4378,7 +4450,8 @@ def inflating(data: bytes) -> Iterator[bytes]:
             yield piece
             size = INFLATED_AT_ONCE
         return
-    inflater = zlib.decompressobj()
+    is_wrapped = data[0] & 0x0F == 8 and int.from_bytes(data[:2]) % 31 == 0
+    inflater = zlib.decompressobj(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
     while not inflater.eof:
         piece = inflater.decompress(data, size)
         data = inflater.unconsumed_tail

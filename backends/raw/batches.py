@@ -23,6 +23,8 @@ import msgspec
 from backends.raw import Form
 
 BLANK = b" \t\r"
+RECORD_SEPARATOR = b"\x1e"  # before each document of a JSON text sequence (RFC 7464)
+BETWEEN = b" \t\r\n" + RECORD_SEPARATOR  # documents
 LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*", re.MULTILINE)
 TRAILING = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)")
 NOT_FINITE = re.compile(
@@ -106,14 +108,14 @@ def sequence_in(text: bytes) -> Iterator[tuple[int, int]]:
                 raise
             following = at + int(trailing[1]) - 1
         end = following
-        while text[end - 1] in b" \t\r\n":
+        while text[end - 1] in BETWEEN:
             end -= 1
         yield at, end
-        at = following
+        at = _skip_space(text, following)
 
 
 def _skip_space(body: bytes, at: int) -> int:
-    while at < len(body) and body[at] in b" \t\r\n":
+    while at < len(body) and body[at] in BETWEEN:
         at += 1
     return at
 

@@ -73,6 +73,7 @@ LARGE = 1024 * 1024  # bytes; a larger body is landed alone, and the others pass
 LARGE_AT_ONCE = 2  # under way
 GROUP_BYTES = 1024 * 1024  # that are landed together
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
+BY_THREAD = 64 * 1024  # bytes of a body, on average, which are not
 MIN_FREE_BYTES = 256 * 1024 * 1024
 LAND_PATIENCE = 10.0  # seconds for a group, and more for what it holds, before it stands still
 LEAST_FILES = 500  # in a second, and
@@ -481,7 +482,8 @@ class RawStore(Folders):
         others = tuple(itertools.chain(*self._writing))
         needs = tuple(arrival.needs() for arrival in group)
         is_large = group[0].is_large()
-        by_writer = is_large or (size >= WRITER_BYTES and not self._large)
+        is_many = WRITER_BYTES <= size < BY_THREAD * len(group)
+        by_writer = is_large or (is_many and not self._large)
         self._writing.append(needs)
         try:
             written = None

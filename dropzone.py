@@ -4,8 +4,8 @@ The way of a payload, which is also the order of this file:
 
 1. A device POSTs JSON to `/ingest`. The payload store (`backends/raw`) lands it together with what
    else has arrived: it appends the group to the journal and syncs that: from this point on the
-   payloads are durable. Then it writes the exact bytes to `raw/<raw_id>.json`; only then does the
-   device get its 202.
+   payloads are durable. Then it writes the exact bytes to `raw/<raw_id>.json`, those of a batch to
+   one file for all its payloads; only then does the device get its 202.
 2. `Processor.process` reads pending payloads in order of arrival, `transform`s each into a
    `Measurement` (UTC timestamp, mean, population standard deviation) or finds out why that is
    impossible, upserts the measurements into the backend, and only then moves the payloads out of

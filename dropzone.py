@@ -4479,6 +4479,7 @@ FILE_GROUP = 1000  # payloads of a file that are landed together
 FILE_GROUP_BYTES = 1024 * 1024
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
+BACKLOG = 4096  # connections that wait to be accepted; others are tried again after a second
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
@@ -4555,7 +4556,8 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.server").addFilter(tell_less)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
+        host, port = config.server.host, config.server.port
+        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=BACKLOG)
         await site.start()
         stop = asyncio.Event()
         on_stop(stop.set)

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import ssl
 import time
@@ -125,6 +126,29 @@ async def check_that_all_goes_on(service: Service) -> None:
             landed = await service("POST", "/ingest", data=gzip.compress(body), headers=packed)
             assert landed.status == 202
         await service.process()
+
+
+# ── Connections: a crowd is let in at once ────────────────────────────────────────────────────────
+
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")  # what the system allows; macOS allows 128
+CROWD = min(300, int(SOMAXCONN.read_text())) if SOMAXCONN.exists() else 100
+
+
+def test_a_crowd_of_connections(program: Program):
+    """Hundreds may connect at once while the service is busy; then all of them are answered."""
+    server, clients = Server(program), list[socket.socket]()
+    host, port = server.url.removeprefix("http://").split(":")
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(CROWD):
+            clients.append(socket.create_connection((host, int(port)), timeout=10))
+            clients[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    for client in clients:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        client.close()
+    assert server.stop() == OK
 
 
 # ── Threads: whoever waits holds up nobody else ───────────────────────────────────────────────────

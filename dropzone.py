@@ -97,6 +97,7 @@ from typing import (
 )
 from urllib.parse import quote
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import msgspec
 import prometheus_client as prometheus
@@ -2773,21 +2774,24 @@ GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the 
 
 
 class Turns:
-    """Lets `at_once` requests at a time do their work; the others wait in line.
+    """Lets `at_once` requests at a time do their work, half of them of one caller; others wait.
 
     They share a few threads of their own, as each that is at work makes the event loop wait for the
-    interpreter. So all of them together hold up nobody else, whatever each of them asks for. A
-    client that has gone when its turn comes is passed over.
+    interpreter. So all of them together hold up nobody else, whatever each of them asks for, and
+    those of one caller no other caller. A client that has gone when its turn comes is passed over.
     """
 
     def __init__(self, name: str, at_once: int, threads: int = 1) -> None:
         self._free = asyncio.Semaphore(at_once)
+        self._share = max(1, at_once // 2)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of callers who wait or work
         self.threads = ThreadPoolExecutor(threads, name)
 
     @contextlib.asynccontextmanager
-    async def turn(self, request: web.BaseRequest) -> AsyncIterator[None]:
+    async def turn(self, request: web.Request) -> AsyncIterator[None]:
         """Wait until it is the turn of a request."""
-        async with self._free:
+        own = self._shares.setdefault(caller_of(request), asyncio.Semaphore(self._share))
+        async with own, self._free:
             if request.transport is None:
                 raise asyncio.CancelledError  # nobody hears an answer
             yield

@@ -3225,6 +3225,7 @@ def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
 @Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery, turns=RETRIES)
 async def retry(request: web.Request, query: RetryQuery) -> web.Response:
     """Put rejected payloads back to pending: all, or those that the query names."""
+    await request.app[REJECTED].look()  # what others have done in the folder
     with audited("retry", **cause_of(request)) as facts:
         facts["retried"] = retried = await request.app[RETRIES].run(
             put_back, request.app[RAW], query
@@ -3234,8 +3235,17 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
 
 def put_back(payloads: Payloads, query: RetryQuery) -> int:
     """Put the rejected payloads that a query names back to pending; return how many."""
-    found = filter(query.fits, payloads.rejections(query.raw_id))
-    return sum(payloads.retry(rejection.raw_id) for rejection in found)
+    if query.raw_id:
+        found = filter(query.fits, payloads.rejections(query.raw_id))
+        return sum(payloads.retry(each.raw_id) for each in found)
+    retried, after, is_more = 0, None, True
+    while is_more:
+        page, _ = payloads.find_rejections(
+            code=query.code, since=query.since, until=query.until, after=after, limit=AT_A_TIME
+        )
+        retried += sum(payloads.retry(each.raw_id) for each in page)
+        is_more, after = len(page) == AT_A_TIME, page[-1].raw_id if page else None
+    return retried
 
 
 @Route(
@@ -5029,6 +5039,7 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
+        store.take_stock()  # what others have done in the folder
         with audited("retry", operator_name()) as facts:
             facts["retried"] = retried = sum(put_back(store, query) for query in queries)
         print(msgspec.json.encode(Retried(retried)).decode())

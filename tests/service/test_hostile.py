@@ -295,7 +295,7 @@ async def test_retries_that_take_their_time(serve: Serve, caplog: pytest.LogCapt
     service = await serve()
     raw_id = await service.land([1])
     await service.process()
-    reason, path = service.folder / "rejected" / f"{raw_id}.reason.json", "/rejected/retry?code=x"
+    reason, path = service.folder / "rejected" / f"{raw_id}.reason.json", "/rejected/retry"
     with never_read(reason):
         with asking(service, path, method="POST"):
             await asyncio.sleep(0.3)
@@ -306,6 +306,18 @@ async def test_retries_that_take_their_time(serve: Serve, caplog: pytest.LogCapt
     async with asyncio.timeout(30):
         assert (await service("POST", path)).status == 200
     assert [r.getMessage().split()[0] for r in caplog.records].count("action=retry") == 2
+
+
+async def test_a_retry_of_few_leaves_the_others_alone(serve: Serve):
+    """Whoever has a code retried waits for the payloads that have it, however many others are."""
+    service = await serve()
+    raw_id = await service.land([1])
+    await service.land({"data": [1]})
+    await service.process()
+    with never_read(service.folder / "rejected" / f"{raw_id}.reason.json"):
+        async with asyncio.timeout(30):
+            done = await service("POST", "/rejected/retry?code=time_stamp_missing")
+    assert done.json == {"retried": 1}
 
 
 async def test_readiness_is_looked_at_once_for_all(serve: Serve):

@@ -5,11 +5,11 @@
 A defect is a comparison turned or moved by one, an `and` that is an `or`, a `not` that is gone, a
 number that is one more, a condition that always holds, a lock that is not taken, a statement or an
 argument left out, a result that is None. All happens in a copy of the repository. A defect is tried
-by the tests of its part that enter the function it lies in, the quickest first, those that together
-take `--seconds`, until one fails. Which tests enter what, and how long they take, is measured first
-and kept in `.pytest_cache`. Other processes are not seen: where no test enters a function, the
-quickest of all are run. A defect that they let pass is printed. It is harmless, or noticed by a
-slower test, or breaks a promise that has no test.
+by the tests of its part that run its line, the quickest first, as many as take `--seconds`, until
+one fails. Which tests run what, and how long they take, is measured first and kept in
+`.pytest_cache`. Other processes are not seen: where no test runs the line, those are tried that run
+another of its function, or else the quickest of all. A defect that they let pass is printed. It is
+harmless, or noticed by a slower test, or breaks a promise that has no test.
 """
 
 import argparse
@@ -95,13 +95,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Defect:
-    """A stretch of the source, in bytes, what is put there, and the function that it lies in."""
+    """A stretch of the source, in bytes, what is put there, and the lines of its function."""
 
     begin: int
     end: int
     text: str
     line: int
-    function: str  # `Class.method`; empty outside of any
+    around: range  # empty outside of any function
 
     def put_into(self, source: bytes) -> bytes:
         return source[: self.begin] + self.text.encode() + source[self.end :]
@@ -238,41 +238,41 @@ class Source:
         ]
         self.defects = list(dict.fromkeys(itertools.chain.from_iterable(map(self._in, parts))))
 
-    def _in(self, node: ast.AST, function: str = "", prefix: str = "") -> Iterator[Defect]:
+    def _in(self, node: ast.AST, around: range = range(0)) -> Iterator[Defect]:
         if is_told(node) or isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom):
             return
         for place, text in defects_of(node):
             begin = self._starts[place.lineno - 1] + place.col_offset
             end = self._starts[place.end_lineno - 1] + place.end_col_offset
-            yield Defect(begin, end, text, place.lineno, function)
-        if isinstance(node, ast.ClassDef):
-            prefix += f"{node.name}."
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            function, prefix = f"{prefix}{node.name}", f"{prefix}{node.name}.<locals>."
+            yield Defect(begin, end, text, place.lineno, around)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            around = range(node.lineno, node.end_lineno + 1)
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    yield from self._in(child, function, prefix)
+                    yield from self._in(child, around)
 
 
 # ── Tests: this file is also the plugin of pytest that measures and chooses them ──────────────────
 
-MEASURED, ENTERED, WANTED = "MUTATE_MEASURED", "MUTATE_ENTERED", "MUTATE_WANTED"  # name files
+MEASURED, TRACED, WANTED = "MUTATE_MEASURED", "MUTATE_TRACED", "MUTATE_WANTED"  # name files
 seconds = Counter[str]()  # that each test takes
-entered = dict[str, set[str]]()  # functions of the file, by each test
+ran = dict[str, set[int]]()  # lines of the file, by each test
 failed = set[str]()  # which say nothing of a defect
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Note which functions a test enters."""
-    names, file = entered.setdefault(item.nodeid, set()), os.environ.get(ENTERED)
+    """Note which lines a test runs."""
+    lines, file = ran.setdefault(item.nodeid, set()), os.environ.get(TRACED)
 
-    def note(frame: FrameType, _event: str, _argument: Any) -> None:
-        if frame.f_code.co_filename == file:
-            names.add(frame.f_code.co_qualname)
+    def note(frame: FrameType, _event: str, _argument: Any) -> Any:
+        if frame.f_code.co_filename != file:
+            return None
+        lines.add(frame.f_lineno)
+        return note
 
     if file:
         threading.settrace(note)
@@ -292,11 +292,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Tell how long each test has taken, and what it has entered."""
+    """Tell how long each test has taken, and what it has run."""
     if MEASURED in os.environ:
         passed = {
-            name: (seconds[name], sorted(names))
-            for name, names in entered.items()
+            name: (seconds[name], sorted(lines))
+            for name, lines in ran.items()
             if name not in failed
         }
         Path(os.environ[MEASURED]).write_text(json.dumps(passed))
@@ -330,9 +330,9 @@ class Scratch:
                 shutil.copy(here, there)
 
     def measure(self, source: bytes, measured: Path) -> None:
-        """Run all tests, and keep how long each takes and what it enters."""
+        """Run all tests, and keep how long each takes and what it runs."""
         measured.parent.mkdir(exist_ok=True)
-        variables = {MEASURED: str(measured), ENTERED: str(self._file)}
+        variables = {MEASURED: str(measured), TRACED: str(self._file)}
         self._run(source, self._part.tests, PATIENCE, **variables)
         if not measured.exists():
             raise SystemExit(f"the tests do not run:\n{(self._folder / 'said').read_text()}")
@@ -371,6 +371,9 @@ class Scratch:
             process.wait()
 
 
+Measured = dict[str, tuple[float, list[int]]]  # of each test the seconds, and the lines it runs
+
+
 class Trial:
     """A part, the defects that are drawn, and what became of them."""
 
@@ -389,7 +392,7 @@ class Trial:
         for defect in self.drawn:
             if time.monotonic() > until:
                 break
-            tests, took = chosen(measured, defect.function, seconds)
+            tests, took = chosen(measured, defect, seconds)
             passes = scratch.passes(defect.put_into(self.source.text), tests, 30 + 3 * took)
             end = {True: "surviving", False: "killed", None: "endless"}[passes]
             self.ends[end] += 1
@@ -398,8 +401,8 @@ class Trial:
                 print(f"{end} {len(tests)} tests: {shown}", flush=True)
         print(", ".join(f"{count} {end}" for end, count in self.ends.items()), flush=True)
 
-    def _measured(self, scratch: Scratch) -> dict[str, tuple[float, list[str]]]:
-        """Return how long each test takes and what it enters, measured with these very files."""
+    def _measured(self, scratch: Scratch) -> Measured:
+        """Return what each test takes and runs, measured with these very files."""
         files = [REPO / name for name in (self.part.file, *self.part.tests)]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         kept = REPO / ".pytest_cache" / f"mutate-{digest[:16]}.json"
@@ -408,13 +411,12 @@ class Trial:
         return json.loads(kept.read_text())
 
 
-def chosen(
-    measured: dict[str, tuple[float, list[str]]], function: str, seconds: float
-) -> tuple[list[str], float]:
-    """Return the tests for a function, the quickest first, and how long they take together."""
-    entering = [name for name, (_, functions) in measured.items() if function in functions]
+def chosen(measured: Measured, defect: Defect, seconds: float) -> tuple[list[str], float]:
+    """Return the tests for a defect, the quickest first, and how long they take together."""
+    reaching = [name for name, (_, lines) in measured.items() if defect.line in lines]
+    near = [name for name, (_, lines) in measured.items() if set(lines) & set(defect.around)]
     names, total = list[str](), 0.0
-    for name in sorted(entering or measured, key=lambda name: measured[name][0]):
+    for name in sorted(reaching or near or measured, key=lambda name: measured[name][0]):
         if names and total + measured[name][0] > seconds:
             break
         names.append(name)
@@ -428,7 +430,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="of defects in each part (40)")
     parser.add_argument("--seed", type=int, default=1, help="by which they are drawn (1)")
     parser.add_argument("--minutes", type=float, default=40, help="for all (40)")
-    parser.add_argument("--seconds", type=float, default=20, help="of tests for each defect (20)")
+    parser.add_argument("--seconds", type=float, default=30, help="of tests for each defect (30)")
     args = parser.parse_args()
     unknown = set(args.parts) - PARTS.keys()
     if unknown:

@@ -60,7 +60,8 @@ PARTS = {
     ),
     "journal": Part("backends/raw/journal.py", (*STORE, "tests/raw/test_damage.py")),
     "keys": Part(
-        "backends/raw/keys.py", ("tests/raw/test_damage.py", "tests/service/test_ingest.py")
+        "backends/raw/keys.py",
+        ("tests/raw/test_keys.py", "tests/raw/test_damage.py", "tests/service/test_ingest.py"),
     ),
     "folders": Part(
         "backends/raw/folders.py", (*STORE, "tests/raw/test_packs.py", "tests/raw/test_damage.py")

@@ -98,6 +98,7 @@ from typing import (
 )
 from urllib.parse import quote
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import msgspec
 import prometheus_client as prometheus
@@ -2990,21 +2991,24 @@ GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the 
 
 
 class Turns:
-    """Lets `at_once` requests at a time do their work; the others wait in line.
+    """Lets `at_once` requests at a time do their work, half of them of one caller; others wait.
 
     They share a few threads of their own, as each that is at work makes the event loop wait for the
-    interpreter. So all of them together hold up nobody else, whatever each of them asks for. A
-    client that has gone when its turn comes is passed over.
+    interpreter. So all of them together hold up nobody else, whatever each of them asks for, and
+    those of one caller no other caller. A client that has gone when its turn comes is passed over.
     """
 
     def __init__(self, name: str, at_once: int, threads: int = 1) -> None:
         self._free = asyncio.Semaphore(at_once)
+        self._share = max(1, at_once // 2)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of callers who wait or work
         self.threads = ThreadPoolExecutor(threads, name)
 
     @contextlib.asynccontextmanager
-    async def turn(self, request: web.BaseRequest) -> AsyncIterator[None]:
+    async def turn(self, request: web.Request) -> AsyncIterator[None]:
         """Wait until it is the turn of a request."""
-        async with self._free:
+        own = self._shares.setdefault(caller_of(request), asyncio.Semaphore(self._share))
+        async with own, self._free:
             if request.transport is None:
                 raise asyncio.CancelledError  # nobody hears an answer
             yield
@@ -3462,6 +3466,7 @@ def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
 @Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery, turns=RETRIES)
 async def retry(request: web.Request, query: RetryQuery) -> web.Response:
     """Put rejected payloads back to pending: all, or those that the query names."""
+    await request.app[REJECTED].look()  # what others have done in the folder
     with audited("retry", **cause_of(request)) as facts:
         facts["retried"] = retried = await request.app[RETRIES].run(
             put_back, request.app[RAW], query
@@ -3471,8 +3476,17 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
 
 def put_back(payloads: Payloads, query: RetryQuery) -> int:
     """Put the rejected payloads that a query names back to pending; return how many."""
-    found = filter(query.fits, payloads.rejections(query.raw_id))
-    return sum(payloads.retry(rejection.raw_id) for rejection in found)
+    if query.raw_id:
+        found = filter(query.fits, payloads.rejections(query.raw_id))
+        return sum(payloads.retry(each.raw_id) for each in found)
+    retried, after, is_more = 0, None, True
+    while is_more:
+        page, _ = payloads.find_rejections(
+            code=query.code, since=query.since, until=query.until, after=after, limit=AT_A_TIME
+        )
+        retried += sum(payloads.retry(each.raw_id) for each in page)
+        is_more, after = len(page) == AT_A_TIME, page[-1].raw_id if page else None
+    return retried
 
 
 @Route(
@@ -4739,6 +4753,7 @@ LOOK = 1.0  # seconds
 FILE_PART = 8 * 1024 * 1024  # bytes of a large file that are landed as a batch
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
+BACKLOG = 4096  # connections that wait to be accepted; others are tried again after a second
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
@@ -4815,7 +4830,8 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.server").addFilter(tell_less)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
+        host, port = config.server.host, config.server.port
+        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=BACKLOG)
         await site.start()
         stop = asyncio.Event()
         on_stop(stop.set)
@@ -5303,6 +5319,7 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
+        store.take_stock()  # what others have done in the folder
         with audited("retry", operator_name()) as facts:
             facts["retried"] = retried = sum(put_back(store, query) for query in queries)
         print(msgspec.json.encode(Retried(retried)).decode())

@@ -890,10 +890,11 @@ def jwks_file(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.usefixtures("no_pause")
 async def test_keys_are_kept(service: Service, issuer: Issuer):
     """The keys are fetched once, at the start, however many tokens come."""
-    for _ in range(20):
-        assert await service.token(token()) == (200, "")
+    for number in range(20):
+        assert await service.token(token(sub=f"device-{number % 10}")) == (200, "")
     assert issuer.asked == 1
 
 
@@ -1020,6 +1021,18 @@ async def test_key_file_that_changes(serve: Serve, file: Path, tmp_path: Path):
     assert (await service(**new))[0] == 401
     replace(tmp_path / "key.pem", pem(OTHER).decode())
     await service.until(200, **new)
+
+
+async def test_another_issuer(serve: Serve, file: Path, tmp_path: Path):
+    """An issuer that takes the place of another in the file counts without a restart."""
+    (tmp_path / "key.pem").write_bytes(pem(RSA))
+    auth = f"[auth.jwt]\naudience = '{AUDIENCE}'\njwks = 'key.pem'\nissuer = "
+    file.write_text(f"{auth}'{ISSUER}'")
+    service = await serve(load_config(environ={}))
+    assert await service.token(token()) == (200, "")
+    replace(file, f"{auth}'https://other.example'")
+    await service.until(200, Authorization=f"Bearer {token(iss='https://other.example')}")
+    assert await service.token(token()) == (401, "token_invalid")
 
 
 @pytest.mark.parametrize(

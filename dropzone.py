@@ -2722,7 +2722,7 @@ class WhileRead(Sent):
                 raise  # the client has gone, or the service stops
             defect = None if isinstance(error, BackendError | PayloadStoreError) else error
             wrong = f"request %s: its {self._name} was cut off behind %d {self._unit}: %s"
-            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            log.warning(wrong, request[NOTES].request_id, sent, error, exc_info=defect)
             raise ConnectionResetError("the answer was cut off") from error
 
 
@@ -2758,18 +2758,26 @@ PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
-REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
-LANDED = web.RequestKey("LANDED", list[UUID])
-REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
-RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
 PING_PATIENCE = 3.0  # seconds
 
 
 CLIENTS = web.AppKey("CLIENTS", Clients)
 ARRIVALS = web.AppKey("ARRIVALS", ThreadPoolExecutor)  # threads for what lands and is large
 GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the state
+
+
+class Notes(Struct):
+    """What becomes known of a request while it is answered."""
+
+    request_id: str
+    caller: str = ""  # `key:gateway-7`; empty where no key is needed
+    landed: Sequence[UUID] = ()
+    refusal: str = ""  # the code of the problem document
+    rate_headers: dict[str, str] = {}
+
+
+NOTES = web.RequestKey("NOTES", Notes)  # is set by `edge`
 
 
 class Turns:
@@ -2843,7 +2851,7 @@ class Route:
             admit_address(request)  # guessed keys count, too
         if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
-            admit(request, "key", request.get(CALLER, ""))
+            admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
         arguments = [query_in(request, self.query)] if self.query else []
         if self.turns is None:
@@ -2943,17 +2951,17 @@ async def trouble_of(backend: Backend) -> str | None:
 )
 async def ingest(request: web.Request) -> web.Response:
     """Land any JSON document, stored as it is; of NDJSON each line, all or none."""
-    app, key = request.app, idempotency_key(request)
-    owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
+    app, notes, key = request.app, request[NOTES], idempotency_key(request)
+    owner = notes.caller  # of the key; an address may be another one at the next try
     caller = owner or address_of(request)
     with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
         body = await read_body(request, arriving.take)
         if request.content_type in NDJSON:
             lines = await payloads_of(app, lines_of, body, caller)
-            request[LANDED] = await app[RAW].land(lines, key, owner)
-            return answer(AcceptedBatch(request[LANDED]), 202)
+            notes.landed = raw_ids = await app[RAW].land(lines, key, owner)
+            return answer(AcceptedBatch(raw_ids), 202)
         document = await payloads_of(app, document_of, body, caller)
-        request[LANDED] = [raw_id] = await app[RAW].land(document, key, owner)
+        notes.landed = [raw_id] = await app[RAW].land(document, key, owner)
     location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
     return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
 
@@ -3767,8 +3775,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     app, given = request.app, request.headers.get("X-Request-ID")
     if given is None or not REQUEST_ID_FORM.fullmatch(given):
         given = f"{getrandbits(96):024x}"
-    request[REQUEST_ID] = given
-    begun, is_refused = time.perf_counter(), False
+    request[NOTES] = notes = Notes(given)
+    begun = time.perf_counter()
     try:
         if request.match_info.http_exception:  # no route
             admit_address(request)
@@ -3776,20 +3784,20 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(response, Sent):
             response.admit(app[CLIENTS])
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
-        response, is_refused = problem(request, error), True
+        response = problem(request, error)
     if request.transport:
         app[CLIENTS].note(request.transport)
     headers = response.headers
     headers["X-Request-ID"] = given
-    if app[LIMITERS] and RATE_HEADERS in request:
-        headers.update(request[RATE_HEADERS])
+    if notes.rate_headers:
+        headers.update(notes.rate_headers)
     for name, value in SAFE_HEADERS.items():
         headers.setdefault(name, value)
     if not request.content.is_eof() and "Expect" in request.headers:
         response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
     app[METRICS].answered(request, response.status, seconds)
-    if is_refused or seconds >= SLOW or app[CONFIG].log.requests:
+    if notes.refusal or seconds >= SLOW or app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
 
@@ -3883,14 +3891,14 @@ def template_of(request: web.Request) -> tuple[str, str]:
 
 def log_request(request: web.Request, status: int, seconds: float) -> None:
     """Log a request; of a route the template is told, as paths may hold secrets."""
-    code = request.get(REFUSAL)
+    notes = request[NOTES]
     resource = request.match_info.route.resource
     route = resource.canonical if resource else ""
-    if code is None and route.removeprefix(request.app[PREFIX]) in POLLED:
+    if not notes.refusal and route.removeprefix(request.app[PREFIX]) in POLLED:
         return
     facts: dict[str, object] = {
-        "request_id": request[REQUEST_ID],
-        "caller": request.get(CALLER, ""),
+        "request_id": notes.request_id,
+        "caller": notes.caller,
         "address": request.remote or "",
         "method": request.method,
         "route": route,
@@ -3898,30 +3906,29 @@ def log_request(request: web.Request, status: int, seconds: float) -> None:
         "bytes": request.content.total_bytes,
         "duration": round(seconds, 6),
     }
-    if code is not None:
-        facts["code"] = code
-    raw_ids = request.get(LANDED, ())
-    if raw_ids:
-        facts["raw_id"] = raw_ids[0]
-    if len(raw_ids) > 1:
-        facts["payloads"] = len(raw_ids)
+    if notes.refusal:
+        facts["code"] = notes.refusal
+    if notes.landed:
+        facts["raw_id"] = notes.landed[0]
+    if len(notes.landed) > 1:
+        facts["payloads"] = len(notes.landed)
     log_facts(request_log, logging.WARNING if status >= 500 else logging.INFO, facts)
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
     """Return the caller and the request of a change, for its audit line."""
-    return {"caller": request.get(CALLER, ""), "request_id": request[REQUEST_ID]}
+    return {"caller": request[NOTES].caller, "request_id": request[NOTES].request_id}
 
 
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
-    known, request_id = as_dropzone_error(error), request[REQUEST_ID]
-    request[REFUSAL] = known.code
+    known, notes = as_dropzone_error(error), request[NOTES]
+    notes.refusal = known.code
     request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", notes.request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
-    document = Problem(title, known.status, known.detail, known.code, request_id)
+    document = Problem(title, known.status, known.detail, known.code, notes.request_id)
     response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -3978,20 +3985,20 @@ async def authenticate(request: web.Request) -> Collection[str]:
     if caller is None:
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
-    request[CALLER], scopes = caller
+    request[NOTES].caller, scopes = caller
     return scopes
 
 
 def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
     """Raise unless the scope is one of the caller's."""
     if scope not in scopes:
-        wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
+        wrong = f"{request[NOTES].caller} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
 
 
 def caller_of(request: web.Request) -> str:
     """Return whose request it is: the name of a key or token, or where there is none an address."""
-    return request.get(CALLER) or address_of(request)
+    return request[NOTES].caller or address_of(request)
 
 
 def address_of(request: web.Request) -> str:
@@ -4020,10 +4027,10 @@ def admit(request: web.Request, by: str, who: str) -> None:
         "RateLimit-Policy": f'"{by}";q={quota.get_limit()};w={quota.get_period_sec()}',
         "RateLimit": f'"{by}";r={state.remaining};t={seconds}',
     }
-    before = request.get(RATE_HEADERS, {})  # of the limit for addresses
-    for name, value in before.items():
+    notes = request[NOTES]
+    for name, value in notes.rate_headers.items():  # of the limit for addresses
         headers[name] = f"{value}, {headers[name]}"
-    request[RATE_HEADERS] = headers
+    notes.rate_headers = headers
     if result.limited:
         headers["Retry-After"] = str(seconds)
         wrong = f"too many requests of this {by}: try again in {seconds} s"

@@ -60,6 +60,7 @@ import tomllib
 import warnings
 import zlib
 from array import array
+from bisect import bisect_left
 from calendar import isleap
 from collections import Counter
 from collections.abc import (
@@ -103,11 +104,13 @@ import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_urldispatcher import MatchInfoError
+from aiohttp.web_urldispatcher import AbstractRoute, MatchInfoError
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from throttled import BaseRateLimiter, MemoryStore, Throttled
 from throttled.exceptions import DataError
 from tqdm import tqdm
@@ -925,6 +928,67 @@ DROP_GONE = "DELETE FROM in_flight WHERE at < ? OR bytes = 0"
 ALL_IN_FLIGHT = "SELECT coalesce(sum(bytes), 0) FROM in_flight"
 
 
+class Durations:
+    """How long answers of one kind took: a histogram."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.counts = [0] * (len(SECONDS) + 1)  # up to each bound and above the one before; beyond
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+class Answers(Collector):
+    """How many requests were answered, by method, route and status, and how long that took.
+
+    The event loop alone counts here, for each request. So no lock is needed, as each number of
+    prometheus_client has one, and takes five times as long.
+    """
+
+    def __init__(self) -> None:
+        self._labelled = dict[tuple[str, str, str], Durations]()
+        self._known = dict[tuple[AbstractRoute, int], Durations]()  # the same, found faster
+
+    def add(self, request: web.Request, status: int, seconds: float) -> None:
+        """Count a request."""
+        route = request.match_info.route
+        durations = self._known.get((route, status))
+        if durations is None:
+            durations = self.of(*template_of(request), status)
+            if route.resource:  # or else each request has its own
+                self._known[route, status] = durations
+        durations.add(seconds)
+
+    def of(self, method: str, template: str, status: int) -> Durations:
+        """Return what counts the answers with a status; it is shown from then on."""
+        return self._labelled.setdefault((method, template, str(status)), Durations())
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """Yield what was counted, as a Prometheus registry does."""
+        route = ["method", "route"]
+        requests = CounterMetricFamily(
+            "dropzone_requests", "Requests answered", labels=[*route, "status"]
+        )
+        took = HistogramMetricFamily(
+            "dropzone_request_duration_seconds", "Time until the answer", labels=route
+        )
+        of_route = dict[tuple[str, str], Durations]()
+        for (method, template, status), durations in list(self._labelled.items()):
+            count = sum(durations.counts)
+            requests.add_metric([method, template, status], count)
+            if count:
+                total = of_route.setdefault((method, template), Durations())
+                total.sum += durations.sum
+                total.counts = list(map(operator.add, total.counts, durations.counts))
+        bounds = [*map(str, SECONDS), "+Inf"]
+        for labels, total in of_route.items():
+            up_to = itertools.accumulate(total.counts)
+            took.add_metric(labels, list(zip(bounds, up_to, strict=True)), total.sum)
+        yield from (requests, took)
+
+
 class Metrics:
     """Counters, histograms and gauges for Prometheus, of all processes of a data folder together.
 
@@ -941,16 +1005,14 @@ class Metrics:
         self._totals: dict[str, float] = {}  # what was in the file
         self._noted = 0  # bytes in flight, in the file
         self._failed = False
-        self._answered: dict[object, tuple[prometheus.Counter, prometheus.Histogram]] = {}
         self.own_in_flight: Callable[[], int] = int
         # registries of our own, as two applications may share a process
         self._counts, self._gauges = prometheus.CollectorRegistry(), prometheus.CollectorRegistry()
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
-        route = ["method", "route"]
-        self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
-        self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
+        self.answers = Answers()
+        self._counts.register(self.answers)
         self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
         self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
         self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
@@ -994,23 +1056,10 @@ class Metrics:
             self.refusals.labels(code)
         for route in ROUTES:
             for status in route.statuses():
-                self._requests.labels(route.method, route.path, str(status))
+                self.answers.of(route.method, route.path, status)
         for name, call in vars(Backend).items():
             if inspect.iscoroutinefunction(call):
                 self.backend_errors.labels(name)
-
-    def answered(self, request: web.Request, status: int, seconds: float) -> None:
-        """Count a request."""
-        resource = request.match_info.route.resource
-        place = (request.method, resource, status)
-        found = self._answered.get(place)
-        if found is None:  # looking up labels takes longer than counting
-            labels = template_of(request)
-            found = self._requests.labels(*labels, str(status)), self._request.labels(*labels)
-            if resource:
-                self._answered[place] = found
-        found[0].inc()
-        found[1].observe(seconds)
 
     def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
         """Count a group: see `backends.raw.Observer`."""
@@ -3796,7 +3845,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     if not request.content.is_eof() and "Expect" in request.headers:
         response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
-    app[METRICS].answered(request, response.status, seconds)
+    app[METRICS].answers.add(request, response.status, seconds)
     if notes.refusal or seconds >= SLOW or app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response

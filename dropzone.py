@@ -62,7 +62,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from calendar import isleap
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -80,9 +80,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from ipaddress import IPv6Address
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import (
     Annotated,
@@ -636,6 +634,8 @@ def _merged(old: object, new: object) -> object:
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
 LINES_WAITING = 10_000  # while nobody reads standard error; what is beyond is lost, and counted
+LINES_TOGETHER = 0.01  # seconds for which a line waits for others
+LINES_AT_ONCE = 500  # that are written together
 LAST_LINES = 1.0  # seconds in which the last lines have to be written when the program ends
 Facts = Mapping[str, object]
 
@@ -688,51 +688,75 @@ class StandardError(logging.Handler):
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.write([record])
+
+    def write(self, records: Iterable[logging.LogRecord]) -> None:
+        """Write some records together."""
+        text = "".join([f"{self.format(record)}\n" for record in records])
         with contextlib.suppress(OSError):  # nobody reads it any more
-            text = f"{self.format(record)}\n"
             write_all(self._descriptor, text.encode(errors="backslashreplace"))
 
 
-class LineQueue(QueueHandler):
-    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls."""
+class LineQueue(logging.Handler):
+    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls.
 
-    def __init__(self, out: logging.Handler) -> None:
-        self._lines: Queue[logging.LogRecord] = Queue(LINES_WAITING)
+    Lines that come together are written together: a thread that woke up for each of them would take
+    the interpreter from the event loop as often.
+    """
+
+    def __init__(self, out: StandardError) -> None:
+        super().__init__()
         self._out = out
         self._lost = 0
-        super().__init__(self._lines)
         self.begin()
 
     def begin(self) -> None:
         """Start the thread; a process that was forked has to do it again."""
-        self.queue = self._lines = Queue(LINES_WAITING)
-        QueueListener(self._lines, self._out).start()
+        self._waiting = deque[logging.LogRecord]()
+        self._is_writing = False
+        self._wake = threading.Event()
+        threading.Thread(target=self._write_forever, daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Take the text of a record now, as its arguments may change."""
-        record.msg, record.args = record.getMessage(), None
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record over; its text is made now, as its arguments may change, unlike facts."""
         try:
-            if self._lost:
-                self._lines.put_nowait(self._report())
-                self._lost = 0
-            self._lines.put_nowait(record)
-        except Full:
+            if record.args:
+                record.msg, record.args = record.getMessage(), None
+        except Exception:  # noqa: BLE001 (as any handler of logging does)
+            self.handleError(record)
+            return
+        if len(self._waiting) >= LINES_WAITING:
             self._lost += 1
+            return
+        if self._lost:
+            self._waiting.append(self._report())
+            self._lost = 0
+        self._waiting.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _report(self) -> logging.LogRecord:
         lost = f"{self._lost} lines were lost, as nobody read standard error"
         return logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
 
+    def _write_forever(self) -> NoReturn:
+        while True:
+            self._wake.wait()
+            time.sleep(LINES_TOGETHER)
+            self._wake.clear()
+            while self._waiting:
+                self._is_writing = True
+                count = min(len(self._waiting), LINES_AT_ONCE)
+                self._out.write([self._waiting.popleft() for _ in range(count)])
+                self._is_writing = False
+
     def finish(self) -> None:
         """Write the lines that wait, as far as somebody reads them: the end of the program."""
         if self._lost:
-            with contextlib.suppress(Full):
-                self._lines.put_nowait(self._report())
+            self._waiting.append(self._report())
+            self._wake.set()
         deadline = time.monotonic() + LAST_LINES
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while (self._waiting or self._is_writing) and time.monotonic() < deadline:
             time.sleep(0.005)
 
 
@@ -744,20 +768,37 @@ def log_to_stderr(config: LogConfig, level: str = "", *, queued: bool = True) ->
     """
     if logging.getLogger().handlers:
         return
-    out: logging.Handler = StandardError(config.format)
+    handler: logging.Handler = StandardError(config.format)
     if queued:
-        out = LineQueue(out)
-        atexit.register(out.finish)
-        os.register_at_fork(after_in_child=out.begin)
-    logging.basicConfig(level=(level or config.level).upper(), handlers=[out])
+        handler = queue = LineQueue(StandardError(config.format))
+        atexit.register(queue.finish)
+        os.register_at_fork(after_in_child=queue.begin)
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[handler])
+    # No line has these, and each record would look them up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     audit_log.setLevel(logging.INFO)
 
 
 def log_facts(logger: logging.Logger, level: int, facts: Facts) -> None:
-    """Log facts: the members of a JSON line, `name=value` in text."""
+    """Log facts: the members of a JSON line, `name=value` in text.
+
+    Nobody has to look for the place in the program that they come from: it is always this one.
+    """
     if logger.isEnabledFor(level):
-        text = " ".join(f"{name}={_value_text(value)}" for name, value in facts.items())
-        logger.log(level, "%s", text, extra={"facts": facts})
+        text, extra = FactsText(facts), {"facts": facts}
+        logger.handle(
+            logger.makeRecord(logger.name, level, __file__, 0, text, (), None, extra=extra)
+        )
+
+
+class FactsText:
+    """Facts as text, which is made only when it is asked for: a log in JSON has no use for it."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={_value_text(value)}" for name, value in self._facts.items())
 
 
 def _value_text(value: object) -> str:

@@ -60,8 +60,9 @@ import tomllib
 import warnings
 import zlib
 from array import array
+from bisect import bisect_left
 from calendar import isleap
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -79,9 +80,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from ipaddress import IPv6Address
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import (
     Annotated,
@@ -105,11 +104,13 @@ import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_urldispatcher import MatchInfoError
+from aiohttp.web_urldispatcher import AbstractRoute, MatchInfoError
 from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from throttled import BaseRateLimiter, MemoryStore, Throttled
 from throttled.exceptions import DataError
 from tqdm import tqdm
@@ -653,6 +654,8 @@ def _merged(old: object, new: object) -> object:
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
 LINES_WAITING = 10_000  # while nobody reads standard error; what is beyond is lost, and counted
+LINES_TOGETHER = 0.01  # seconds for which a line waits for others
+LINES_AT_ONCE = 500  # that are written together
 LAST_LINES = 1.0  # seconds in which the last lines have to be written when the program ends
 Facts = Mapping[str, object]
 
@@ -705,51 +708,75 @@ class StandardError(logging.Handler):
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.write([record])
+
+    def write(self, records: Iterable[logging.LogRecord]) -> None:
+        """Write some records together."""
+        text = "".join([f"{self.format(record)}\n" for record in records])
         with contextlib.suppress(OSError):  # nobody reads it any more
-            text = f"{self.format(record)}\n"
             write_all(self._descriptor, text.encode(errors="backslashreplace"))
 
 
-class LineQueue(QueueHandler):
-    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls."""
+class LineQueue(logging.Handler):
+    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls.
 
-    def __init__(self, out: logging.Handler) -> None:
-        self._lines: Queue[logging.LogRecord] = Queue(LINES_WAITING)
+    Lines that come together are written together: a thread that woke up for each of them would take
+    the interpreter from the event loop as often.
+    """
+
+    def __init__(self, out: StandardError) -> None:
+        super().__init__()
         self._out = out
         self._lost = 0
-        super().__init__(self._lines)
         self.begin()
 
     def begin(self) -> None:
         """Start the thread; a process that was forked has to do it again."""
-        self.queue = self._lines = Queue(LINES_WAITING)
-        QueueListener(self._lines, self._out).start()
+        self._waiting = deque[logging.LogRecord]()
+        self._is_writing = False
+        self._wake = threading.Event()
+        threading.Thread(target=self._write_forever, daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Take the text of a record now, as its arguments may change."""
-        record.msg, record.args = record.getMessage(), None
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record over; its text is made now, as its arguments may change, unlike facts."""
         try:
-            if self._lost:
-                self._lines.put_nowait(self._report())
-                self._lost = 0
-            self._lines.put_nowait(record)
-        except Full:
+            if record.args:
+                record.msg, record.args = record.getMessage(), None
+        except Exception:  # noqa: BLE001 (as any handler of logging does)
+            self.handleError(record)
+            return
+        if len(self._waiting) >= LINES_WAITING:
             self._lost += 1
+            return
+        if self._lost:
+            self._waiting.append(self._report())
+            self._lost = 0
+        self._waiting.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _report(self) -> logging.LogRecord:
         lost = f"{self._lost} lines were lost, as nobody read standard error"
         return logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
 
+    def _write_forever(self) -> NoReturn:
+        while True:
+            self._wake.wait()
+            time.sleep(LINES_TOGETHER)
+            self._wake.clear()
+            while self._waiting:
+                self._is_writing = True
+                count = min(len(self._waiting), LINES_AT_ONCE)
+                self._out.write([self._waiting.popleft() for _ in range(count)])
+                self._is_writing = False
+
     def finish(self) -> None:
         """Write the lines that wait, as far as somebody reads them: the end of the program."""
         if self._lost:
-            with contextlib.suppress(Full):
-                self._lines.put_nowait(self._report())
+            self._waiting.append(self._report())
+            self._wake.set()
         deadline = time.monotonic() + LAST_LINES
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while (self._waiting or self._is_writing) and time.monotonic() < deadline:
             time.sleep(0.005)
 
 
@@ -761,20 +788,37 @@ def log_to_stderr(config: LogConfig, level: str = "", *, queued: bool = True) ->
     """
     if logging.getLogger().handlers:
         return
-    out: logging.Handler = StandardError(config.format)
+    handler: logging.Handler = StandardError(config.format)
     if queued:
-        out = LineQueue(out)
-        atexit.register(out.finish)
-        os.register_at_fork(after_in_child=out.begin)
-    logging.basicConfig(level=(level or config.level).upper(), handlers=[out])
+        handler = queue = LineQueue(StandardError(config.format))
+        atexit.register(queue.finish)
+        os.register_at_fork(after_in_child=queue.begin)
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[handler])
+    # No line has these, and each record would look them up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     audit_log.setLevel(logging.INFO)
 
 
 def log_facts(logger: logging.Logger, level: int, facts: Facts) -> None:
-    """Log facts: the members of a JSON line, `name=value` in text."""
+    """Log facts: the members of a JSON line, `name=value` in text.
+
+    Nobody has to look for the place in the program that they come from: it is always this one.
+    """
     if logger.isEnabledFor(level):
-        text = " ".join(f"{name}={_value_text(value)}" for name, value in facts.items())
-        logger.log(level, "%s", text, extra={"facts": facts})
+        text, extra = FactsText(facts), {"facts": facts}
+        logger.handle(
+            logger.makeRecord(logger.name, level, __file__, 0, text, (), None, extra=extra)
+        )
+
+
+class FactsText:
+    """Facts as text, which is made only when it is asked for: a log in JSON has no use for it."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={_value_text(value)}" for name, value in self._facts.items())
 
 
 def _value_text(value: object) -> str:
@@ -1056,6 +1100,67 @@ DROP_GONE = "DELETE FROM in_flight WHERE at < ? OR bytes = 0"
 ALL_IN_FLIGHT = "SELECT coalesce(sum(bytes), 0) FROM in_flight"
 
 
+class Durations:
+    """How long answers of one kind took: a histogram."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.counts = [0] * (len(SECONDS) + 1)  # up to each bound and above the one before; beyond
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+class Answers(Collector):
+    """How many requests were answered, by method, route and status, and how long that took.
+
+    The event loop alone counts here, for each request. So no lock is needed, as each number of
+    prometheus_client has one, and takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        self._labelled = dict[tuple[str, str, str], Durations]()
+        self._known = dict[tuple[AbstractRoute, int], Durations]()  # the same, found faster
+
+    def add(self, request: web.Request, status: int, seconds: float) -> None:
+        """Count a request."""
+        route = request.match_info.route
+        durations = self._known.get((route, status))
+        if durations is None:
+            durations = self.of(*template_of(request), status)
+            if route.resource:  # or else each request has its own
+                self._known[route, status] = durations
+        durations.add(seconds)
+
+    def of(self, method: str, template: str, status: int) -> Durations:
+        """Return what counts the answers with a status; it is shown from then on."""
+        return self._labelled.setdefault((method, template, str(status)), Durations())
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """Yield what was counted, as a Prometheus registry does."""
+        route = ["method", "route"]
+        requests = CounterMetricFamily(
+            "dropzone_requests", "Requests answered", labels=[*route, "status"]
+        )
+        took = HistogramMetricFamily(
+            "dropzone_request_duration_seconds", "Time until the answer", labels=route
+        )
+        of_route = dict[tuple[str, str], Durations]()
+        for (method, template, status), durations in list(self._labelled.items()):
+            count = sum(durations.counts)
+            requests.add_metric([method, template, status], count)
+            if count:
+                total = of_route.setdefault((method, template), Durations())
+                total.sum += durations.sum
+                total.counts = list(map(operator.add, total.counts, durations.counts))
+        bounds = [*map(str, SECONDS), "+Inf"]
+        for labels, total in of_route.items():
+            up_to = itertools.accumulate(total.counts)
+            took.add_metric(labels, list(zip(bounds, up_to, strict=True)), total.sum)
+        yield from (requests, took)
+
+
 class Metrics:
     """Counters, histograms and gauges for Prometheus, of all processes of a data folder together.
 
@@ -1072,16 +1177,14 @@ class Metrics:
         self._totals: dict[str, float] = {}  # what was in the file
         self._noted = 0  # bytes in flight, in the file
         self._failed = False
-        self._answered: dict[object, tuple[prometheus.Counter, prometheus.Histogram]] = {}
         self.own_in_flight: Callable[[], int] = int
         # registries of our own, as two applications may share a process
         self._counts, self._gauges = prometheus.CollectorRegistry(), prometheus.CollectorRegistry()
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
-        route = ["method", "route"]
-        self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
-        self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
+        self.answers = Answers()
+        self._counts.register(self.answers)
         self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
         self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
         self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
@@ -1125,23 +1228,10 @@ class Metrics:
             self.refusals.labels(code)
         for route in ROUTES:
             for status in route.statuses():
-                self._requests.labels(route.method, route.path, str(status))
+                self.answers.of(route.method, route.path, status)
         for name, call in vars(Backend).items():
             if inspect.iscoroutinefunction(call):
                 self.backend_errors.labels(name)
-
-    def answered(self, request: web.Request, status: int, seconds: float) -> None:
-        """Count a request."""
-        resource = request.match_info.route.resource
-        place = (request.method, resource, status)
-        found = self._answered.get(place)
-        if found is None:  # looking up labels takes longer than counting
-            labels = template_of(request)
-            found = self._requests.labels(*labels, str(status)), self._request.labels(*labels)
-            if resource:
-                self._answered[place] = found
-        found[0].inc()
-        found[1].observe(seconds)
 
     def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
         """Count a group: see `backends.raw.Observer`."""
@@ -2753,6 +2843,11 @@ class Clients:
         self._held += held - taking.held
         taking.held, taking.since, taking.is_full = held, time.monotonic(), is_full
 
+    def expect(self, client: asyncio.BaseTransport) -> None:
+        """Hear that an answer is about to be sent, of which nothing stays in memory here."""
+        if client not in self._taking:
+            self.note(client)
+
     def require_room(self, size: int) -> None:
         """Raise where so many bytes more cannot be held; one answer alone always can."""
         if self._held and self._held + size > UNTAKEN:
@@ -2940,7 +3035,7 @@ class WhileRead(Sent):
                 raise  # the client has gone, or the service stops
             defect = None if isinstance(error, BackendError | PayloadStoreError) else error
             wrong = f"request %s: its {self._name} was cut off behind %d {self._unit}: %s"
-            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            log.warning(wrong, request[NOTES].request_id, sent, error, exc_info=defect)
             raise ConnectionResetError("the answer was cut off") from error
 
 
@@ -2976,18 +3071,26 @@ PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
-REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
-LANDED = web.RequestKey("LANDED", Sequence[UUID])
-REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
 LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
-RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
 PING_PATIENCE = 3.0  # seconds
 
 
 CLIENTS = web.AppKey("CLIENTS", Clients)
 ARRIVALS = web.AppKey("ARRIVALS", ThreadPoolExecutor)  # threads for what lands and is large
 GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the state
+
+
+class Notes(Struct):
+    """What becomes known of a request while it is answered."""
+
+    request_id: str
+    caller: str = ""  # `key:gateway-7`; empty where no key is needed
+    landed: Sequence[UUID] = ()
+    refusal: str = ""  # the code of the problem document
+    rate_headers: dict[str, str] = {}
+
+
+NOTES = web.RequestKey("NOTES", Notes)  # is set by `edge`
 
 
 class Turns:
@@ -3068,9 +3171,9 @@ class Route:
             admit_address(request)  # guessed keys count, too
         if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
-            admit(request, "key", request.get(CALLER, ""))
+            admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
-        arguments = [query_in(request, self.query)] if self.query else []
+        arguments = (query_in(request, self.query),) if self.query else ()
         if self.turns is None:
             return await self.handler(request, *arguments)
         async with app[self.turns].turn(request):
@@ -3171,25 +3274,31 @@ async def ingest(request: web.Request) -> web.Response:
 
     All of a batch lands or none. A line that is no JSON does not keep the others from landing.
     """
-    app, key = request.app, idempotency_key(request)
-    owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
+    app, notes, key = request.app, request[NOTES], idempotency_key(request)
+    owner = notes.caller  # of the key; an address may be another one at the next try
     caller = owner or address_of(request)
     with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
         body = await read_body(request, arriving.take)
         try:
             form, payloads, not_json = await contents_in(app, request, body, caller)
         except PayloadNotJson as error:
-            error.detail += advice_on(body, request.content_type, request.charset)
+            error.detail += advice_on(body, media_type_of(request), request.charset)
             raise
-        request[LANDED] = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
+        notes.landed = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
     if form:
         render = functools.partial(accepted_batch, raw_ids, not_json)
         if payloads > MANY:
             return json_answer(await in_thread(app, render), 202)
         return json_answer(render(), 202)
     [raw_id] = raw_ids
-    location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
+    text = msgspec.to_builtins(raw_id)  # several times as fast as str()
+    location = {"Location": f"{app[PREFIX]}/raw/{text}"}
     return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
+
+
+def media_type_of(request: web.Request) -> str:
+    """Return the media type of a body; `content_type` of aiohttp also reads its parameters."""
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 def advice_on(body: bytes, media_type: str, charset: str | None) -> str:
@@ -3230,7 +3339,7 @@ async def contents_in(
     app: web.Application, request: web.Request, body: bytes, caller: str
 ) -> Contents:
     """Find out what a body is; if it is large and odd in another process, where few wait."""
-    is_ndjson = request.content_type in NDJSON
+    is_ndjson = media_type_of(request) in NDJSON
     look = functools.partial(contents_of, body, is_ndjson=is_ndjson)
     try:
         if len(body) <= ODD_AT_ONCE:
@@ -3595,6 +3704,7 @@ SAFE_HEADERS = {
     "Server": "dropzone",
     "X-Content-Type-Options": "nosniff",
 }
+JSON_HEADERS = SAFE_HEADERS | {"Content-Type": "application/json"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
     f"script-src 'self' '{source_hash(DOCS_SCRIPT)}'; style-src 'self' 'unsafe-inline'; "
@@ -3890,14 +4000,14 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._of = Counter[str]()  # by caller
+        self._of = dict[str, int]()  # by caller
 
     def take(self, caller: str, size: int, before: int = 0) -> None:
         """Count `size` bytes on top of the `before` of the same body; a body alone always fits.
 
         Raises `DropzoneError` where they are too many.
         """
-        own = self._of[caller] + size
+        own = self._of.get(caller, 0) + size
         too_many = self.bytes > before and self.bytes + size > self.limit
         if too_many or (own > before + size and own > self.limit // 2):
             raise DropzoneError("too much is in flight", "overloaded", 503)
@@ -3906,9 +4016,11 @@ class Budget:
 
     def give_back(self, caller: str, size: int) -> None:
         self.bytes -= size
-        self._of[caller] -= size
-        if not self._of[caller]:
-            del self._of[caller]
+        left = self._of.get(caller, 0) - size
+        if left:
+            self._of[caller] = left
+        else:
+            self._of.pop(caller, None)
 
     @contextlib.contextmanager
     def taken(self, caller: str, size: int) -> Iterator[None]:
@@ -4009,21 +4121,20 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 def json_answer(
     body: bytes, status: int = 200, headers: dict[str, str] | None = None
 ) -> web.Response:
-    if len(body) > PIECE_BYTES:
-        return InPieces(body=body, status=status, headers=headers, content_type="application/json")
+    ready = JSON_HEADERS
     if status in STATUS_HEADERS:
-        headers = STATUS_HEADERS[status] | (headers or {})
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+        ready = ready | STATUS_HEADERS[status]
+    if headers:
+        ready = ready | headers
+    kind = InPieces if len(body) > PIECE_BYTES else web.Response
+    return kind(body=body, status=status, headers=ready)
 
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request its id, and every error its problem document."""
-    app, given = request.app, request.headers.get("X-Request-ID")
-    if given is None or not REQUEST_ID_FORM.fullmatch(given):
-        given = f"{getrandbits(96):024x}"
-    request[REQUEST_ID] = given
-    begun, is_refused = time.perf_counter(), False
+    app, begun = request.app, time.perf_counter()
+    request[NOTES] = notes = Notes(request_id_of(request))
     try:
         if request.match_info.http_exception:  # no route
             admit_address(request)
@@ -4031,22 +4142,37 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(response, Sent):
             response.admit(app[CLIENTS])
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
-        response, is_refused = problem(request, error), True
-    if request.transport:
-        app[CLIENTS].note(request.transport)
-    headers = response.headers
-    headers["X-Request-ID"] = given
-    if app[LIMITERS] and RATE_HEADERS in request:
-        headers.update(request[RATE_HEADERS])
-    for name, value in SAFE_HEADERS.items():
-        headers.setdefault(name, value)
+        response = problem(request, error)
+    client = request.transport
+    if client is not None:
+        app[CLIENTS].expect(client)
+    complete_headers(response, notes)
     if not request.content.is_eof() and "Expect" in request.headers:
         response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
-    app[METRICS].answered(request, response.status, seconds)
-    if is_refused or seconds >= SLOW or app[CONFIG].log.requests:
+    app[METRICS].answers.add(request, response.status, seconds)
+    if notes.refusal or seconds >= SLOW or app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
+
+
+def request_id_of(request: web.Request) -> str:
+    """Return the id that a client has given its request, or else a new one."""
+    given = request.headers.get("X-Request-ID")
+    if given is not None and REQUEST_ID_FORM.fullmatch(given):
+        return given
+    return f"{getrandbits(96):024x}"
+
+
+def complete_headers(response: web.StreamResponse, notes: Notes) -> None:
+    """Add the headers that every answer has, unless its route has set them itself."""
+    headers = response.headers
+    headers["X-Request-ID"] = notes.request_id
+    if notes.rate_headers:
+        headers.update(notes.rate_headers)
+    if "Server" not in headers:  # or else it was made with all of them
+        for name, value in SAFE_HEADERS.items():
+            headers.setdefault(name, value)
 
 
 class NoRoute(MatchInfoError):
@@ -4138,14 +4264,14 @@ def template_of(request: web.Request) -> tuple[str, str]:
 
 def log_request(request: web.Request, status: int, seconds: float) -> None:
     """Log a request; of a route the template is told, as paths may hold secrets."""
-    code = request.get(REFUSAL)
+    notes = request[NOTES]
     resource = request.match_info.route.resource
     route = resource.canonical if resource else ""
-    if code is None and route.removeprefix(request.app[PREFIX]) in POLLED:
+    if not notes.refusal and route.removeprefix(request.app[PREFIX]) in POLLED:
         return
     facts: dict[str, object] = {
-        "request_id": request[REQUEST_ID],
-        "caller": request.get(CALLER, ""),
+        "request_id": notes.request_id,
+        "caller": notes.caller,
         "address": request.remote or "",
         "method": request.method,
         "route": route,
@@ -4153,33 +4279,32 @@ def log_request(request: web.Request, status: int, seconds: float) -> None:
         "bytes": request.content.total_bytes,
         "duration": round(seconds, 6),
     }
-    if code is not None:
-        facts["code"] = code
-    raw_ids = request.get(LANDED, ())
-    if raw_ids:
-        facts["raw_id"] = raw_ids[0]
-    if len(raw_ids) > 1:
-        facts["payloads"] = len(raw_ids)
+    if notes.refusal:
+        facts["code"] = notes.refusal
+    if notes.landed:
+        facts["raw_id"] = notes.landed[0]
+    if len(notes.landed) > 1:
+        facts["payloads"] = len(notes.landed)
     log_facts(request_log, logging.WARNING if status >= 500 else logging.INFO, facts)
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
     """Return the caller and the request of a change, for its audit line."""
-    return {"caller": request.get(CALLER, ""), "request_id": request[REQUEST_ID]}
+    return {"caller": request[NOTES].caller, "request_id": request[NOTES].request_id}
 
 
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
-    known, request_id = as_dropzone_error(error), request[REQUEST_ID]
+    known, notes = as_dropzone_error(error), request[NOTES]
     route = request.path.rstrip("/")
     if isinstance(error, web.HTTPNotFound) and is_route(request, route):
         known.detail = f"there is nothing at {route}/: send to {route}"
-    request[REFUSAL] = known.code
+    notes.refusal = known.code
     request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", notes.request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
-    document = Problem(title, known.status, known.detail, known.code, request_id)
+    document = Problem(title, known.status, known.detail, known.code, notes.request_id)
     response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -4241,20 +4366,20 @@ async def authenticate(request: web.Request) -> Collection[str]:
     if caller is None:
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
-    request[CALLER], scopes = caller
+    request[NOTES].caller, scopes = caller
     return scopes
 
 
 def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
     """Raise unless the scope is one of the caller's."""
     if scope not in scopes:
-        wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
+        wrong = f"{request[NOTES].caller} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
 
 
 def caller_of(request: web.Request) -> str:
     """Return whose request it is: the name of a key or token, or where there is none an address."""
-    return request.get(CALLER) or address_of(request)
+    return request[NOTES].caller or address_of(request)
 
 
 def address_of(request: web.Request) -> str:
@@ -4283,10 +4408,10 @@ def admit(request: web.Request, by: str, who: str) -> None:
         "RateLimit-Policy": f'"{by}";q={quota.get_limit()};w={quota.get_period_sec()}',
         "RateLimit": f'"{by}";r={state.remaining};t={seconds}',
     }
-    before = request.get(RATE_HEADERS, {})  # of the limit for addresses
-    for name, value in before.items():
+    notes = request[NOTES]
+    for name, value in notes.rate_headers.items():  # of the limit for addresses
         headers[name] = f"{value}, {headers[name]}"
-    request[RATE_HEADERS] = headers
+    notes.rate_headers = headers
     if result.limited:
         headers["Retry-After"] = str(seconds)
         wrong = f"too many requests of this {by}: try again in {seconds} s"

@@ -31,7 +31,7 @@ from backends.raw import (
 )
 from backends.raw.batches import REFUSED, payloads_in
 from backends.raw.disk import denied, read_file, sync_file, tell_once
-from backends.raw.notes import Notes
+from backends.raw.notes import BatchNotes
 from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
 from backends.raw.places import Places
 
@@ -77,7 +77,7 @@ class Days(Places):
     ) -> None:
         super().__init__(folder, processed, rejected)
         self.keep_days = keep_days
-        self.notes = Notes(self.journal / "batches")
+        self.notes = BatchNotes(self.journal / "batches")
         self._expired = self.journal / "expired"
 
     # Batches

@@ -21,7 +21,7 @@ import msgspec
 LEFT, DONE = ".left", ".done"
 
 
-class Notes:
+class BatchNotes:
     """The notes in a folder, which is made when it is needed. It can be pickled."""
 
     def __init__(self, folder: Path) -> None:

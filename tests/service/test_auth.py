@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 import dropzone
 from backends.memory import MemoryBackend
 from dropzone import (
-    CALLER,
+    NOTES,
     ROUTES,
     AuthConfig,
     Config,
@@ -113,7 +113,7 @@ def serve(aiohttp_client: Any) -> Serve:
             try:
                 return await handler(request)
             finally:
-                callers.append(request.get(CALLER))
+                callers.append(request[NOTES].caller or None)
 
         app = create_app(config, backend=MemoryBackend())
         app.middlewares.append(note)

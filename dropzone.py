@@ -1742,7 +1742,7 @@ WINDOW = 200_000  # payloads that are listed at a time, so that any number fits 
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
 
-class Judged(Struct, frozen=True, array_like=True):
+class Judged(NamedTuple):
     """What became of payloads."""
 
     rows: list[Measurement]
@@ -1754,10 +1754,11 @@ class Judged(Struct, frozen=True, array_like=True):
         return len(self.rows) + len(self.rejected)
 
 
-JUDGED = msgspec.msgpack.Decoder(Judged)
 ROWS_OF = msgspec.msgpack.Decoder(list[Measurement])
+REJECTIONS_OF = msgspec.msgpack.Decoder(list[Rejection])
 LARGE_FILES = 16  # times the size of a large payload is a large file
-ROWS = 1000  # that are decoded and upserted at a time, however many a batch has
+LEAST = 128  # bytes that a payload counts for, as its work is never less
+AT_A_TIME = 1000  # rows that are decoded and upserted, and rejections, however many a batch has
 
 
 class Work(NamedTuple):
@@ -1794,13 +1795,14 @@ def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
 class JudgedFiles(NamedTuple):
     """What became of the first `files` of some pending files.
 
-    `rows` are `Measurement`s, some at a time, and `rest` is `Judged` without them, in MessagePack.
+    `rows` are `Measurement`s and `rejected` are `Rejection`s in MessagePack, `AT_A_TIME` of them, so
+    that decoding some never takes long. `unread` says which files this user may not read, and why.
     """
 
     files: int
     rows: list[bytes]
-    rest: bytes
-    unread: set[str]  # the names of files
+    rejected: list[bytes]
+    unread: dict[str, str]
 
 
 def judge_files(
@@ -1811,34 +1813,61 @@ def judge_files(
     It stops behind the file with which it has read `most_bytes`, and before one with a payload that
     has more than `largest` bytes, or one that has many times as much in all.
     """
-    judged, unread = Judged([], [], []), set[str]()
+    judged, unread = Judged([], [], []), dict[str, str]()
     files = size = 0
     for name in work.names:
         try:
             found = payloads.read_pending(name, work.begin, work.end)
-            sizes = [len(body) for _, body in found]
+            sizes = [max(len(body), LEAST) for _, body in found]
             if sum(sizes) > LARGE_FILES * largest or max(sizes, default=0) > largest:
                 break
             size += sum(sizes)
             made = judge(found)
+            judged.rows.extend(made.rows)
+            judged.rejected.extend(made.rejected)
         except RawIdUnknown:
-            made = Judged([], [], [])  # it has left meanwhile
-        except (NoAccess, PayloadUnreadable) as error:
-            made = judge([(first_of(name), error)])
-        if made.unread:
-            unread.add(name)
-        judged.rows.extend(made.rows)
-        judged.rejected.extend(made.rejected)
-        judged.unread.extend(made.unread)
+            pass  # it has left meanwhile
+        except NoAccess as error:
+            unread[name] = str(error)
+        except PayloadUnreadable as error:  # a batch goes under the name of its first payload
+            judged.rejected.extend(judge([(first_of(name), error)]).rejected)
         files += 1
         if size >= most_bytes:
             break
-    portions = [
-        msgspec.msgpack.encode(judged.rows[start : start + ROWS])
-        for start in range(0, len(judged.rows), ROWS)
-    ]
-    rest = msgspec.msgpack.encode(Judged([], judged.rejected, judged.unread))
-    return JudgedFiles(files, portions, rest, unread)
+    return JudgedFiles(files, _portions(judged.rows), _portions(judged.rejected), unread)
+
+
+def _portions(many: Sequence[object]) -> list[bytes]:
+    starts = range(0, len(many), AT_A_TIME)
+    return [msgspec.msgpack.encode(many[start : start + AT_A_TIME]) for start in starts]
+
+
+class Outcome(Struct, frozen=True, array_like=True):
+    """What was settled: how many are processed, how many rejected for each code, and the first.
+
+    `stuck` says why files stay pending, as this user may not move them.
+    """
+
+    processed: int
+    codes: dict[str, int]
+    rejected: list[Rejection]
+    stuck: list[str]
+
+
+OUTCOME = msgspec.msgpack.Decoder(Outcome)
+
+
+def settle_files(payloads: Payloads, work: Work, judged: JudgedFiles) -> bytes:
+    """Move files that were judged, and whose rows are stored; return `Outcome` as MessagePack."""
+    portions = itertools.chain.from_iterable(map(REJECTIONS_OF.decode, judged.rejected))
+    rejected = sorted(portions, key=lambda rejection: rejection.raw_id)
+    others = {f"{rejection.raw_id}.json" for rejection in rejected} | judged.unread.keys()
+    names = [name for name in work.names[: judged.files] if name not in others]
+    done = {name: work.end for name in names if work.end < payloads_in_name(name)}
+    settled = payloads.settle([name for name in names if name not in done], rejected, done)
+    codes = Counter(rejection.code for rejection in settled.rejected)
+    shown, stuck = settled.rejected[:REJECTIONS_SHOWN], list(settled.stuck.values())
+    return msgspec.msgpack.encode(Outcome(settled.processed, codes, shown, stuck))
 
 
 class Workers:
@@ -1939,21 +1968,6 @@ class Stuck:
     def add(self, reasons: Sequence[str]) -> None:
         self.why = self.why or next(iter(reasons), "")
         self.count += len(reasons)
-
-
-def _outcome(
-    work: Work, judged: JudgedFiles, rejected: list[Rejection]
-) -> tuple[list[str], list[Rejection], dict[str, int]]:
-    """Return what is to be settled: files that are processed, and how much of a part is done."""
-    rejected.sort(key=lambda rejection: rejection.raw_id)
-    alone = {f"{rejection.raw_id}.json" for rejection in rejected}
-    names = [
-        name
-        for name in work.names[: judged.files]
-        if name not in judged.unread and name not in alone
-    ]
-    done = {name: work.end for name in names if work.end < payloads_in_name(name)}
-    return [name for name in names if name not in done], rejected, done
 
 
 class Processor:
@@ -2113,18 +2127,19 @@ class Processor:
             judged = await run(judge_some, largest)
             if not judged.files:
                 judged = await self._workers.run(judge_some)
-            [_, rejected, unread] = msgspec.structs.astuple(JUDGED.decode(judged.rest))
             for rows in judged.rows:
-                rejected += await self._upsert(ROWS_OF.decode(rows))
-            settled = await run(self._payloads.settle, *_outcome(work, judged, rejected))
-            stuck.add([*unread, *settled.stuck.values()])
-            self._metrics.processed.inc(settled.processed)
-            for rejection in settled.rejected:
-                self._metrics.rejected.labels(rejection.code).inc()
-            result.processed += settled.processed
-            result.failed += len(settled.rejected)
+                refused = await self._upsert(ROWS_OF.decode(rows))
+                judged.rejected.extend(_portions(refused))
+            settle = self._workers.run if len(judged.rejected) > 1 else run
+            outcome = OUTCOME.decode(await settle(settle_files, self._payloads, work, judged))
+            stuck.add([*judged.unread.values(), *outcome.stuck])
+            self._metrics.processed.inc(outcome.processed)
+            for code, count in outcome.codes.items():
+                self._metrics.rejected.labels(code).inc(count)
+            result.processed += outcome.processed
+            result.failed += sum(outcome.codes.values())
             result.checked = result.processed + result.failed
-            result.rejected += settled.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
+            result.rejected += outcome.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
             work = work._replace(names=work.names[judged.files :])
 
     async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
@@ -2303,7 +2318,6 @@ def age_of(names: Sequence[str]) -> float | None:
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
 
 
-AT_A_TIME = 1000  # findings that are set right together
 GOES_ON = 86_400  # seconds for which a run that was stopped can be continued
 DAMAGE_SHOWN = 100  # sentences
 

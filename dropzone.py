@@ -1795,8 +1795,8 @@ def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
 class JudgedFiles(NamedTuple):
     """What became of the first `files` of some pending files.
 
-    `rows` are `Measurement`s and `rejected` are `Rejection`s in MessagePack, `AT_A_TIME` of them, so
-    that decoding some never takes long. `unread` says which files this user may not read, and why.
+    `rows` are `Measurement`s and `rejected` are `Rejection`s in MessagePack, `AT_A_TIME` each, so
+    that none takes long to decode. `unread` says which files this user may not read, and why.
     """
 
     files: int

@@ -105,9 +105,8 @@ class Days(Places):
         found: list[tuple[UUID, bytes] | None] = list(
             zip(RawIds(first_of(name), count), bodies, strict=True)
         )
-        for at in self.left(name):
-            found[at] = None
-        return found
+        left = self.left(name)
+        return [None if at in left else each for at, each in enumerate(found)] if left else found
 
     def reason(self, raw_id: UUID) -> Path:
         return self.rejected / f"{raw_id}{REASON}"

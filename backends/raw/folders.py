@@ -73,9 +73,6 @@ LARGE_BATCH = 1024 * 1024  # bytes; of larger ones few are looked into at a time
 LARGE_AT_ONCE = threading.BoundedSemaphore(2)
 
 
-# ── Listing ───────────────────────────────────────────────────────────────────────────────────────
-
-
 # ── The folders ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -232,9 +229,10 @@ class Folders(Days):
 
     def _is_elsewhere(self, raw_id: UUID) -> bool:
         """Say whether a payload has a file of its own, or is packed, or has expired."""
-        return any(os.path.lexists(self.path(raw_id, state)) for state in STATES) or (
-            self.is_packed_or_expired(raw_id)
-        )
+        return self._has_own_file(raw_id) or self.is_packed_or_expired(raw_id)
+
+    def _has_own_file(self, raw_id: UUID) -> bool:
+        return any(os.path.lexists(self.path(raw_id, state)) for state in STATES)
 
     def greatest_raw_id(self) -> UUID:
         """Return the greatest raw_id that is known, as far as it is that of a known moment.
@@ -261,8 +259,15 @@ class Folders(Days):
         self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
     ) -> Settled:
         """See Payloads.settle."""
-        apart, stuck = list[Rejection](), dict[str, str]()
-        for name, of_file in itertools.groupby(rejected, self._pending_file_of):
+        processed, apart, stuck = list(processed), list[Rejection](), dict[str, str]()
+        batches = {first_of(name): name for name in (*processed, *done) if form_of(name)}
+
+        def file_of(rejection: Rejection) -> str:
+            place = place_of(rejection.raw_id)
+            own = f"{rejection.raw_id}.json"
+            return batches.get(place.first, own) if place else own
+
+        for name, of_file in itertools.groupby(rejected, file_of):
             with _noting(stuck, name):
                 apart += self._set_apart(name, list(of_file))
         if apart:
@@ -289,14 +294,6 @@ class Folders(Days):
         places = range(begin, min(end, payloads_in_name(name)))
         return len(places) - sum(at in places for at in self.left(name))
 
-    def _pending_file_of(self, rejection: Rejection) -> str:
-        """Return the name of the file that a payload is in, if it is pending."""
-        own, place = f"{rejection.raw_id}.json", place_of(rejection.raw_id)
-        names = [place.name(form) for form in FORMS] if place else []
-        if not names or os.path.lexists(self.raw / own):
-            return own
-        return next((name for name in names if os.path.lexists(self.raw / name)), own)
-
     def _set_apart(self, name: str, rejections: Sequence[Rejection]) -> list[Rejection]:
         """Move payloads of one file to the rejected ones; those of a batch get files of their own.
 
@@ -317,7 +314,8 @@ class Folders(Days):
         for raw_id in (rejection.raw_id for rejection in counted):
             place = place_of(raw_id)
             if place and raw_id in payloads:
-                self.publish(self.path(raw_id, "rejected"), payloads[raw_id])
+                if not self._has_own_file(raw_id):  # of a run that a crash has cut short
+                    self.publish(self.path(raw_id, "rejected"), payloads[raw_id])
                 left.add(place.at)
         self.notes.note_left(name, left)
         return counted

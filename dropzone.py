@@ -160,11 +160,12 @@ from backends.raw import (
     texts_of,
 )
 from backends.raw.batches import (
-    ARRAY,
     BLANK,
+    LINE,
     NOT_FINITE,
     RECORD_SEPARATOR,
     REFUSED,
+    elements_in,
     sequence_in,
     strict_text,
 )
@@ -860,6 +861,7 @@ def operator_name() -> str:
 LARGE_JSON = 64 * 1024  # bytes; a smaller document is parsed at once, however odd it is
 ODD_AT_ONCE = 4 * 1024  # bytes of a body that is not strictly JSON, and is looked into at once
 BATCH = 100_000  # payloads of one body
+LINES = 4 * BATCH  # of one body, blank ones included
 NOT_JSON_SHOWN = 1000  # lines
 
 
@@ -1001,13 +1003,14 @@ ALONE = Contents()
 
 def _document(strict: bytes, body: bytes) -> Contents:
     check_utf8(body)
-    if strict.lstrip()[:1] != b"[":
-        RAW_JSON.decode(strict)
-        return ALONE
-    elements = ARRAY.decode(strict)
-    if not elements or any(bytes(element)[:1] != b"{" for element in elements):
-        return ALONE
-    return _batch("json", len(elements))
+    count = 0
+    for begin, _ in elements_in(strict):
+        count += 1
+        if strict[begin] != ord("{"):
+            return ALONE
+        if count > BATCH:
+            break
+    return _batch("json", count) if count else ALONE
 
 
 def _documents_of(body: bytes) -> Contents:
@@ -1017,10 +1020,10 @@ def _documents_of(body: bytes) -> Contents:
         stretches = list(itertools.islice(sequence_in(strict_text(body)), BATCH + 1))
         if len(stretches) > 1 or RECORD_SEPARATOR in body:
             return _batch("ndjson" if _are_lines(body, stretches) else "json", len(stretches))
-    first = next(filter(bytes.strip, body.splitlines()), b"")
-    if first.lstrip()[:1] in (b"{", b"["):
+    first = LINE.search(body)
+    if first and first[0].lstrip()[:1] in (b"{", b"["):
         with contextlib.suppress(PayloadNotJson):
-            check_json(first)
+            check_json(first[0])
             return _lines_of(body)
     check_json(body)
     return ALONE
@@ -1037,6 +1040,10 @@ def _are_lines(body: bytes, stretches: Sequence[tuple[int, int]]) -> bool:
 
 
 def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents:
+    if not body or body.isspace():
+        raise PayloadNotJson("no line has a document")
+    if body.count(b"\n") > LINES:
+        raise too_large(LINES, "lines")
     count, not_json = 0, list[NotJson]()
     is_utf8 = body.isascii() or not patient
     if not patient:
@@ -1054,8 +1061,6 @@ def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents
             with _noting(not_json, number, count):
                 check_json(line)
         count += 1
-    if not count:
-        raise PayloadNotJson("no line has a document")
     if len(not_json) == count:
         line_number, _, detail = not_json[0]
         raise PayloadNotJson(f"line {line_number}: {detail}", line=line_number)

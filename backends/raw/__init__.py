@@ -145,6 +145,11 @@ def place_of(raw_id: UUID) -> Place | None:
     return Place(UUID(int=raw_id.int - at * NEXT), payloads, at)
 
 
+def begins_batch(raw_id: UUID, payloads: int) -> bool:
+    """Say whether a raw_id is the first one of a batch of so many payloads."""
+    return place_of(raw_id) == (raw_id, payloads, 0)
+
+
 class RawIds(Sequence[UUID]):
     """The raw_ids of a batch: `first` + k·2¹⁶ for k = 0, 1, … below the number of payloads."""
 
@@ -181,8 +186,11 @@ def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
 def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
     """Return a new raw_id that is greater than `last`, whatever the clock says.
 
-    With a `count` it is the first one of a batch of so many payloads.
+    With a `count` it is the first one of a batch of so many payloads; raises ValueError if those
+    are more than a raw_id can tell.
     """
+    if count > MOST_IN_BATCH:
+        raise ValueError(f"a batch has {MOST_IN_BATCH} payloads at most, not {count}")
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
     random = getrandbits(REST_BITS + PLACE_BITS)
     head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | random >> PLACE_BITS

@@ -44,6 +44,7 @@ from backends.raw import (
     RawIds,
     StorageFull,
     StorageUnavailable,
+    begins_batch,
     name_of,
 )
 from backends.raw.backup import Backup, new_folder
@@ -104,7 +105,8 @@ class Arrival(Struct, frozen=True, array_like=True):
 class Answer(Struct, frozen=True, array_like=True):
     """The (first) raw_id for a body; or the error that refuses it, by its code, and its detail.
 
-    There are several for a body that an older version has landed under the same Idempotency-Key.
+    Older versions have landed each line as a file of its own, and an array as one payload: under
+    the same Idempotency-Key those raw_ids are the answer.
     """
 
     raw_ids: list[UUID]
@@ -115,7 +117,7 @@ class Answer(Struct, frozen=True, array_like=True):
         """Return the raw_ids of all payloads, or raise the error."""
         if self.code:
             raise REFUSALS[self.code](self.detail)
-        if arrival.form and len(self.raw_ids) == 1:
+        if arrival.form and begins_batch(self.raw_ids[0], arrival.payloads):
             return RawIds(self.raw_ids[0], arrival.payloads)
         return self.raw_ids
 

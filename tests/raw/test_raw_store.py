@@ -266,12 +266,12 @@ async def test_small_ones_pass_large_bodies(store: RawStore):
         async with asyncio.timeout(60):
             for size in (1, 100_000):  # such that would go to the writer process, too
                 await asyncio.gather(*(store.land(b"1" * size) for _ in range(40)))
-            await store.land(**lines(*[b"1"] * (LARGE // 2)))  # which is just no large one
+            await store.land(**lines(*[b"1" * 9] * 100_000))  # which is just no large one
         assert not any(batch.done() for batch in large)
     finally:
         writer.resume()
     landed = await asyncio.gather(*large)
-    assert store.count_pending() == 6 * many["payloads"] + 80 + LARGE // 2
+    assert store.count_pending() == 6 * many["payloads"] + 80 + 100_000
     assert all(store.read(batch[-1]) == ("pending", b"1" * 1000) for batch in landed)
 
 
@@ -494,7 +494,7 @@ async def main():
     calls = [[b"s" * size for size in call] for call in json.loads(sys.argv[2])]
     landed = list(await store.land(b"first"))
     limit(100_000)
-    batches = (store.land(b"\n".join(call), None, "", "ndjson", len(call)) for call in calls)
+    batches = (store.land(b"\\n".join(call), None, "", "ndjson", len(call)) for call in calls)
     answers = await asyncio.gather(*batches, return_exceptions=True)
     limit(resource.RLIM_INFINITY)
     for answer in answers:

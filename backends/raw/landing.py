@@ -45,6 +45,7 @@ from backends.raw import (
     StorageFull,
     StorageUnavailable,
     name_of,
+    place_of,
 )
 from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import (
@@ -534,7 +535,7 @@ class RawStore(Folders):
         with self._journal.counting() as next_id:
             for arrival in group:
                 use = self._use_of(arrival, next_id) if arrival.key else None
-                if use and use.digest != digest_of(arrival.body, arrival.form):
+                if use and not _is_of(arrival, use):
                     wrong = "this Idempotency-Key came with another body before"
                     answers.append(Answer([], KeyReused.code, wrong))
                     continue
@@ -646,6 +647,13 @@ class RawStore(Folders):
         """See PayloadStore.back_up; `backup.py` says why no payload is missed."""
         backup = Backup(self, folder)
         return backup.copy_processed() if processed_alone else backup.copy()
+
+
+def _is_of(arrival: Arrival, use: KeyUse) -> bool:
+    """Say whether a key was used for the same body before, divided in the same way."""
+    place = place_of(use.raw_ids[0]) if len(use.raw_ids) == 1 else None
+    payloads = place.payloads if place and place.at == 0 else len(use.raw_ids)
+    return payloads == arrival.payloads and use.digest == digest_of(arrival.body, arrival.form)
 
 
 def _batched(arrival: Arrival) -> int:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
+from stores import payloads_below
 from uuid_utils.compat import uuid7
 
 import dropzone
@@ -75,9 +76,7 @@ class Program:
 
     def payloads(self, state: str = "raw") -> dict[UUID, bytes]:
         """Return the payloads that lie in a folder, below it too, in order of arrival."""
-        files = sorted((self.home / "data" / state).rglob("*.json"), key=lambda file: file.name)
-        bodies = {file.stem: file.read_bytes() for file in files}
-        return {UUID(n): body for n, body in bodies.items() if not n.endswith(".reason")}
+        return payloads_below(self.home / "data" / state)
 
 
 class Server:

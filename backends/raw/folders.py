@@ -275,7 +275,7 @@ class Folders(Days):
             if name in before:
                 self.notes.forget_done(name)
         for name, number in done.items():
-            if name not in stuck:
+            if name not in stuck and os.path.lexists(self.raw / name):  # or else it was damaged
                 count += self._count_between(name, before.get(name, 0), number)
                 self.notes.note_done(name, number)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:

@@ -46,6 +46,11 @@ def arrival(number: int) -> UUID:
     return UUID(int=milliseconds << 80 | 7 << 76 | 2 << 62)
 
 
+def batch_at(number: int, count: int) -> UUID:
+    """Return the first raw_id of a batch of so many payloads that arrives at that moment."""
+    return UUID(int=arrival(number).int | count << COUNT_AT)
+
+
 def body(second: int = 0, *values: object) -> bytes:
     """Return a payload for `second` seconds after NOON."""
     at = (NOON + timedelta(seconds=second)).isoformat()
@@ -80,7 +85,7 @@ class Folder:
         self, number: int, contents: Sequence[bytes], form: Form = "ndjson"
     ) -> list[UUID]:
         """Make a batch pending that arrives so many milliseconds later; return its raw_ids."""
-        first = UUID(int=arrival(number).int | len(contents) << COUNT_AT)
+        first = batch_at(number, len(contents))
         end = b"\n" if form == "ndjson" else b","
         text = end.join(contents)
         file = self.place / "raw" / f"{first}.{len(contents)}.{form}"

@@ -1039,9 +1039,17 @@ def _are_lines(body: bytes, stretches: Sequence[tuple[int, int]]) -> bool:
     )
 
 
-def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents:
+def _lines_of(body: bytes, *, patient: bool = True) -> Contents:
+    count, not_json = lines_in(body, patient=patient)
+    if len(not_json) == count:
+        raise _no_line_is_json(not_json)
+    return _batch("ndjson", count, not_json)
+
+
+def lines_in(body: bytes, *, patient: bool = True, before: int = 0) -> tuple[int, list[NotJson]]:
+    """Return how many payloads are in lines, of which `before` come before, and the bad ones."""
     if not body or body.isspace():
-        raise PayloadNotJson("no line has a document")
+        return 0, []
     if body.count(b"\n") > LINES:
         raise too_large(LINES, "lines")
     count, not_json = 0, list[NotJson]()
@@ -1061,10 +1069,14 @@ def _lines_of(body: bytes, *, patient: bool = True, before: int = 0) -> Contents
             with _noting(not_json, number, count):
                 check_json(line)
         count += 1
-    if len(not_json) == count:
-        line_number, _, detail = not_json[0]
-        raise PayloadNotJson(f"line {line_number}: {detail}", line=line_number)
-    return _batch("ndjson", count, not_json)
+    return count, not_json
+
+
+def _no_line_is_json(bad: Sequence[NotJson]) -> PayloadNotJson:
+    if not bad:
+        return PayloadNotJson("no line has a document")
+    number, _, detail = bad[0]
+    return PayloadNotJson(f"line {number}: {detail}", line=number)
 
 
 @contextlib.contextmanager
@@ -5055,8 +5067,15 @@ def parts_of(file: BinaryIO, limit: int, name: str) -> Iterator[tuple[bytes, Con
         except DropzoneError as error:
             if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
                 raise
+    good, bad = 0, list[NotJson]()
     for lines, before in lines_of(file, limit):
-        yield lines, _lines_of(lines, before=before)
+        count, not_json = lines_in(lines, before=before)
+        good += count - len(not_json)
+        bad = bad or not_json[:1]
+        if count:
+            yield lines, _batch("ndjson", count, not_json)
+    if not good:
+        raise _no_line_is_json(bad)
 
 
 def lines_of(file: BinaryIO, limit: int) -> Iterator[tuple[bytes, int]]:
@@ -5066,13 +5085,13 @@ def lines_of(file: BinaryIO, limit: int) -> Iterator[tuple[bytes, int]]:
     for line in iter(lambda: file.readline(limit + 2), b""):
         if len(line.rstrip(b"\r\n")) > limit:
             raise too_large(limit)
-        lines.append(line)
-        size += len(line)
-        if size >= FILE_PART or len(lines) == BATCH:
+        if lines and (size + len(line) > min(limit, FILE_PART) or len(lines) == BATCH):
             yield b"".join(lines), before
             before += len(lines)
             lines, size = [], 0
-    if any(map(bytes.strip, lines)):
+        lines.append(line)
+        size += len(line)
+    if lines:
         yield b"".join(lines), before
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from backends.raw import Payloads, first_of
+from backends.raw import Payloads, RawIds, first_of, form_of, payloads_in_name
+from backends.raw.batches import payloads_in
 from backends.raw.landing import RawStore
 
 
@@ -51,3 +52,16 @@ async def land_each(store: RawStore, bodies: Iterable[bytes]) -> list[UUID]:
 def lines(*bodies: bytes) -> dict[str, Any]:
     """Return the arguments of `land` for a batch of lines."""
     return {"body": b"\n".join(bodies), "form": "ndjson", "payloads": len(bodies)}
+
+
+def payloads_below(folder: Path) -> dict[UUID, bytes]:
+    """Return what is in the files of a folder, below it too, in order of arrival.
+
+    Of a batch that is all that arrived in it, whether it has left it since or not.
+    """
+    found = dict[UUID, bytes]()
+    for file in sorted(folder.rglob("*"), key=lambda file: file.name):
+        if count := payloads_in_name(file.name):
+            bodies = payloads_in(file.read_bytes(), form_of(file.name))
+            found.update(zip(RawIds(first_of(file.name), count), bodies, strict=True))
+    return found

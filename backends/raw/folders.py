@@ -274,7 +274,7 @@ class Folders(Days):
         for name in filter(self.is_processed, before):
             self.notes.forget_done(name)
         for name, number in done.items():
-            if name not in stuck:
+            if name not in stuck and os.path.lexists(self.raw / name):  # or else it was damaged
                 count += self.count_between(name, before.get(name, 0), number)
                 self.notes.note_done(name, number)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:

@@ -46,6 +46,7 @@ from backends.raw import (
     StorageUnavailable,
     begins_batch,
     name_of,
+    place_of,
 )
 from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import (
@@ -538,7 +539,7 @@ class RawStore(Folders):
         with self._journal.counting() as next_id:
             for arrival in group:
                 use = self._use_of(arrival, next_id) if arrival.key else None
-                if use and use.digest != digest_of(arrival.body, arrival.form):
+                if use and not _is_of(arrival, use):
                     wrong = "this Idempotency-Key came with another body before"
                     answers.append(Answer([], KeyReused.code, wrong))
                     continue
@@ -650,6 +651,17 @@ class RawStore(Folders):
         """See PayloadStore.back_up; `backup.py` says why no payload is missed."""
         backup = Backup(self, folder)
         return backup.copy_processed() if processed_alone else backup.copy()
+
+
+def _is_of(arrival: Arrival, use: KeyUse) -> bool:
+    """Say whether a key was used for the same body before, divided in the same way.
+
+    How an older version has divided it is its own affair.
+    """
+    place = place_of(use.raw_ids[0])
+    if place and place.at == 0 and place.payloads != arrival.payloads:
+        return False
+    return use.digest == digest_of(arrival.body, arrival.form)
 
 
 def _batched(arrival: Arrival) -> int:

@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
+from stores import payloads_below
 from uuid_utils.compat import uuid7
 
 import dropzone
@@ -29,6 +30,7 @@ SECRET = "hunter2-is-secret"
 ENTRY = {"time_stamp": "2019-05-01T06:00:00-04:00", "data": [0, 2]}
 LINE = json.dumps(ENTRY).encode()
 AUDIT = " INFO dropzone.audit: "
+RAW_IDS = "SELECT raw_id FROM measurements"
 
 OK, USAGE, DATA_ERROR, NO_INPUT, UNAVAILABLE, TRY_AGAIN, CONFIGURATION = 0, 2, 65, 66, 69, 75, 78
 
@@ -75,9 +77,7 @@ class Program:
 
     def payloads(self, state: str = "raw") -> dict[UUID, bytes]:
         """Return the payloads that lie in a folder, below it too, in order of arrival."""
-        files = sorted((self.home / "data" / state).rglob("*.json"), key=lambda file: file.name)
-        bodies = {file.stem: file.read_bytes() for file in files}
-        return {UUID(n): body for n, body in bodies.items() if not n.endswith(".reason")}
+        return payloads_below(self.home / "data" / state)
 
 
 class Server:
@@ -431,7 +431,7 @@ def test_check_of_a_postgres(program: Program, postgres_url: str):
         LINE,
         LINE + b"\n",
         json.dumps(ENTRY, indent=4).encode(),
-        json.dumps([ENTRY, ENTRY], indent=1).encode().replace(b"\n", b"\r\n"),
+        json.dumps([ENTRY, 1], indent=1).encode().replace(b"\n", b"\r\n"),
         b"\xef\xbb\xbf" + LINE,
         b"17",
     ],
@@ -444,6 +444,29 @@ def test_ingest_of_a_json_file(program: Program, body: bytes):
     assert (done.returncode, done.stderr) == (OK, "")
     [raw_id] = printed_ids(done.stdout)
     assert program.payloads() == {raw_id: body}
+
+
+@pytest.mark.parametrize(
+    ("text", "payloads", "form"),
+    [
+        (b" [{}, {}]\n", [b"{}", b"{}"], "json"),
+        (json.dumps([ENTRY, ENTRY], indent=1).encode(), [], "json"),
+        (b'{"a": 1}{"a": 2} {\n}', [b'{"a": 1}', b'{"a": 2}', b"{\n}"], "json"),
+        (b"1\n2\n", [b"1", b"2"], "ndjson"),
+    ],
+    ids=["array", "pretty array", "documents", "lines"],
+)
+def test_ingest_of_a_batch(program: Program, text: bytes, payloads: list[bytes], form: str):
+    """A file of several documents, or of an array of objects, lands as one, whatever its name."""
+    (program.home / "many").write_bytes(text)
+    done = program.run("ingest", "many")
+    assert (done.returncode, done.stderr) == (OK, "")
+    landed, ids = program.payloads(), printed_ids(done.stdout)
+    assert ids == list(landed)
+    assert not payloads or list(landed.values()) == payloads
+    [file] = (program.home / "data" / "raw").iterdir()
+    assert file.name == f"{ids[0]}.{len(ids)}.{form}"
+    assert file.read_bytes() == text
 
 
 @pytest.mark.parametrize(
@@ -460,13 +483,15 @@ def test_ingest_of_a_json_file(program: Program, body: bytes):
     ids=["lines", "no last newline", "CRLF", "empty lines", "byte order mark", "spaces", "unicode"],
 )
 def test_ingest_of_ndjson(program: Program, text: bytes, payloads: list[bytes]):
-    """Every line of an NDJSON file lands as a payload of its own, in order, without line end."""
+    """An NDJSON file lands as it is; every line is a payload, in order, without its line end."""
     (program.home / "many.ndjson").write_bytes(text)
     done = program.run("ingest", "many.ndjson")
     assert (done.returncode, done.stderr) == (OK, "")
     landed = program.payloads()
     assert printed_ids(done.stdout) == list(landed)
     assert list(landed.values()) == payloads
+    [file] = (program.home / "data" / "raw").iterdir()
+    assert file.read_bytes() == text
 
 
 @pytest.mark.parametrize("text", [LINE, LINE + b"\n" + LINE])
@@ -492,36 +517,74 @@ def test_ingest_of_a_named_pipe(program: Program):
     assert list(program.payloads().values()) == [b"1", b"2"]
 
 
-def test_ingest_of_more_than_one_group(program: Program):
-    """3,000 lines, more than are written at a time, land whole and in their order."""
-    lines = [b"%d" % number for number in range(3000)]
+def test_ingest_of_more_than_one_batch(program: Program):
+    """100,001 lines, more than a batch may have, land whole and in their order."""
+    lines = [b"%d" % number for number in range(100_001)]
     done = program.run("ingest", "-", stdin=b"\n".join(lines))
     assert (done.returncode, done.stderr) == (OK, "")
     landed = program.payloads()
     assert printed_ids(done.stdout) == list(landed)
     assert list(landed.values()) == lines
+    assert len(list((program.home / "data" / "raw").iterdir())) == 2
 
 
-def test_ingest_of_more_bytes_than_one_payload_may_have(program: Program):
-    """The limit is on a payload: a file of many small ones may be longer."""
+def test_ingest_of_more_bytes_than_one_body_may_have(program: Program):
+    """A file of more bytes than a body may have lands as several batches, of whole lines."""
     lines = [b'"%060d"' % number for number in range(100)]
-    done = program.run("ingest", "-", stdin=b"\n".join(lines), DROPZONE_SERVER_MAX_BODY_BYTES=100)
+    text = b"\n\n" + b"\r\n".join(lines)
+    done = program.run("ingest", "-", stdin=text, DROPZONE_SERVER_MAX_BODY_BYTES=200)
     assert (done.returncode, done.stderr) == (OK, "")
-    assert list(program.payloads().values()) == lines
+    landed = program.payloads()
+    assert list(landed.values()) == lines
+    assert printed_ids(done.stdout) == list(landed)
+    files = sorted((program.home / "data" / "raw").iterdir())
+    assert max(file.stat().st_size for file in files) <= 200
+    assert len(files) == 34
+    assert b"".join(file.read_bytes() for file in files) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (b'{"a": 1}\n{"b": }\n{"c": 3}\n', [2]),
+        (b'\n\n{"b": }\n{}\n{"time', [3, 5]),
+        (b"1\n" * 2500 + b"x", [2501]),
+        (b"1\n\xff\n", [2]),
+        (b'"%090d"\n' % 0 + b"x\n" * 100 + b"2\n", range(2, 102)),
+    ],
+    ids=["line", "after empty ones", "last of many", "not UTF-8", "of several batches"],
+)
+def test_ingest_of_bad_lines(program: Program, text: bytes, places: Sequence[int]):
+    """A bad line is named, with its raw_id, and lands with its neighbours: exit code 65."""
+    (program.home / "some.ndjson").write_bytes(text)
+    limit = 100 if len(text) < 1000 else 10_000
+    done = program.run("ingest", "some.ndjson", DROPZONE_SERVER_MAX_BODY_BYTES=limit)
+    assert done.returncode == DATA_ERROR
+    landed = program.payloads()
+    assert printed_ids(done.stdout) == list(landed)
+    lines = [line for line in text.split(b"\n") if line]
+    assert list(landed.values()) == lines
+    told = re.findall(
+        r"^some\.ndjson: line (\d+) has landed as (\S+), but is not", done.stderr, re.MULTILINE
+    )
+    assert [int(line) for line, _ in told] == list(places)
+    all_lines = text.split(b"\n")
+    assert [landed[UUID(n)] for _, n in told] == [all_lines[line - 1] for line in places]
+    assert len(done.stderr.splitlines()) == len(places)
 
 
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        (b'{"a": 1}\n{"b": }\n{"c": 3}\n', "line 2"),
+        (b'{"b": }\n{"b": }\n', "line 1"),
         (b'\n\n{"b": }\n', "line 3"),
-        (b"1\n" * 2500 + b"x", "line 2501"),
         (b'{\n "a": 1,\n "b": }\n', "line 3"),
+        (b"1\nx\n", "line 2"),
         (b"", "empty"),
         (b"\n \n", "empty"),
-        (b"1\n\xff\n", "line 2"),
+        (b"\xff\n", "line 1"),
     ],
-    ids=["line", "after empty ones", "third group", "pretty", "empty", "blank", "not UTF-8"],
+    ids=["lines", "after empty ones", "pretty", "numbers", "empty", "blank", "not UTF-8"],
 )
 def test_ingest_of_what_is_not_json(program: Program, text: bytes, place: str):
     """A bad file is named with the place, nothing of it lands, the others do: exit code 65."""
@@ -536,6 +599,16 @@ def test_ingest_of_what_is_not_json(program: Program, text: bytes, place: str):
     landed = program.payloads()
     assert printed_ids(done.stdout) == list(landed)
     assert list(landed.values()) == [LINE, LINE]
+
+
+def test_ingest_of_lines_none_of_which_is_json(program: Program):
+    """An NDJSON file without any JSON does not land, though it is more than one batch."""
+    (program.home / "bad.ndjson").write_bytes(b"x\n" * 200)
+    done = program.run("ingest", "bad.ndjson", DROPZONE_SERVER_MAX_BODY_BYTES=100)
+    assert (done.returncode, done.stdout) == (DATA_ERROR, "")
+    assert "line 1" in done.stderr
+    assert "nothing of it was landed" in done.stderr
+    assert not program.payloads()
 
 
 def test_ingest_of_a_missing_file(program: Program):
@@ -606,7 +679,8 @@ def test_process_prints_the_counts(program: Program):
     assert counts == {"processed": 1, "failed": 1, "checked": 2, "remaining": 0}
     assert (rejection["raw_id"], rejection["code"]) == (str(bad), "time_stamp_missing")
     assert not program.payloads()
-    assert (len(program.payloads("processed")), len(program.payloads("rejected"))) == (1, 1)
+    assert program.payloads("rejected") == {bad: b'{"data": 1}'}
+    assert len(list((program.home / "data" / "processed").rglob("*.ndjson"))) == 1
 
 
 def test_process_of_nothing(program: Program):
@@ -622,7 +696,12 @@ def test_process_with_a_limit(program: Program):
     arrivals = list(program.payloads())
     counts = json.loads(program.run("process", "--limit", 2).stdout)
     assert (counts["processed"], counts["checked"], counts["remaining"]) == (2, 2, 3)
-    assert list(program.payloads()) == arrivals[2:]
+    with closing(sqlite3.connect(program.home / "data" / "dropzone.sqlite")) as rows:
+        assert list(rows.execute(RAW_IDS)) == [(str(arrivals[1]),)]
+    counts = json.loads(program.run("process").stdout)
+    assert (counts["processed"], counts["checked"], counts["remaining"]) == (3, 3, 0)
+    with closing(sqlite3.connect(program.home / "data" / "dropzone.sqlite")) as rows:
+        assert list(rows.execute(RAW_IDS)) == [(str(arrivals[4]),)]
 
 
 @pytest.mark.parametrize("limit", [0, -1])

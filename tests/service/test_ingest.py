@@ -24,7 +24,7 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
-from stores import pending_in
+from stores import payloads_below, pending_in
 from test_cli import OK, Program, Server
 
 import dropzone
@@ -76,8 +76,11 @@ class Service:
 
     def landed(self) -> dict[str, bytes]:
         """Return the pending payloads by their raw_ids, in order of arrival."""
-        files = sorted((self.folder / "raw").iterdir(), key=lambda file: file.name)
-        return {file.stem: file.read_bytes() for file in files}
+        return {str(n): body for n, body in payloads_below(self.folder / "raw").items()}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the pending files by their names."""
+        return {file.name: file.read_bytes() for file in (self.folder / "raw").iterdir()}
 
 
 Serve = Callable[..., Awaitable[Service]]
@@ -255,7 +258,7 @@ async def test_key_of_nobody(serve: Serve):
     noted = uuid_at(datetime.now(UTC) - timedelta(hours=1))
     service = await serve(["one", "two"])
     with sqlite3.connect(service.folder / "journal" / "keys.sqlite") as keys:
-        keys.execute(NOTE_KEY, ("a", digest_of([b"[1]"]), noted.bytes, True, None))
+        keys.execute(NOTE_KEY, ("a", digest_of(b"[1]", ""), noted.bytes, True, None))
     keys.close()
     for name in ("one", "two"):
         assert (await service.post(b"[1]", "a", x_api_key=name)).json["raw_id"] == str(noted)
@@ -266,15 +269,47 @@ async def test_key_of_nobody(serve: Serve):
     assert list(service.landed().values()) == [b"[2]"]
 
 
-async def test_key_of_a_batch(serve: Serve):
-    """A batch with a key lands once, gets the same raw_ids again, and no other lines."""
+@pytest.mark.parametrize(
+    "lines", [[b"1", b"2", b"x"], [LARGE, b"x", LARGE]], ids=["small", "large"]
+)
+async def test_key_of_a_batch(serve: Serve, lines: list[bytes]):
+    """A batch with a key lands once, gets the same answer again, and no other lines."""
     service = await serve()
-    first = await service.batch(b"1\n2\n3", "a")
-    assert (await service.batch(b"1\n2\n3", "a")).json == first.json
-    assert (await service.batch(b"1\n2", "a")).status == 422
+    if LARGE in lines:
+        await with_writer(service)
+    before = set(service.files())
+    body = b"\n".join(lines)
+    first = await service.batch(body, "a")
+    assert len(first.json["not_json"]) == 1
+    assert (await service.batch(body, "a")).json == first.json
+    assert (await service.batch(body[:-1], "a")).status == 422
     again = await serve()
-    assert (await again.batch(b"1\n2\n3", "a")).json == first.json
-    assert list(again.landed()) == first.json["raw_ids"]
+    assert (await again.batch(body, "a")).json == first.json
+    [name] = set(again.files()) - before
+    assert name == f"{first.json['raw_ids'][0]}.3.ndjson"
+
+
+async def test_key_of_an_array(serve: Serve):
+    """An array of objects with a key lands once, and gets the same raw_ids again."""
+    service = await serve()
+    first = await service.post(b"[{}, {}]", "a")
+    again = await serve()
+    assert (await again.post(b"[{}, {}]", "a")).json == first.json
+    assert (await again.post(b"[{},{}]", "a")).status == 422
+    assert list(again.files()) == [f"{first.json['raw_ids'][0]}.2.json"]
+
+
+async def test_key_with_another_form(service: Service):
+    """A key that comes with the same bytes as something else is 422, and nothing lands."""
+    array = b"[\n1\n]"  # as NDJSON it is three lines, of which one is JSON
+    first = await service.post(array, "a")
+    assert (await service.batch(array, "a")).status == 422
+    await service.batch(b"[{},{}]", "b")
+    assert (await service.post(b"[{},{}]", "b")).status == 422
+    await service.batch(array, "c")
+    assert (await service.post(array, "c")).status == 422
+    assert len(service.files()) == 3
+    assert (await service.post(array, "a")).json == first.json
 
 
 @pytest.mark.parametrize("body", [b"[1]", LARGE], ids=["small", "large"])
@@ -283,7 +318,7 @@ async def test_retry_after_a_crash_before_the_commit(serve: Serve, body: bytes):
     service = await serve()
     raw_id = UUID((await service.post(body)).json["raw_id"])
     noted = UUID(int=raw_id.int + 1)
-    digest = digest_of([body])
+    digest = digest_of(body, "")
     keys = sqlite3.connect(service.folder / "journal" / "keys.sqlite")
     with keys:
         keys.execute(NOTE_KEY, ("a", digest, noted.bytes, False, None))
@@ -341,69 +376,198 @@ async def test_key_through_the_writer_process(service: Service):
 # ── NDJSON ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "media_type",
-    [
-        "application/x-ndjson",
-        "application/ndjson",
-        "application/jsonl",
-        "Application/X-NDJSON; charset=utf-8",
-    ],
-)
-async def test_batch(service: Service, media_type: str):
-    """Each line of NDJSON lands as a file of its own, and the raw_ids come in the lines' order."""
-    lines = [b'{"n": %d}' % number for number in range(100)]
-    answer = await service.batch(b"\n".join(lines), Content_Type=media_type)
+MEDIA_TYPES = [
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/jsonl",
+    "Application/X-NDJSON; charset=utf-8",
+]
+OBJECTS = [b'{"n": %d}' % number for number in range(100)]
+
+
+def assert_landed(service: Service, answer: Answer, body: bytes, payloads: list[bytes], form: str):
+    """Be sure that a batch is one file of the bytes that arrived, and what its raw_ids lead to."""
     assert (answer.status, answer.json["status"]) == (202, "accepted")
-    raw_ids = answer.json["raw_ids"]
-    assert raw_ids == sorted(raw_ids)
-    assert service.landed() == dict(zip(raw_ids, lines, strict=True))
+    raw_ids = [UUID(each) for each in answer.json["raw_ids"]]
+    first, count = raw_ids[0], len(payloads)
+    assert raw_ids == [UUID(int=first.int + k * 2**16) for k in range(count)]
+    assert service.files() == {f"{first}.{count}.{form}": body}
+    assert service.landed() == dict(zip(answer.json["raw_ids"], payloads, strict=True))
 
 
-@pytest.mark.parametrize("media_type", ["application/json", "text/plain"])
-async def test_no_batch(service: Service, media_type: str):
-    """Lines under another media type are one body, which is not JSON."""
-    answer = await service.post(b"1\n2", Content_Type=media_type)
-    assert (answer.status, answer.json["code"]) == (400, "payload_not_json")
-    assert service.landed() == {}
+@pytest.mark.parametrize("media_type", MEDIA_TYPES)
+async def test_batch(service: Service, media_type: str):
+    """NDJSON lands as one file of the bytes that arrived, each line a payload, in their order."""
+    body = b"\n".join(OBJECTS)
+    answer = await service.batch(body, Content_Type=media_type)
+    assert_landed(service, answer, body, OBJECTS, "ndjson")
+    assert "not_json" not in answer.json
+
+
+ANY_TYPE = ["application/json", "text/plain", "application/octet-stream"]
+
+
+@pytest.mark.parametrize("media_type", ANY_TYPE)
+@pytest.mark.parametrize("between", [b",", b" ,\r\n\t"])
+async def test_array_of_objects(service: Service, media_type: str, between: bytes):
+    """An array of objects lands as one file of the bytes that arrived, each object a payload."""
+    body = b" [\n" + between.join(OBJECTS) + b"\n]\r\n"
+    answer = await service.post(body, Content_Type=media_type)
+    assert_landed(service, answer, body, OBJECTS, "json")
+
+
+@pytest.mark.parametrize("media_type", ANY_TYPE)
+@pytest.mark.parametrize(
+    ("between", "form"), [(b"", "json"), (b" ", "json"), (b"\n", "ndjson"), (b"\r\n\n", "ndjson")]
+)
+async def test_sequence(service: Service, media_type: str, between: bytes, form: str):
+    """Several documents one after another are a batch, whatever the media type says."""
+    for documents in (OBJECTS, [b"1", b'"2"', b"[3]", b"null"]):
+        for path in (service.folder / "raw").iterdir():
+            path.unlink()
+        body = between.join(documents) if between or documents is OBJECTS else b'1"2"[3]null'
+        answer = await service.post(body, Content_Type=media_type)
+        assert_landed(service, answer, body, documents, form)
+
+
+async def test_lines_and_documents_mixed(service: Service):
+    """Several documents on a line, or one over several lines, are a batch of documents."""
+    body = b'{"a": 1} {"a": 2}\n{"a":\n3}\n'
+    answer = await service.post(body)
+    assert_landed(service, answer, body, [b'{"a": 1}', b'{"a": 2}', b'{"a":\n3}'], "json")
+
+
+@pytest.mark.parametrize("body", [b'[{"a": 1}]', b" [ {} ] "])
+async def test_array_of_one_object(service: Service, body: bytes):
+    """An array of one object is a batch of one payload."""
+    answer = await service.post(body)
+    assert_landed(service, answer, body, [body.strip(b" []")], "json")
+
+
+@pytest.mark.parametrize("media_type", ANY_TYPE)
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"[1]", b"[{}, 1]", b"[1, {}]", b"[[{}]]", b'{"a": [{}, {}]}', b"{\n}\n", b'"[{}]"'],
+)
+async def test_one_document(service: Service, media_type: str, body: bytes):
+    """Any other document is one payload, which gets one raw_id and the place of its receipt."""
+    answer = await service.post(body, Content_Type=media_type)
+    assert answer.status == 202
+    assert answer.json == {"raw_id": answer.json["raw_id"], "status": "accepted"}
+    assert answer.headers["Location"] == f"/raw/{answer.json['raw_id']}"
+    assert service.files() == {f"{answer.json['raw_id']}.json": body}
 
 
 async def test_line_ends(service: Service):
     """CRLF ends a line as LF does, empty lines count as nothing, other bytes stay as they are."""
-    answer = await service.batch(b'\r\n 1 \r\n\n{"a":\t2}\n   \n"\xc3\xa4"')
-    assert list(service.landed().values()) == [b" 1 ", b'{"a":\t2}', b'"\xc3\xa4"']
-    assert len(answer.json["raw_ids"]) == 3
+    body = b'\r\n 1 \r\n\n{"a":\t2}\n   \n"\xc3\xa4"'
+    answer = await service.batch(body)
+    assert_landed(service, answer, body, [b" 1 ", b'{"a":\t2}', b'"\xc3\xa4"'], "ndjson")
 
 
 @pytest.mark.parametrize("count", [3, 5000], ids=["small", "large"])
-async def test_compressed_batch(service: Service, count: int):
-    """A gzipped batch lands as its lines."""
-    lines = [b'{"n": %d}' % number for number in range(count)]
-    answer = await service.batch(gzip.compress(b"\n".join(lines)), Content_Encoding="gzip")
-    assert answer.status == 202
-    assert list(service.landed().values()) == lines
+@pytest.mark.parametrize("form", ["ndjson", "json"])
+async def test_compressed_batch(service: Service, count: int, form: str):
+    """A gzipped batch lands as what it was before."""
+    documents = [b'{"n": %d}' % number for number in range(count)]
+    body = b"\n".join(documents) if form == "ndjson" else b"[%s]" % b",".join(documents)
+    headers = NDJSON if form == "ndjson" else {}
+    answer = await service.post(gzip.compress(body), Content_Encoding="gzip", **headers)
+    assert_landed(service, answer, body, documents, form)
 
 
 @pytest.mark.parametrize("line", [1, 2, 3, 9000])
-async def test_broken_line(service: Service, line: int):
-    """A line that is not JSON is named, empty ones counted, and no other line lands either."""
-    lines = [b"1"] * 9000
+@pytest.mark.parametrize("is_odd", [False, True], ids=["strict", "odd"])
+async def test_broken_line(service: Service, line: int, is_odd: bool):
+    """A line that is not JSON is named, empty ones counted, and lands as its neighbours do."""
+    lines = [b"[NaN]" if is_odd else b"1"] * 9000
     lines[0] = b"" if line > 1 else b"1"
     lines[line - 1] = b'{"a": }'
-    refused = await service.batch(b"\n".join(lines))
+    body = b"\n".join(lines)
+    answer = await service.batch(body)
+    assert_landed(service, answer, body, list(filter(None, lines)), "ndjson")
+    place = line - 1 - (line > 1)
+    [bad] = answer.json["not_json"]
+    assert (bad["line"], bad["raw_id"]) == (line, answer.json["raw_ids"][place])
+    assert bad["detail"].startswith("not JSON: ")
+    assert "column 7" in bad["detail"]
+
+
+@pytest.mark.parametrize("bad", [b'{"time_st', b"\xff", b'{"a": "\xe4"}', b"nothing", b"\x00\x00"])
+async def test_torn_line(service: Service, bad: bytes):
+    """The end of a file that lost power in the middle of a line lands with the lines before it."""
+    body = b"1\n2\n" + bad
+    answer = await service.batch(body)
+    assert_landed(service, answer, body, [b"1", b"2", bad], "ndjson")
+    assert [each["line"] for each in answer.json["not_json"]] == [3]
+
+
+async def test_lines_under_another_media_type(service: Service):
+    """Where not all is JSON, it is lines only if the first is a whole object or array."""
+    body = b'\n{"a": 1}\n{"a": '
+    answer = await service.post(body)
+    assert_landed(service, answer, body, [b'{"a": 1}', b'{"a": '], "ndjson")
+    assert [each["line"] for each in answer.json["not_json"]] == [3]
+    for text in (b"1\n[2", b'{"a":\n1}\n{"a":', b'{"a": 1} {"a"', b"[1] x\n[2]"):
+        refused = await service.post(text)
+        assert (refused.status, refused.json["code"]) == (400, "payload_not_json"), text
+
+
+async def test_many_broken_lines(service: Service):
+    """Of bad lines the first 1,000 are named."""
+    body = b"1\n" + b"x\n" * 1500
+    answer = await service.batch(body)
+    assert len(answer.json["raw_ids"]) == 1501
+    named = [(each["line"], each["raw_id"]) for each in answer.json["not_json"]]
+    assert named == list(enumerate(answer.json["raw_ids"], 1))[1:1001]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9000])
+async def test_no_line_is_json(service: Service, count: int):
+    """Where no line is JSON, the first is named, empty ones counted, and nothing lands."""
+    refused = await service.batch(b"\n" + b'{"a": }\n' * count)
     assert (refused.status, refused.json["code"]) == (400, "payload_not_json")
-    assert refused.json["line"] == line
-    assert f"line {line}:" in refused.json["detail"]
-    assert service.landed() == {}
+    assert refused.json["line"] == 2
+    assert "line 2:" in refused.json["detail"]
+    assert service.files() == {}
 
 
-async def test_too_many_lines(service: Service):
-    """One line more than a batch may have is 413, and nothing lands; the most is taken."""
-    most = b"1\n" * dropzone.BATCH
-    refused = await service.batch(most + b"1")
+@pytest.mark.parametrize("kind", ["ndjson", "array", "sequence"])
+async def test_too_many_payloads(serve: Serve, kind: str):
+    """One payload more than a batch may have is 413, and nothing lands; the most is taken."""
+    service = await serve(max_body_bytes=1_000_000)
+    headers = NDJSON if kind == "ndjson" else {}
+
+    def body(count: int) -> bytes:
+        if kind == "array":
+            return b"[" + b"{}," * (count - 1) + b"{}]"
+        return (b"1\n" if kind == "ndjson" else b"{}") * count
+
+    refused = await service.post(body(dropzone.BATCH + 1), **headers)
     assert (refused.status, refused.json["code"]) == (413, "payload_too_large")
-    assert service.landed() == {}
-    assert len((await service.batch(most)).json["raw_ids"]) == dropzone.BATCH
+    assert "100000 payloads" in refused.json["detail"].replace(",", "")
+    assert service.files() == {}
+    answer = await service.post(body(dropzone.BATCH), **headers)
+    assert len(answer.json["raw_ids"]) == dropzone.BATCH == 100_000
+    assert list(service.landed()) == answer.json["raw_ids"]
+
+
+@pytest.mark.parametrize("form", ["ndjson", "json"])
+async def test_batch_beyond_the_limit_of_a_body(service: Service, form: str):
+    """A batch with a byte more than a body may have is 413, as any body is; the most is taken."""
+    line = b'{"a": "%s"}'
+    end, headers = (b"\n", NDJSON) if form == "ndjson" else (b"", {})
+    begin = b"" if form == "ndjson" else b"["
+    rest = TOTAL_LIMIT - len(begin + line % b"" + end)
+    for more, status in ((1, 413), (0, 202)):
+        body = begin + line % (b"x" * (rest + more - (form == "json"))) + end
+        body += b"" if form == "ndjson" else b"]"
+        assert len(body) == TOTAL_LIMIT + more
+        answer = await service.post(body, **headers)
+        assert answer.status == status
+        packed = gzip.compress(body)
+        assert (await service.post(packed, Content_Encoding="gzip", **headers)).status == status
+    assert len(service.files()) == 2
 
 
 @pytest.mark.parametrize("body", [b"", b"\n", b" \r\n\r\n\t"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -28,14 +28,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from stores import land_each, pending_in
+from stores import land_each, lines
 from test_cli import OK, PATIENCE, Program
-from test_processing import NOON, Folder, arrival, body, processor_of
+from test_processing import NOON, Folder, arrival, batch_at, body, processor_of
 
 from backends import BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
-from backends.raw import Rejection
+from backends.raw import Form, Rejection, place_of
 from backends.sqlite import SqliteBackend
 from dropzone import Proof
 
@@ -48,6 +48,16 @@ RUN_SECONDS = 7.0
 def payload(second: int, value: int | None) -> bytes:
     """Return a payload; with None, one that is rejected."""
     return b"bad" if value is None else body(second, value - 1, value + 1)
+
+
+FORMS: tuple[Form, ...] = ("ndjson", "json")
+
+
+def batch_of(bodies: Sequence[bytes], form: Form) -> dict[str, Any]:
+    """Return the arguments of `land` for a batch, of lines where not all is JSON."""
+    if form == "ndjson" or b"bad" in bodies:
+        return lines(*bodies)
+    return {"body": b"[%s]" % b",".join(bodies), "form": form, "payloads": len(bodies)}
 
 
 Content = tuple[int, int | None]  # second and value
@@ -138,6 +148,25 @@ class Interleavings(RuleBasedStateMachine):
         )
         self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
 
+    @rule(arrivals=st.lists(contents, min_size=1, max_size=5), form=st.sampled_from(FORMS))
+    def land_batch(self, arrivals: list[Content], form: Form) -> None:
+        bodies = [payload(*content) for content in arrivals]
+        raw_ids = self.run(self.folder.store.land(**batch_of(bodies, form)))
+        self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
+    @rule(
+        day=st.integers(0, 3),
+        number=st.integers(0, 20),
+        arrivals=st.lists(contents, min_size=1, max_size=5),
+    )
+    def batch_from_the_past(self, day: int, number: int, arrivals: list[Content]) -> None:
+        """A batch of a day in the past is put in."""
+        bodies = [payload(*content) for content in arrivals]
+        first = batch_at(day * DAY + number, len(bodies))
+        if first not in self.payloads:
+            raw_ids = self.folder.put_batch(day * DAY + number, bodies)
+            self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
     @rule(
         arrivals=arrivals, limits=st.lists(limits, min_size=1, max_size=2), batch=st.integers(1, 4)
     )
@@ -167,18 +196,44 @@ class Interleavings(RuleBasedStateMachine):
         self.backend.dies, self.backend.stored = when, ()
         with suppress(BackendUnavailable):
             self.run(processor_of(self.folder.store, self.backend, 4).process())
-        self.folder.store.settle([row.raw_id for row in self.backend.stored][:moved], [])
+        self.folder.store.settle(self.wholly_stored()[:moved], [])
         self.backend.dies = ""
+
+    def wholly_stored(self) -> list[str]:
+        """Return the pending files all payloads of which were in the last upsert."""
+        stored = {row.raw_id for row in self.backend.stored}
+        names, _ = self.folder.store.pending()
+        return [
+            name
+            for name in names
+            if stored >= {raw_id for raw_id, _ in self.folder.store.read_pending(name)}
+        ]
 
     @precondition(lambda self: self.folder.names("raw"))
     @rule(count=st.integers(1, 2))
     def die_behind_the_reason(self, count: int) -> None:
         """A processor is killed when it has written why it rejects, before it moves the payload."""
-        pending = pending_in(self.folder.store)
-        for raw_id in [one for one in pending if self.payloads[one][1] is None][:count]:
-            reason = Rejection(raw_id, "payload_not_json", "not JSON", datetime.now(UTC))
-            file = self.folder.place / "rejected" / f"{raw_id}.reason.json"
-            file.write_bytes(msgspec.json.encode(reason))
+        for raw_id in self.pending_bad_ones()[:count]:
+            self.give_reason(raw_id)
+
+    @precondition(lambda self: self.folder.names("raw"))
+    @rule(count=st.integers(1, 2))
+    def die_behind_the_file(self, count: int) -> None:
+        """A processor is killed when payloads of batches have files, before it notes that."""
+        for raw_id in [one for one in self.pending_bad_ones() if place_of(one)][:count]:
+            if not (self.folder.place / "raw" / f"{raw_id}.json").exists():
+                self.give_reason(raw_id)
+                file = self.folder.place / "rejected" / f"{raw_id}.json"
+                file.write_bytes(payload(*self.payloads[raw_id]))
+
+    def pending_bad_ones(self) -> list[UUID]:
+        pending = self.folder.names("raw")
+        return [one for one in pending if self.payloads[one][1] is None]
+
+    def give_reason(self, raw_id: UUID) -> None:
+        reason = Rejection(raw_id, "payload_not_json", "not JSON", datetime.now(UTC))
+        file = self.folder.place / "rejected" / f"{raw_id}.reason.json"
+        file.write_bytes(msgspec.json.encode(reason))
 
     @rule()
     def change_the_constraint(self) -> None:
@@ -325,9 +380,13 @@ class Chaos:
         return self.program.start("process", "--watch", **variables, DROPZONE_DATABASE_URL=self.url)
 
     async def arrive(self) -> None:
-        """Up to 60 payloads arrive: some landed now, some in a folder that comes from the past."""
+        """Up to 60 payloads land, alone and in a batch; as many come from the past in a folder."""
         arrivals = [self.draw() for _ in range(self.chance.randint(1, 60))]
-        raw_ids = await land_each(self.folder.store, (payload(*one) for one in arrivals))
+        bodies = [payload(*one) for one in arrivals]
+        alone = self.chance.randrange(len(bodies))
+        raw_ids = await land_each(self.folder.store, bodies[:alone])
+        batch = batch_of(bodies[alone:], self.chance.choice(FORMS))
+        raw_ids += await self.folder.store.land(**batch)
         for one in [self.draw() for _ in arrivals]:
             raw_id = arrival(self.chance.randrange(4 * DAY))
             if raw_id not in self.payloads:

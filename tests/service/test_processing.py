@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ import dropzone
 from backends import Backend, BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
+from backends.raw import COUNT_AT, Form, RawIds, first_of, form_of, payloads_in_name
 from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
 from dropzone import Processor, ProcessorBusy
@@ -35,12 +37,18 @@ from dropzone import Processor, ProcessorBusy
 NOON = datetime(2019, 5, 1, 12, tzinfo=UTC)
 FIRST_ARRIVAL = datetime(2024, 2, 29, 23, 59, 59, 998_000, tzinfo=UTC)
 LOOP = "the event loop's thread"
+STATES = ("raw", "processed", "rejected")
 
 
 def arrival(number: int) -> UUID:
     """Return the raw_id of the payload that arrives `number` milliseconds after FIRST_ARRIVAL."""
     milliseconds = int(FIRST_ARRIVAL.timestamp() * 1000) + number
     return UUID(int=milliseconds << 80 | 7 << 76 | 2 << 62)
+
+
+def batch_at(number: int, count: int) -> UUID:
+    """Return the first raw_id of a batch of so many payloads that arrives at that moment."""
+    return UUID(int=arrival(number).int | count << COUNT_AT)
 
 
 def body(second: int = 0, *values: object) -> bytes:
@@ -73,14 +81,44 @@ class Folder:
             self.put(raw_id, content(number))
         return raw_ids
 
+    def put_batch(
+        self, number: int, contents: Sequence[bytes], form: Form = "ndjson"
+    ) -> list[UUID]:
+        """Make a batch pending that arrives so many milliseconds later; return its raw_ids."""
+        first = batch_at(number, len(contents))
+        end = b"\n" if form == "ndjson" else b","
+        text = end.join(contents)
+        file = self.place / "raw" / f"{first}.{len(contents)}.{form}"
+        file.write_bytes(text if form == "ndjson" else b"[%s]" % text)
+        return list(RawIds(first, len(contents)))
+
+    def files(self, state: str) -> list[str]:
+        """Return the names of the payloads' files in a folder, below it too."""
+        found = (file.name for file in (self.place / state).rglob("*"))
+        return sorted(filter(payloads_in_name, found))
+
     def names(self, state: str) -> list[UUID]:
-        """Return the raw_ids of the payloads in a folder, below it too, in order of arrival."""
-        found = (self.place / state).rglob("*.json")
-        return sorted(UUID(file.stem) for file in found if not file.stem.endswith(".reason"))
+        """Return the raw_ids of the payloads in a folder, below it too, in order of arrival.
+
+        A payload of a batch that has a file of its own is where that is; and of a pending batch so
+        many are processed as its note says.
+        """
+        done, own, found = self.store.done(), set[UUID](), set[UUID]()
+        for folder in STATES:
+            names = self.files(folder)
+            own |= {first_of(name) for name in names if not form_of(name)}
+            found |= {first_of(name) for name in names if not form_of(name) and folder == state}
+        for folder in STATES:
+            for name in filter(form_of, self.files(folder)):
+                for at, raw_id in enumerate(RawIds(first_of(name), payloads_in_name(name))):
+                    where = "processed" if at < done.get(name, 0) else folder
+                    if where == state and raw_id not in own:
+                        found.add(raw_id)
+        return sorted(found)
 
     def states(self) -> Counter[str]:
         """Return how many payloads lie in each folder that holds some."""
-        states = {state: len(self.names(state)) for state in ("raw", "processed", "rejected")}
+        states = {state: len(self.names(state)) for state in STATES}
         return +Counter(states)
 
 
@@ -183,7 +221,7 @@ class DiesWhileMoving(Sqlite):
         threading.Thread(target=self.die_at_the_first_move).start()
 
     def die_at_the_first_move(self):
-        while not any((DATA / "processed").rglob("*.json")):
+        while not any((DATA / "processed").rglob("*.*")):
             pass
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -557,6 +595,323 @@ async def test_killed_between_upsert_and_move(
     }
 
 
+# ── Batches ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def mixed(count: int, bad: Sequence[int] = ()) -> list[bytes]:
+    """Return payloads for as many seconds, of which those at some places are not JSON."""
+    return [b"bad" if at in bad else body(at, at) for at in range(count)]
+
+
+def rows_for(raw_ids: Sequence[UUID], *but: int) -> dict[datetime, tuple[float, UUID]]:
+    """Return the rows that `mixed` payloads with these raw_ids make."""
+    return {
+        NOON + timedelta(seconds=at): (float(at), raw_id)
+        for at, raw_id in enumerate(raw_ids)
+        if at not in but
+    }
+
+
+def wholly(result: dropzone.ProcessResult) -> tuple[int, int, int, int]:
+    return result.processed, result.failed, result.checked, result.remaining
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+async def any_backend(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str
+) -> AsyncIterator[Backend]:
+    """Each backend that comes with the program."""
+    backends: dict[str, Callable[[], Backend]] = {
+        "memory": MemoryBackend,
+        "sqlite": lambda: SqliteBackend(tmp_path / "rows.sqlite"),
+        "postgres": lambda: PostgresBackend(postgres_url),
+    }
+    backend = backends[request.param]()
+    yield backend
+    await backend.close()
+
+
+@pytest.mark.parametrize("form", ["ndjson", "json"])
+async def test_batch(folder: Folder, any_backend: Backend, form: Form):
+    """Each payload of a batch makes its row, under its own raw_id; the file moves as one."""
+    raw_ids = folder.put_batch(0, mixed(1500), form)
+    [name] = folder.files("raw")
+    content = (folder.place / "raw" / name).read_bytes()
+    result = await processor_of(folder.store, any_backend, 1000).process()
+    assert wholly(result) == (1500, 0, 1500, 0)
+    assert await rows_of(any_backend) == rows_for(raw_ids)
+    day = folder.place / "processed" / "2024-02-29"
+    assert [file.name for file in day.iterdir()] == [name]
+    assert (day / name).read_bytes() == content
+    assert folder.names("processed") == raw_ids
+
+
+@pytest.mark.parametrize("bad", [{0}, {7}, {9}, {2, 3, 8}, set(range(10))])
+async def test_bad_ones_in_a_batch(folder: Folder, bad: set[int]):
+    """Each bad payload of a batch is rejected as a file of its own; the batch moves as one."""
+    raw_ids = folder.put_batch(0, mixed(10, sorted(bad)))
+    [name] = folder.files("raw")
+    backend = MemoryBackend()
+    result = await processor_of(folder.store, backend, 4).process()
+    assert wholly(result) == (10 - len(bad), len(bad), 10, 0)
+    assert [each.raw_id for each in result.rejected] == [raw_ids[at] for at in sorted(bad)]
+    assert await rows_of(backend) == rows_for(raw_ids, *bad)
+    assert folder.files("processed") == [name]
+    assert folder.files("rejected") == [f"{raw_ids[at]}.json" for at in sorted(bad)]
+    for at in bad:
+        assert (folder.place / "rejected" / f"{raw_ids[at]}.json").read_bytes() == b"bad"
+        assert folder.store.rejection(raw_ids[at]).code == "payload_not_json"
+    assert folder.names("processed") == [each for at, each in enumerate(raw_ids) if at not in bad]
+
+
+@pytest.mark.parametrize("limits", [[1] * 12, [3, 4, 5], [5, 5, 5], [11, 1], [2, None], [12], [99]])
+@pytest.mark.parametrize("form", ["ndjson", "json"])
+async def test_limit_through_a_batch(folder: Folder, form: Form, limits: list[int | None]):
+    """A limit may cut through a batch: each payload is taken once, in order, and none is missed."""
+    raw_ids = folder.put_batch(0, mixed(5), form)
+    folder.put(arrival(1), body(5, 5))
+    raw_ids += [arrival(1)]
+    raw_ids += folder.put_batch(2, [body(second, second) for second in range(6, 12)], form)
+    backend, taken = Recording(), 0
+    for limit in limits:
+        result = await processor_of(folder.store, backend, 4).process(limit)
+        count = min(limit or 12, 12 - taken)
+        taken += count
+        assert wholly(result) == (count, 0, count, 12 - taken)
+        assert folder.store.count_pending() == 12 - taken
+        assert folder.store.count_processed() == taken
+        assert folder.names("raw") == raw_ids[taken:]
+        for at, raw_id in enumerate(raw_ids):
+            expected = "processed" if at < taken else "pending"
+            assert folder.store.read(raw_id) == (expected, body(at, at))
+    assert list(itertools.chain.from_iterable(backend.batches)) == raw_ids
+    assert await rows_of(backend) == rows_for(raw_ids)
+    assert list((folder.place / "journal" / "batches").glob("*")) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    files=st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5),
+    limits=st.lists(st.integers(1, 9), max_size=8),
+    batch=st.integers(1, 8),
+    lands_late=st.booleans(),
+)
+def test_limits_over_batches(
+    files: list[list[bool]], limits: list[int], batch: int, *, lands_late: bool
+):
+    """Any batches, bad payloads in them, and any limits: all are taken once, in order of arrival.
+
+    `files` says for each payload of each batch whether it is good.
+    """
+    asyncio.run(_cut(files, limits, batch, lands_late=lands_late))
+
+
+async def _cut(files: list[list[bool]], limits: list[int], batch: int, *, lands_late: bool) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder, backend = await Folder(Path(place)).opened(), Recording()
+        raw_ids, good = list[UUID](), list[bool]()
+
+        def put(number: int) -> None:
+            contents = [
+                body(len(raw_ids) + at, at) if is_good else b"bad"
+                for at, is_good in enumerate(files[number])
+            ]
+            if len(contents) == 1:
+                folder.put(arrival(number), contents[0])
+                raw_ids.append(arrival(number))
+            else:
+                raw_ids.extend(folder.put_batch(number, contents))
+            good.extend(files[number])
+
+        for number in range(len(files) - lands_late):
+            put(number)
+        taken, rejected = 0, list[UUID]()
+        for limit in [*limits, None]:
+            if limit is None and lands_late:
+                put(len(files) - 1)
+            result = await processor_of(folder.store, backend, batch).process(limit)
+            end = min(len(raw_ids), taken + (limit or len(raw_ids)))
+            assert wholly(result)[2:] == (end - taken, len(raw_ids) - end)
+            assert result.failed == good[taken:end].count(False)
+            rejected += [each.raw_id for each in result.rejected]
+            assert folder.names("raw") == raw_ids[end:]
+            taken = end
+        bad = [raw_id for raw_id, is_good in zip(raw_ids, good, strict=True) if not is_good]
+        upserted = list(itertools.chain.from_iterable(backend.batches))
+        assert upserted == [raw_id for raw_id in raw_ids if raw_id not in bad]
+        assert rejected == folder.names("rejected") == bad
+        assert folder.store.count_processed() == good.count(True)
+        await folder.store.close()
+
+
+async def test_batches_in_order_of_what_they_are_for(folder: Folder):
+    """A later payload of the same batch, or of another, stands, however they are cut."""
+    late = folder.put_batch(9, [body(0, 7), body(0, 8), body(1, 9)])
+    early = folder.put_batch(1, [body(0, 1), body(1, 2), body(1, 3), body(2, 4)])
+    backend = MemoryBackend()
+    for limit in (2, 1, 2, None):
+        await processor_of(folder.store, backend, 10).process(limit)
+    assert await rows_of(backend) == {
+        NOON: (8.0, late[1]),
+        NOON + timedelta(seconds=1): (9.0, late[2]),
+        NOON + timedelta(seconds=2): (4.0, early[3]),
+    }
+
+
+async def test_retry_of_a_payload_of_a_batch(folder: Folder):
+    """A payload of a batch that was put back is processed alone, and not with its batch again."""
+    raw_ids = folder.put_batch(0, [body(at, -1 if at in {1, 4} else 1) for at in range(6)])
+    backend = Picky()
+    result = await processor_of(folder.store, backend, 10).process(3)
+    assert wholly(result) == (2, 1, 3, 3)
+    assert folder.store.retry(raw_ids[1])
+    assert folder.store.count_pending() == 4
+    result = await processor_of(folder.store, backend, 10).process()
+    assert wholly(result) == (2, 2, 4, 0)
+    assert {each.raw_id: each.retries for each in result.rejected} == {raw_ids[1]: 1, raw_ids[4]: 0}
+    assert folder.names("rejected") == [raw_ids[1], raw_ids[4]]
+    good = MemoryBackend()
+    for at in (1, 4):
+        assert folder.store.retry(raw_ids[at])
+    result = await processor_of(folder.store, good, 10).process()
+    assert wholly(result) == (2, 0, 2, 0)
+    assert {raw_id for _, raw_id in (await rows_of(good)).values()} == {raw_ids[1], raw_ids[4]}
+    assert folder.states() == {"processed": 6}
+    assert folder.store.count_processed() == 6
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def _one_more(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"}", b"},{}", 1))
+
+
+def _replaced_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _one_more, _replaced_by_a_folder])
+@pytest.mark.parametrize("limit", [None, 2])
+async def test_damaged_batch(folder: Folder, damage: Callable[[Path], None], limit: int | None):
+    """A batch that is damaged is rejected as one, under its first payload, and hides no other."""
+    first, *_ = folder.put_batch(0, mixed(5), "json")
+    folder.put(arrival(1), body(9))
+    [name, _] = folder.files("raw")
+    damage(folder.place / "raw" / name)
+    backend = MemoryBackend()
+    results = [await processor_of(folder.store, backend, 10).process(limit) for _ in range(2)]
+    assert sum(result.processed for result in results) == 1
+    assert sum(result.failed for result in results) == 1
+    [rejection] = results[0].rejected
+    assert (rejection.raw_id, rejection.code) == (first, "payload_unreadable")
+    assert folder.files("rejected") == [name]
+    assert folder.files("raw") == []
+    assert await backend.count() == 1
+    assert folder.store.find_rejections()[0] == [rejection]
+
+
+@pytest.mark.parametrize("how", ["DiesAfterUpsert", "DiesWhileMoving"])
+async def test_killed_with_batches(folder: Folder, program: Program, own: dict[str, str], how: str):
+    """SIGKILL behind the upsert of batches, or among their moves: the next run ends the same."""
+    raw_ids = [
+        raw_id
+        for number in range(100)
+        for raw_id in folder.put_batch(
+            number, [b"bad" if at == 3 else body(number * 5 + at // 2, at) for at in range(10)]
+        )
+    ]
+    killed = program.run("process", **own, DROPZONE_BACKEND=f"own_backends:{how}")
+    assert killed.returncode == -signal.SIGKILL
+    assert sum(len(folder.files(state)) - len(folder.files("rejected")) for state in STATES[:2])
+    again = program.run("process")
+    assert again.returncode == OK, again.stderr
+    assert json.loads(again.stdout)["remaining"] == 0
+    bad = raw_ids[3::10]
+    assert folder.names("rejected") == bad
+    assert folder.names("processed") == [raw_id for raw_id in raw_ids if raw_id not in set(bad)]
+    assert folder.store.count_processed() == 900
+    backend = SqliteBackend(folder.place / "dropzone.sqlite")
+    rows = await rows_of(backend)
+    await backend.close()
+    lasts = [0 if at == 3 else at for at in (1, 2, 5, 7, 9)]  # of each second, that is good
+    assert rows == {
+        NOON + timedelta(seconds=number * 5 + second): (float(at), raw_ids[number * 10 + at])
+        for number in range(100)
+        for second, at in enumerate(lasts)
+    }
+
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir"}
+
+
+async def _process_and_die(place: Path, step: int, limit: int | None) -> None:
+    """Process what is pending, and be killed before the change to a file that has this number."""
+    folder = Folder(place)
+    changes = 0
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal changes
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        if (event in CHANGES or writes) and f"{place}/" in str(arguments[0]):
+            if changes == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            changes += 1
+
+    backend = SqliteBackend(place / "rows.sqlite")
+    await backend.open()
+    sys.addaudithook(count)
+    await processor_of(folder.store, backend, 10).process(limit)
+    await backend.close()
+
+
+@pytest.mark.parametrize("limit", [None, 4, 8])
+async def test_killed_at_any_step(tmp_path: Path, limit: int | None):
+    """SIGKILL before any change to any file, in a batch with bad payloads: the end is the same."""
+    for step in itertools.count():
+        place = tmp_path / str(step)
+        folder = await Folder(place).opened()
+        raw_ids = folder.put_batch(0, mixed(6, [1, 4]))
+        raw_ids += folder.put_batch(1, [b"bad", body(7, 7)])
+        raw_ids += [arrival(2)]
+        folder.put(arrival(2), body(8, 8))
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: asyncio.run(_process_and_die(place, step, limit))  # noqa: B023
+        )
+        process.start()
+        await asyncio.to_thread(process.join)
+        assert process.exitcode in {0, -signal.SIGKILL}
+        backend = SqliteBackend(place / "rows.sqlite")
+        await processor_of(folder.store, backend, 10).process()
+        assert await rows_of(backend) == rows_for(raw_ids, 1, 4, 6), step
+        await backend.close()
+        bad = [raw_ids[at] for at in (1, 4, 6)]
+        assert folder.names("rejected") == bad, step
+        assert folder.names("processed") == [each for each in raw_ids if each not in bad], step
+        assert folder.store.count_processed() == 6, step
+        assert folder.store.take_stock() == {"payload_not_json": 3}, step
+        for raw_id in bad:
+            assert folder.store.read(raw_id) == ("rejected", b"bad"), step
+        await folder.store.close()
+        if process.exitcode == 0:
+            break
+    assert step > 10
+
+
+async def test_batch_of_the_most_payloads(folder: Folder, program: Program):
+    """A batch of 100,000 payloads is processed, wherever a limit cuts it."""
+    raw_ids = folder.put_batch(0, [body(at, at) for at in range(100_000)])
+    counts = json.loads(program.run("process", "--limit", 33_333).stdout)
+    assert (counts["processed"], counts["remaining"]) == (33_333, 66_667)
+    counts = json.loads(program.run("process").stdout)
+    assert (counts["processed"], counts["remaining"]) == (66_667, 0)
+    backend = SqliteBackend(folder.place / "dropzone.sqlite")
+    assert await rows_of(backend) == rows_for(raw_ids)
+    await backend.close()
+
+
 # ── The backend ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -647,6 +1002,43 @@ async def test_backend_that_goes_down_while_it_refuses(folder: Folder):
     assert folder.states() == {"raw": 4}
 
 
+@pytest.mark.parametrize("refused", [{0}, {6}, {3, 4, 9}, set(range(13))])
+async def test_backend_that_refuses_rows_of_a_batch(folder: Folder, refused: set[int]):
+    """A row of a batch that the backend refuses is rejected alone, with its payload's bytes."""
+    contents = [body(at, -1 if at in refused else 1) for at in range(13)]
+    raw_ids = folder.put_batch(0, contents, "json")
+    backend = Picky()
+    result = await processor_of(folder.store, backend, 13).process()
+    assert wholly(result) == (13 - len(refused), len(refused), 13, 0)
+    assert folder.names("rejected") == [raw_ids[at] for at in sorted(refused)]
+    for at in refused:
+        assert folder.store.read(raw_ids[at]) == ("rejected", contents[at])
+        assert folder.store.rejection(raw_ids[at]).code == "backend_refused"
+    assert {raw_id for _, raw_id in (await rows_of(backend)).values()} == set(
+        folder.names("processed")
+    )
+
+
+async def test_postgres_that_refuses_a_row_of_a_batch(folder: Folder, postgres_url: str):
+    """A constraint in PostgreSQL rejects one payload of a batch, and when it is gone takes it."""
+    backend = PostgresBackend(postgres_url)
+    try:
+        await backend.open()
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute("ALTER TABLE measurements ADD CONSTRAINT low CHECK (mean < 3)")
+        raw_ids = folder.put_batch(0, mixed(4))
+        result = await processor_of(folder.store, backend, 10).process()
+        assert wholly(result) == (3, 1, 4, 0)
+        assert [each.raw_id for each in result.rejected] == raw_ids[3:]
+        await connection.execute("ALTER TABLE measurements DROP CONSTRAINT low")
+        await connection.close()
+        assert folder.store.retry(raw_ids[3])
+        assert wholly(await processor_of(folder.store, backend, 10).process()) == (1, 0, 1, 0)
+        assert await rows_of(backend) == rows_for(raw_ids)
+    finally:
+        await backend.close()
+
+
 # ── One at a time ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -661,6 +1053,23 @@ async def test_calls_at_once(folder: Folder):
     assert sum(result.processed for result in results) == 200
     assert sorted(itertools.chain.from_iterable(backend.batches)) == folder.names("processed")
     assert sum(result.remaining == 0 for result in results) >= 1
+
+
+async def test_calls_at_once_on_batches(folder: Folder):
+    """Calls at the same time, whose limits cut through batches, take every payload once."""
+    raw_ids = [
+        raw_id
+        for number in range(10)
+        for raw_id in folder.put_batch(number, [body(number * 20 + at) for at in range(20)])
+    ]
+    backend = Recording()
+    stores = [folder.store, (await Folder(folder.place).opened()).store]
+    processors = [processor_of(store, backend, 7) for store in stores]
+    calls = [processor.process(limit) for processor in processors for limit in (33, None, 61)]
+    results = await asyncio.gather(*calls)
+    assert sum(result.processed for result in results) == 200
+    assert sorted(itertools.chain.from_iterable(backend.batches)) == raw_ids
+    assert folder.names("processed") == raw_ids
 
 
 async def test_processes_at_once(folder: Folder, program: Program):

@@ -28,14 +28,24 @@ from power_cut import GONE, Service, children_of, state_of, wait_for
 from stores import land_each
 from test_cli import LINE, OK, PATIENCE, Program, Server
 from test_http import Outage
-from test_processing import Failing, Folder, Recording, Slow, arrival, body, processor_of, rows_of
+from test_processing import (
+    Failing,
+    Folder,
+    Recording,
+    Slow,
+    arrival,
+    batch_at,
+    body,
+    processor_of,
+    rows_of,
+)
 
 import dropzone
 from backends import Backend
 from backends.memory import MemoryBackend
 from backends.postgres import CREATE_TABLE, PostgresBackend
 from backends.raw import StorageUnavailable
-from backends.raw.folders import earliest
+from backends.raw.days import earliest_names
 
 folder, program, own = test_processing.folder, test_processing.program, test_processing.own
 OFTEN = {"DROPZONE_PROCESS_EVERY": 0.05}
@@ -515,20 +525,34 @@ async def test_more_than_a_window(
     assert (in_order if short else sorted(in_order)) == raw_ids[:count]
 
 
+alone = (st.uuids() | st.integers(0, 9).map(arrival)).map(lambda raw_id: (raw_id, 0))
+batches = st.tuples(st.integers(0, 9), st.integers(1, 3)).map(lambda b: (batch_at(*b), b[1]))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.uuids() | st.integers(0, 9).map(arrival), max_size=30, unique=True),
+    st.lists(alone | batches, max_size=30, unique=True),
     st.integers(1, 12) | st.just(1 << 60),
-    st.none() | st.uuids() | st.integers(0, 9).map(arrival),
+    st.integers(0, 30),
 )
-def test_earliest(raw_ids: list[UUID], limit: int, after: UUID | None):
-    """Listing a folder gives the first so many raw_ids behind another one, as sorting all does."""
+def test_earliest(files: list[tuple[UUID, int]], limit: int, behind: int):
+    """Listing a folder gives the first so many files behind another one, as sorting all does.
+
+    And the number of all payloads that are behind it.
+    """
     with TemporaryDirectory() as name:
-        for raw_id in raw_ids:
-            (Path(name) / f"{raw_id}.json").touch()
+        payloads = dict[str, int]()
+        for raw_id, count in files:
+            names = [f"{raw_id}.{count}.ndjson" if count else f"{raw_id}.json"]
             (Path(name) / f"{raw_id}.reason.json").touch()
-        behind = sorted(raw_id for raw_id in raw_ids if after is None or raw_id > after)
-        assert earliest(Path(name), limit, after) == behind[:limit]
+            (Path(name) / f"{raw_id}.4.ndjson").touch()  # which is not how many it has
+            (Path(name) / names[0]).touch()
+            payloads[names[0]] = count or 1
+        ordered = sorted(payloads)
+        after = ordered[behind] if behind < len(ordered) else ""
+        expected = [each for each in ordered if each > after]
+        count = sum(payloads[each] for each in expected)
+        assert earliest_names(Path(name), limit, after) == (expected[:limit], count)
 
 
 def test_listing_holds_few_names(tmp_path: Path):
@@ -538,7 +562,8 @@ def test_listing_holds_few_names(tmp_path: Path):
     peaks = []
     for limit in (10, 6000):
         tracemalloc.start()
-        assert earliest(tmp_path, limit) == [arrival(number) for number in range(limit)]
+        names = [f"{arrival(number)}.json" for number in range(limit)]
+        assert earliest_names(tmp_path, limit) == (names, 6000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[0] < peaks[1] / 20

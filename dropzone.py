@@ -83,6 +83,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from random import getrandbits, uniform
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
@@ -103,15 +104,11 @@ from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_urldispatcher import AbstractRoute, MatchInfoError
-from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from throttled import BaseRateLimiter, MemoryStore, Throttled
-from throttled.exceptions import DataError
-from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
 from backends import (
@@ -170,6 +167,10 @@ from backends.raw.disk import (
     wrong_owner,
 )
 from backends.raw.landing import RawStore
+
+if TYPE_CHECKING:  # what few runs need is imported where they need it: all start sooner
+    from throttled import BaseRateLimiter
+    from tqdm import tqdm
 
 try:
     from uvloop import new_event_loop
@@ -276,6 +277,8 @@ class Rate(str):
     def __init__(self, text: str = "") -> None:
         if not text:
             return
+        from throttled.exceptions import DataError  # noqa: PLC0415 (see TYPE_CHECKING)
+
         try:
             self.limiter()
         except DataError:
@@ -284,6 +287,8 @@ class Rate(str):
 
     def limiter(self) -> BaseRateLimiter:
         """Return what counts by it: a bucket that fills evenly (GCRA), for each key or address."""
+        from throttled import MemoryStore, Throttled  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
 
 
@@ -530,6 +535,8 @@ def _read_toml(file: Path) -> Table:
 
 def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     with _reading(file):
+        from dotenv import dotenv_values  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
 
 
@@ -1606,7 +1613,7 @@ LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
-SHORT = 0.5  # seconds of work that are not worth the start of processes
+SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
@@ -1799,7 +1806,7 @@ class Processor:
                 progress(result.checked, todo)
 
             batches = self._batches(window, todo)
-            await self._process_in_thread(batches, work)
+            await self._process_in_thread(batches, work, todo)
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
@@ -1815,21 +1822,24 @@ class Processor:
         return result
 
     async def _process_in_thread(
-        self, batches: Iterator[list[str]], work: Callable[..., Awaitable[None]]
+        self, batches: Iterator[list[str]], work: Callable[..., Awaitable[None]], todo: int
     ) -> None:
         """Work in a thread until no batch is left, or other processes are ready to go on.
 
-        They take their time to start, which a small backlog is not worth.
+        These take their time to start, and the processor from this one. It is worth that if there
+        is much left to do, going by how long the payloads before have taken.
         """
-        worthwhile = time.monotonic() + SHORT
+        begun, done = time.monotonic(), 0
         starting: asyncio.Future[Any] | None = None
-        while time.monotonic() < worthwhile or (starting and not starting.done()):
+        while starting is None or not starting.done():
+            seconds_each = (time.monotonic() - begun) / done if done else 0.0
+            if starting is None and (todo - done) * seconds_each >= SHORT:
+                starting = self._workers.begin()
             batch = await asyncio.to_thread(next, batches, None)
             if batch is None:
                 break
             await work(asyncio.to_thread, batch)
-            if starting is None and time.monotonic() >= worthwhile:
-                starting = self._workers.begin()
+            done += len(batch)
         if starting and not starting.cancel():
             starting.result()  # raises where they cannot start
 
@@ -2853,7 +2863,7 @@ PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
-LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
+LIMITERS = web.AppKey("LIMITERS", dict[str, "BaseRateLimiter"])
 PING_PATIENCE = 3.0  # seconds
 
 
@@ -4720,6 +4730,13 @@ def tell_less(record: logging.LogRecord) -> bool:
     return True
 
 
+def progress_bar(**options: Any) -> tqdm[Any]:
+    """Return a progress bar, which is shown where standard error is a terminal."""
+    from tqdm import tqdm  # noqa: PLC0415 (see TYPE_CHECKING)
+
+    return tqdm(disable=None, **options)
+
+
 async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     """land JSON or NDJSON files without a server, each whole or not at all"""
     code = os.EX_OK
@@ -4739,7 +4756,7 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
                         reason = f"{me} may not read it, `ingest - < {shlex.quote(name)}` does"
                     print(f"{name}: {reason}; nothing of it was landed", file=sys.stderr)
                     continue
-                with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
+                with progress_bar(total=total, desc=name, unit=" payloads") as bar:
                     for group in groups_in(copy, config.server.max_body_bytes):
                         print(*await store.land(group), sep="\n")
                         bar.update(len(group))
@@ -4779,7 +4796,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
         try:
             if args.watch:
                 await watch(config, processor, store.portable())
-            with tqdm(unit=" payloads", disable=None) as bar:
+            with progress_bar(unit=" payloads") as bar:
 
                 def show(done: int, total: int) -> None:
                     bar.total = total
@@ -4891,7 +4908,7 @@ async def prove(
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
         proof, is_first = Proof(store.portable(), timed_backend), True
-        with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
+        with upkeep_lock(store), progress_bar(total=payloads, unit=" payloads") as bar:
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):
                     if is_first and not args.json:
@@ -5022,15 +5039,16 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
             days = store.finished_days()
-            for day in tqdm(days, unit=" days", disable=None):
+            bar = progress_bar(iterable=days, unit=" days")
+            for day in bar:
                 try:
                     with audited("compact", operator_name(), day=day) as facts:
                         count = await asyncio.to_thread(store.compact, day)
                         facts["packed"] = count
-                    tqdm.write(f"{day}: {count} payloads packed")
+                    bar.write(f"{day}: {count} payloads packed")
                 except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                     code = os.EX_TEMPFAIL
-                    tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
+                    bar.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
             expired = await asyncio.to_thread(store.expire)
             for pack in expired:
                 audit("expire", operator_name(), pack=pack)
@@ -5090,7 +5108,7 @@ class BackupSummary:
 
 async def back_up_all(config: Config, store: PayloadStore, part: Path, done: BackupSummary) -> None:
     """Copy everything; processing waits only when its bulk, what is processed, has been copied."""
-    with tqdm(unit=" files", disable=None) as bar:
+    with progress_bar(unit=" files") as bar:
 
         async def copy(files: Iterator[Copied]) -> None:
             for number, copied in enumerate(files):

@@ -109,6 +109,7 @@ from msgspec import Meta, Struct
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
 from backends import (
@@ -168,9 +169,8 @@ from backends.raw.disk import (
 )
 from backends.raw.landing import RawStore
 
-if TYPE_CHECKING:  # what few runs need is imported where they need it: all start sooner
+if TYPE_CHECKING:  # what few runs need is imported where the configuration is read for them
     from throttled import BaseRateLimiter
-    from tqdm import tqdm
 
 try:
     from uvloop import new_event_loop
@@ -2952,11 +2952,13 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         app = request.app
-        if self.limited and app[LIMITERS]:
+        limiters = app[LIMITERS]
+        if limiters and self.limited:
             admit_address(request)  # guessed keys count, too
         if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
-            admit(request, "key", request[NOTES].caller)
+            if limiters:
+                admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
         arguments = (query_in(request, self.query),) if self.query else ()
         if self.turns is None:
@@ -4103,9 +4105,8 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
 async def authenticate(request: web.Request) -> Collection[str]:
     """Note the caller, and return its scopes; raise unless there is one."""
     guard = request.app[GUARD]
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
+    bearer = "" if key else bearer_in(request)
     given = key or bearer
     caller = guard.callers.get(hash_of(given)) if given.strip() else None
     if caller is None and guard.tokens and not key and bearer.count(".") == 2:
@@ -4115,6 +4116,12 @@ async def authenticate(request: web.Request) -> Collection[str]:
         raise DropzoneError(wrong, "key_refused", 401)
     request[NOTES].caller, scopes = caller
     return scopes
+
+
+def bearer_in(request: web.Request) -> str:
+    """Return the token of the header Authorization (RFC 6750), empty where there is none."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
@@ -4730,13 +4737,6 @@ def tell_less(record: logging.LogRecord) -> bool:
     return True
 
 
-def progress_bar(**options: Any) -> tqdm[Any]:
-    """Return a progress bar, which is shown where standard error is a terminal."""
-    from tqdm import tqdm  # noqa: PLC0415 (see TYPE_CHECKING)
-
-    return tqdm(disable=None, **options)
-
-
 async def ingest_files(config: Config, args: argparse.Namespace) -> int:
     """land JSON or NDJSON files without a server, each whole or not at all"""
     code = os.EX_OK
@@ -4756,7 +4756,7 @@ async def ingest_files(config: Config, args: argparse.Namespace) -> int:
                         reason = f"{me} may not read it, `ingest - < {shlex.quote(name)}` does"
                     print(f"{name}: {reason}; nothing of it was landed", file=sys.stderr)
                     continue
-                with progress_bar(total=total, desc=name, unit=" payloads") as bar:
+                with tqdm(total=total, desc=name, unit=" payloads", disable=None) as bar:
                     for group in groups_in(copy, config.server.max_body_bytes):
                         print(*await store.land(group), sep="\n")
                         bar.update(len(group))
@@ -4796,7 +4796,7 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
         try:
             if args.watch:
                 await watch(config, processor, store.portable())
-            with progress_bar(unit=" payloads") as bar:
+            with tqdm(unit=" payloads", disable=None) as bar:
 
                 def show(done: int, total: int) -> None:
                     bar.total = total
@@ -4908,7 +4908,7 @@ async def prove(
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
         proof, is_first = Proof(store.portable(), timed_backend), True
-        with upkeep_lock(store), progress_bar(total=payloads, unit=" payloads") as bar:
+        with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):
                     if is_first and not args.json:
@@ -5039,16 +5039,15 @@ async def compact(config: Config, _: argparse.Namespace) -> int:
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
             days = store.finished_days()
-            bar = progress_bar(iterable=days, unit=" days")
-            for day in bar:
+            for day in tqdm(days, unit=" days", disable=None):
                 try:
                     with audited("compact", operator_name(), day=day) as facts:
                         count = await asyncio.to_thread(store.compact, day)
                         facts["packed"] = count
-                    bar.write(f"{day}: {count} payloads packed")
+                    tqdm.write(f"{day}: {count} payloads packed")
                 except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                     code = os.EX_TEMPFAIL
-                    bar.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
+                    tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
             expired = await asyncio.to_thread(store.expire)
             for pack in expired:
                 audit("expire", operator_name(), pack=pack)
@@ -5108,7 +5107,7 @@ class BackupSummary:
 
 async def back_up_all(config: Config, store: PayloadStore, part: Path, done: BackupSummary) -> None:
     """Copy everything; processing waits only when its bulk, what is processed, has been copied."""
-    with progress_bar(unit=" files") as bar:
+    with tqdm(unit=" files", disable=None) as bar:
 
         async def copy(files: Iterator[Copied]) -> None:
             for number, copied in enumerate(files):

@@ -83,6 +83,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from random import getrandbits, uniform
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
@@ -105,14 +106,11 @@ from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_urldispatcher import AbstractRoute, MatchInfoError
-from dotenv import dotenv_values
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from throttled import BaseRateLimiter, MemoryStore, Throttled
-from throttled.exceptions import DataError
 from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
@@ -187,6 +185,9 @@ from backends.raw.disk import (
     wrong_owner,
 )
 from backends.raw.landing import RawStore
+
+if TYPE_CHECKING:  # what few runs need is imported where the configuration is read for them
+    from throttled import BaseRateLimiter
 
 try:
     from uvloop import new_event_loop
@@ -297,6 +298,8 @@ class Rate(str):
     def __init__(self, text: str = "") -> None:
         if not text:
             return
+        from throttled.exceptions import DataError  # noqa: PLC0415 (see TYPE_CHECKING)
+
         try:
             self.limiter()
         except DataError:
@@ -305,6 +308,8 @@ class Rate(str):
 
     def limiter(self) -> BaseRateLimiter:
         """Return what counts by it: a bucket that fills evenly (GCRA), for each key or address."""
+        from throttled import MemoryStore, Throttled  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
 
 
@@ -551,6 +556,8 @@ def _read_toml(file: Path) -> Table:
 
 def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     with _reading(file):
+        from dotenv import dotenv_values  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
 
 
@@ -1754,7 +1761,7 @@ LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
-SHORT = 0.5  # seconds of work that are not worth the start of processes
+SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
@@ -2027,7 +2034,7 @@ class Processor:
                 progress(result.checked, todo)
 
             batches = self._works(todo)
-            await self._process_in_thread(batches, work)
+            await self._process_in_thread(batches, work, todo)
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
@@ -2043,21 +2050,24 @@ class Processor:
         return result
 
     async def _process_in_thread(
-        self, batches: Iterator[Work], work: Callable[..., Awaitable[None]]
+        self, batches: Iterator[Work], work: Callable[..., Awaitable[None]], todo: int
     ) -> None:
         """Work in a thread until no batch is left, or other processes are ready to go on.
 
-        They take their time to start, which a small backlog is not worth.
+        These take their time to start, and the processor from this one. It is worth that if there
+        is much left to do, going by how long the payloads before have taken.
         """
-        worthwhile = time.monotonic() + SHORT
+        begun, done = time.monotonic(), 0
         starting: asyncio.Future[Any] | None = None
-        while time.monotonic() < worthwhile or (starting and not starting.done()):
+        while starting is None or not starting.done():
+            seconds_each = (time.monotonic() - begun) / done if done else 0.0
+            if starting is None and (todo - done) * seconds_each >= SHORT:
+                starting = self._workers.begin()
             batch = await asyncio.to_thread(next, batches, None)
             if batch is None:
                 break
             await work(asyncio.to_thread, batch)
-            if starting is None and time.monotonic() >= worthwhile:
-                starting = self._workers.begin()
+            done += len(batch)
         if starting and not starting.cancel():
             starting.result()  # raises where they cannot start
 
@@ -3102,7 +3112,7 @@ PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
-LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
+LIMITERS = web.AppKey("LIMITERS", dict[str, "BaseRateLimiter"])
 PING_PATIENCE = 3.0  # seconds
 
 
@@ -3198,11 +3208,13 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         app = request.app
-        if self.limited and app[LIMITERS]:
+        limiters = app[LIMITERS]
+        if limiters and self.limited:
             admit_address(request)  # guessed keys count, too
         if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
-            admit(request, "key", request[NOTES].caller)
+            if limiters:
+                admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
         arguments = (query_in(request, self.query),) if self.query else ()
         if self.turns is None:
@@ -4387,9 +4399,8 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
 async def authenticate(request: web.Request) -> Collection[str]:
     """Note the caller, and return its scopes; raise unless there is one."""
     guard = request.app[GUARD]
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
+    bearer = "" if key else bearer_in(request)
     given = key or bearer
     caller = guard.callers.get(hash_of(given)) if given.strip() else None
     if caller is None and guard.tokens and not key and bearer.count(".") == 2:
@@ -4399,6 +4410,12 @@ async def authenticate(request: web.Request) -> Collection[str]:
         raise DropzoneError(wrong, "key_refused", 401)
     request[NOTES].caller, scopes = caller
     return scopes
+
+
+def bearer_in(request: web.Request) -> str:
+    """Return the token of the header Authorization (RFC 6750), empty where there is none."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:

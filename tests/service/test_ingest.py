@@ -626,7 +626,7 @@ async def test_client_that_has_gone_before_its_turn(service: Service):
     request.protocol.transport = None
     with pytest.raises(dropzone.DropzoneError, match="did not arrive whole") as refused:
         await dropzone.read_body(request, lambda _: None)
-    assert refused.value.code == "body_broken"
+    assert (refused.value.code, refused.value.status) == ("body_broken", 400)
 
 
 async def test_draining(service: Service):
@@ -790,6 +790,7 @@ async def test_large_bodies_do_not_crowd_out_small_ones(
     large = Waiting(service, 10_000, 9)
     admission = service.app[dropzone.ADMISSION]
     await until(lambda: admission.large.bytes == 2 * 9_999)  # of one caller, half of all
+    assert admission.bytes == 2 * 9_999
     for _ in range(20):
         assert (await service.post(b"[1]")).status == 202
     assert await large.statuses() == [202] * 2 + [503] * 7

@@ -715,7 +715,7 @@ async def test_stopped_with_a_slow_body(program: Program):
         post = asyncio.create_task(session.post(server.url + "/ingest", data=slow()))
         await asyncio.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(dropzone.GRACE / 2)  # far longer than aiohttp waits
         slow.rest.set()
         async with await post as response:
             raw_id = (await response.json())["raw_id"]

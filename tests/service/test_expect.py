@@ -153,9 +153,13 @@ async def test_not_invited_beyond_the_limit(opening: Open):
     assert (status, problem["code"]) == (429, "rate_limited")
 
 
-async def test_not_invited_where_there_is_no_room(opening: Open, monkeypatch: pytest.MonkeyPatch):
-    """Where the disk, or what is in flight, has no room for the body, it is not invited."""
-    monkeypatch.setattr(dropzone, "SMALL_IN_FLIGHT", 1000)
+@pytest.mark.parametrize(("share", "small"), [("SMALL_IN_FLIGHT", 600), ("LARGE_IN_FLIGHT", 100)])
+async def test_not_invited_where_there_is_no_room(
+    opening: Open, monkeypatch: pytest.MonkeyPatch, share: str, small: int
+):
+    """Where the disk, or what is in flight of its size, has no room for a body, none is invited."""
+    monkeypatch.setattr(dropzone, share, 1000)
+    monkeypatch.setattr(dropzone, "SMALL_BODY", small)
     line = await opening()
     line.send(b"POST /ingest", KEY, b"Content-Length: 600", body=b"[" * 500)
     other = await opening()

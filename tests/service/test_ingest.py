@@ -642,6 +642,8 @@ async def test_draining(service: Service):
     answer = await first
     assert answer.status == 202
     assert service.landed() == {answer.json["raw_id"]: slow.whole}
+    async with asyncio.timeout(30):
+        await service.app[dropzone.ADMISSION].drain(60)  # of which there is nothing left
 
 
 async def test_free_space_is_a_twentieth_at_most(tmp_path: Path):

@@ -1795,6 +1795,10 @@ class Work(NamedTuple):
     begin: int = 0
     end: int = sys.maxsize
 
+    def payloads(self) -> int:
+        """Return how many payloads are to be processed."""
+        return sum(min(self.end, payloads_in_name(name)) - self.begin for name in self.names)
+
 
 def tell_nobody(*_: int) -> None:
     """Hear of progress that nobody asked for."""
@@ -2067,7 +2071,7 @@ class Processor:
             if batch is None:
                 break
             await work(asyncio.to_thread, batch)
-            done += len(batch)
+            done += batch.payloads()
         if starting and not starting.cancel():
             starting.result()  # raises where they cannot start
 
@@ -2851,11 +2855,13 @@ LOOK_AROUND = 1.0  # seconds between two looks at all clients
 class Taking(Struct):
     """A client that has not taken all yet.
 
-    `held` bytes are in memory for it besides those that are `waiting` in its connection. It took
-    something last at `since`. `is_full` says that nothing more can be handed over to it.
+    `held` bytes are in memory for it, of an answer to `caller`, besides those that are `waiting` in
+    its connection. It took something last at `since`. `is_full` says that nothing more can be
+    handed over to it.
     """
 
     held: int = 0
+    caller: str = ""
     waiting: int = 0
     since: float = 0.0
     is_full: bool = False
@@ -2869,32 +2875,49 @@ class Clients:
     """Those to whom something was sent just now, and what of it they have not taken yet.
 
     One that takes nothing for `STALLED` seconds is cut off. Where `UNTAKEN` bytes are held for all
-    of them, those are that have taken nothing for the longest time.
+    of them, or half of that for those of one caller, those are that have taken nothing for the
+    longest time.
     """
 
     def __init__(self) -> None:
         self._taking: dict[asyncio.BaseTransport, Taking] = {}
-        self._held = 0
+        self._held = Counter[str]()  # by caller
 
-    def note(self, client: asyncio.BaseTransport, held: int = 0, *, is_full: bool = False) -> None:
+    def note(
+        self,
+        client: asyncio.BaseTransport,
+        held: int = 0,
+        caller: str = "",
+        *,
+        is_full: bool = False,
+    ) -> None:
         """Hear that something is sent, and how many bytes are in memory for what follows."""
         taking = self._taking.get(client)
         if taking is None:
             taking = self._taking[client] = Taking()
-        self._held += held - taking.held
-        taking.held, taking.since, taking.is_full = held, time.monotonic(), is_full
+        if held != taking.held:
+            self._release(taking)
+            self._held[caller] += held
+            taking.held, taking.caller = held, caller
+        taking.since, taking.is_full = time.monotonic(), is_full
 
     def expect(self, client: asyncio.BaseTransport) -> None:
         """Hear that an answer is about to be sent, of which nothing stays in memory here."""
         if client not in self._taking:
             self.note(client)
 
-    def require_room(self, size: int) -> None:
+    def require_room(self, caller: str, size: int) -> None:
         """Raise where so many bytes more cannot be held; one answer alone always can."""
-        if self._held and self._held + size > UNTAKEN:
+        if not self._has_room(caller, size):
+            self._cut_off_slowest(UNTAKEN // 2 - size, caller)
             self._cut_off_slowest(UNTAKEN - size)
-        if self._held and self._held + size > UNTAKEN:
+        if not self._has_room(caller, size):
             raise DropzoneError("too many answers are under way", "overloaded", 503)
+
+    def _has_room(self, caller: str, size: int) -> bool:
+        own, total = self._held[caller], self._held.total()
+        fits = not own or own + size <= UNTAKEN // 2
+        return fits and (not total or total + size <= UNTAKEN)
 
     async def look_around(self) -> NoReturn:
         """Cut off, again and again, those that have to be."""
@@ -2921,16 +2944,22 @@ class Clients:
                 cut += 1
         return cut + self._cut_off_slowest(UNTAKEN)
 
-    def _cut_off_slowest(self, limit: int) -> int:
+    def _cut_off_slowest(self, limit: int, caller: str | None = None) -> int:
         """Cut off clients until no more than `limit` bytes are held and wait for the others.
 
-        Not those that took something within the last second, nor those that are waiting themselves.
+        Not those that took something within the last second, nor those that are waiting themselves;
+        of one caller alone, if it is given.
         """
-        untaken = sum(taking.held + taking.waiting for taking in self._taking.values())
+        found = [
+            (client, taking)
+            for client, taking in self._taking.items()
+            if caller in (None, taking.caller)
+        ]
+        untaken = sum(taking.held + taking.waiting for _, taking in found)
         if untaken <= limit:
             return 0
         before, cut = time.monotonic() - LOOK_AROUND, 0
-        for client, taking in sorted(self._taking.items(), key=lambda each: each[1].since):
+        for client, taking in sorted(found, key=lambda each: each[1].since):
             if untaken <= limit or taking.since > before:
                 break
             if taking.has_to_move():
@@ -2940,8 +2969,14 @@ class Clients:
         return cut
 
     def _cut_off(self, client: asyncio.BaseTransport) -> None:
-        self._held -= self._taking.pop(client).held
+        self._release(self._taking.pop(client))
         reset(client)
+
+    def _release(self, taking: Taking) -> None:
+        self._held[taking.caller] -= taking.held
+        if not self._held[taking.caller]:
+            del self._held[taking.caller]
+        taking.held = 0
 
 
 def waiting_for(client: asyncio.BaseTransport) -> int:
@@ -2958,13 +2993,14 @@ class Sent(web.StreamResponse):
     `held` is how many bytes it takes in memory meanwhile.
     """
 
-    clients: Clients  # is set by `edge`
+    clients: Clients  # is set by `edge`, and whose answer it is, too
+    caller: str
     held = PIECE_BYTES
 
-    def admit(self, clients: Clients) -> None:
+    def admit(self, clients: Clients, caller: str) -> None:
         """Raise where there is no room for it."""
-        self.clients = clients
-        clients.require_room(self.held)
+        self.clients, self.caller = clients, caller
+        clients.require_room(caller, self.held)
 
     async def hand_over(self, client: asyncio.BaseTransport | None, text: bytes) -> None:
         """Send in pieces; what is beyond the next one waits here, and not in the system."""
@@ -2972,9 +3008,9 @@ class Sent(web.StreamResponse):
         while rest:
             if client is None:
                 raise ConnectionResetError("the client has gone")
-            self.clients.note(client, self.held, is_full=True)
+            self.clients.note(client, self.held, self.caller, is_full=True)
             await self.write(rest[:PIECE_BYTES])
-            self.clients.note(client, self.held)
+            self.clients.note(client, self.held, self.caller)
             rest = rest[PIECE_BYTES:]
 
     def begin(self, client: asyncio.BaseTransport | None) -> None:
@@ -3043,10 +3079,10 @@ class WhileRead(Sent):
         self._portions, self._name, self._unit = portions, name, unit
         self._close, self.held = close, held
 
-    def admit(self, clients: Clients) -> None:
+    def admit(self, clients: Clients, caller: str) -> None:
         """Raise where there is no room for it; then it is closed."""
         try:
-            super().admit(clients)
+            super().admit(clients, caller)
         except DropzoneError:
             self._close()
             raise
@@ -4183,7 +4219,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
             admit_address(request)
         response: web.StreamResponse = await handler(request)
         if isinstance(response, Sent):
-            response.admit(app[CLIENTS])
+            response.admit(app[CLIENTS], caller_of(request))
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
         response = problem(request, error)
     client = request.transport

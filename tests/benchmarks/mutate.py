@@ -78,6 +78,7 @@ PARTS = {
         "dropzone.py",
         (
             "tests/service/test_ingest.py",
+            "tests/service/test_edges.py",
             "tests/service/test_expect.py",
             "tests/service/test_limits.py",
         ),

@@ -822,13 +822,14 @@ async def test_names(serve: Serve, config_of: Callable[..., Config], issuer: Iss
         {"sub": None, "client_id": "app"},
         {"sub": "app", "azp": "other"},
         {"sub": None},
+        {"sub": None, "azp": 5, "client_id": ["app"]},
         {"sub": "cli:root"},
         {"sub": "a\nb\x1b[0m\ud800%"},
         {"sub": "ö" * 128},
     ):
         assert await service.token(token(scp="read", **changes)) == (200, "")
     odd = "token:a%0Ab%1B[0m%ED%A0%80%25"
-    named = ["client:app", "client:app", "token:app", "token:", "token:cli:root", odd]
+    named = ["client:app", "client:app", "token:app", "token:", "token:", "token:cli:root", odd]
     assert service.callers == [*named, "token:" + "ö" * 128]
 
 
@@ -925,6 +926,16 @@ async def test_new_key_of_the_issuer(service: Service, issuer: Issuer):
     issuer.keys = [jwk(OTHER, "other")]
     assert await service.token(token("other", key=OTHER)) == (200, "")
     assert await service.token(token()) == (401, "token_invalid")
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_the_only_key_of_the_issuer(serve: Serve, config_of: Any, issuer: Issuer):
+    """Where the issuer has one key, a token need not name it, and costs no further fetch."""
+    issuer.keys = issuer.keys[:1]
+    service = await serve(config_of(jwt=trusting(issuer.url)))
+    assert await service.token(token(None)) == (200, "")
+    assert issuer.asked == 1
+    assert await service.token(token("other")) == (401, "token_invalid")
 
 
 @pytest.mark.usefixtures("no_pause")

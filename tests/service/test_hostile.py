@@ -514,6 +514,21 @@ async def test_room_for_answers(rows: Service, monkeypatch: pytest.MonkeyPatch):
         assert True in [await is_cut_off(client) for client in clients]
 
 
+async def test_one_reader_leaves_room_for_another(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """However much one key leaves on its way, another gets its answers, and nobody is cut off."""
+    monkeypatch.setattr(dropzone, "UNTAKEN", 8 * MIB)
+    monkeypatch.setattr(dropzone, "LOOK_AROUND", 60.0)  # seconds, in which nobody is slow
+    backend, path = MemoryBackend(), "/measurements?limit=10000"
+    service = await serve(backend, key="own", keys=(READER,))
+    await fill(backend, 12_000)
+    with asking(service, path, 12, small=True, key="reader"):
+        async with asyncio.timeout(30):
+            while (await service("GET", path, headers={"x-api-key": "reader"})).status == 200:
+                pass
+        for _ in range(3):
+            assert (await service("GET", path, headers=OWN)).status == 200
+
+
 async def test_room_is_given_back(rows: Service, monkeypatch: pytest.MonkeyPatch):
     """Whatever was taken leaves room to the next answers, on connections of their own, too."""
     paths = await large_paths(rows)

@@ -259,7 +259,7 @@ class DataQualityError(DropzoneError):
 REJECTION_CODES = (  # why a payload is rejected
     *("payload_not_json", "payload_not_object", "payload_unreadable"),
     *("time_stamp_missing", "time_stamp_invalid"),
-    *("time_stamp_without_offset", "time_stamp_out_of_range"),
+    *("time_stamp_without_offset", "time_stamp_out_of_range", "time_stamp_implausible"),
     *("data_missing", "data_not_array", "data_empty"),
     *("value_not_numeric", "value_not_finite", "backend_refused"),
 )
@@ -348,6 +348,14 @@ class ProcessConfig(Section, frozen=True):
     every: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class TransformConfig(Section, frozen=True):
+    """The rules by which a payload becomes a measurement."""
+
+    nulls: Literal["reject", "skip"] = "reject"
+    not_before: Annotated[datetime, Meta(tz=True)] | None = None
+    not_after_arrival: Annotated[float, Meta(ge=0)] | None = None  # seconds
+
+
 class SqliteConfig(Section, frozen=True):
     path: Path = Path("data/dropzone.sqlite")
 
@@ -415,6 +423,7 @@ class Config(Section, frozen=True, dict=True):
     server: ServerConfig = ServerConfig()
     raw: RawConfig = RawConfig()
     process: ProcessConfig = ProcessConfig()
+    transform: TransformConfig = TransformConfig()
     storage: StorageConfig = StorageConfig()
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -1402,17 +1411,44 @@ class GoodPayload(Struct):
 
 
 GOOD_PAYLOAD = msgspec.json.Decoder(GoodPayload)
+RULES = TransformConfig()
 EXPONENTS = 64  # letters e in a text of numbers, from which on msgspec may be the slower way
 
 
-def transform(raw_id: UUID, body: bytes) -> Measurement:
+def transform(raw_id: UUID, body: bytes, rules: TransformConfig = RULES) -> Measurement:
     """Return the measurement that a payload stands for, or raise `DataQualityError`.
 
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
-    at least one finite number. Other members are left alone.
+    at least one finite number. Other members are left alone. The `rules` may let nulls in `data` be
+    gaps, and refuse time stamps that no working clock can have had.
     """
+    made = _transformed(raw_id, body, rules)
+    if rules.not_before is not None or rules.not_after_arrival is not None:
+        _check_clock(made, rules)
+    return made
+
+
+def _check_clock(made: Measurement, rules: TransformConfig) -> None:
+    """Raise where the rules say that a device's clock was wrong."""
+    moment, arrival = made.timestamp_utc, arrival_of(made.raw_id)
+    if rules.not_before is not None and moment < rules.not_before:
+        wrong = f"is before [transform] not_before, {timestamp_text(rules.not_before)}"
+    elif arrival is None or rules.not_after_arrival is None:
+        return
+    elif (moment - arrival).total_seconds() > rules.not_after_arrival:
+        limit = f"more than the {rules.not_after_arrival:g} s of [transform] not_after_arrival"
+        wrong = f"is {moment - arrival} later than its arrival, {limit}"
+    else:
+        return
+    clock = "set the clock of the device"
+    raise DataQualityError(
+        "time_stamp_implausible", f"time_stamp {timestamp_text(moment)} {wrong}: {clock}"
+    )
+
+
+def _transformed(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     if len(body) > LARGE_JSON:
-        return _transform_large(raw_id, body)
+        return _transform_large(raw_id, body, rules)
     try:  # the way of nearly all, several times as fast as finding out what is wrong
         if body.count(b"e") + body.count(b"E") < EXPONENTS:
             good = GOOD_PAYLOAD.decode(body)
@@ -1422,10 +1458,10 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
                 return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
     except REFUSED:
         pass
-    return _transform_carefully(raw_id, body)
+    return _transform_carefully(raw_id, body, rules)
 
 
-def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
+def _transform_carefully(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     try:
         document = parse_json(body)
     except PayloadNotJson as error:
@@ -1437,7 +1473,7 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     timestamp_utc = parse_time_stamp(document["time_stamp"])
     if "data" not in document:
         raise DataQualityError("data_missing", "the payload has no data")
-    mean, std_dev = mean_and_std_dev(_finite_values(document["data"]))
+    mean, std_dev = mean_and_std_dev(_finite_values(document["data"], rules))
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
@@ -1455,7 +1491,7 @@ class LargePayload(Struct):
 LARGE_PAYLOAD = msgspec.json.Decoder(LargePayload)
 
 
-def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
+def _transform_large(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     """Do as `_transform_carefully`, but without the values of the document, which may take 1 GB."""
     try:
         payload = LARGE_PAYLOAD.decode(strict_json(body))
@@ -1469,7 +1505,7 @@ def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
     timestamp_utc = _large_time_stamp(time_stamp)
     if not data:
         raise DataQualityError("data_missing", "the payload has no data")
-    mean, std_dev = mean_and_std_dev(_many_finite_values(data))
+    mean, std_dev = mean_and_std_dev(_many_finite_values(data, rules))
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
@@ -1617,52 +1653,73 @@ def _offset(match: re.Match[str]) -> timedelta:
     return -offset if match["offset"].startswith("-") else offset
 
 
-def _finite_values(data: object) -> list[float]:
+NO_VALUES = "a mean needs at least one number"
+GAPS = '[transform] nulls = "skip" takes nulls for gaps'
+
+
+def _finite_values(data: object, rules: TransformConfig) -> list[float]:
     if not isinstance(data, list):
         raise DataQualityError("data_not_array", f"data is {_shown(data)}, no array of numbers")
-    if not data:
-        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+    values = _without_gaps(data, rules)
+    if not values:
+        only_nulls = "has only nulls" if data else "is empty"
+        raise DataQualityError("data_empty", f"data {only_nulls}: {NO_VALUES}")
     try:
-        if set(map(type, data)) <= {float, int}:
-            values = list(map(float, data))
+        if set(map(type, values)) <= {float, int}:
+            values = list(map(float, values))
             if all(map(math.isfinite, values)):
                 return values
     except OverflowError:  # an integer beyond a double
         pass
-    raise _bad_value(data)
+    raise _bad_value(data, rules)
 
 
-def _bad_value(data: list[Any]) -> DataQualityError:
+def _without_gaps(data: list[Any], rules: TransformConfig) -> list[Any]:
+    if rules.nulls == "skip" and None in data:
+        return [value for value in data if value is not None]
+    return data
+
+
+def _bad_value(data: list[Any], rules: TransformConfig) -> DataQualityError:
     """Name the first value that is no number; if all are numbers, the first that is not finite."""
+    numbers = (float, int, type(None)) if rules.nulls == "skip" else (float, int)
     for index, value in enumerate(data):
-        if type(value) not in (float, int):
-            wrong = f"data[{index}] is {_shown(value)}, no number"
-            return DataQualityError("value_not_numeric", wrong)
-    index = next(i for i, value in enumerate(data) if not abs(value) <= sys.float_info.max)
+        if type(value) not in numbers:
+            return _no_number(index, _shown(value))
+    index = next(
+        i for i, v in enumerate(data) if v is not None and not abs(v) <= sys.float_info.max
+    )
     wrong = f"data[{index}] is {_shown(data[index])}, no finite double"
     return DataQualityError("value_not_finite", wrong)
 
 
+def _no_number(index: int, shown: str) -> DataQualityError:
+    advice = f" ({GAPS})" if shown == "null" else ""
+    return DataQualityError("value_not_numeric", f"data[{index}] is {shown}, no number{advice}")
+
+
 PIECE = 16 * 1024  # bytes of a large array that are read at a time
 COMMA = re.compile(rb",")
-ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\"))\s*(?:,|\Z)")
+ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\")|(null))\s*(?:,|\Z)")
 NUMBERS = msgspec.json.Decoder(list[float])
 
 
-def _many_finite_values(text: memoryview) -> array[float]:
+def _many_finite_values(text: memoryview, rules: TransformConfig) -> array[float]:
     """Do as `_finite_values` with the text of a large array."""
     if text[0] != ord("["):
         raise DataQualityError(
             "data_not_array", f"data is {_shown_text(text)}, no array of numbers"
         )
     if not bytes(text[1:-1]).strip():
-        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+        raise DataQualityError("data_empty", f"data is empty: {NO_VALUES}")
     values = array("d")
     try:
         for piece in _pieces_of(text):
-            values.extend(_numbers_in(piece))
+            values.extend(_numbers_in(piece, rules))
     except (*REFUSED, ValueError, DataQualityError):
-        raise _bad_value_in(text) from None
+        raise _bad_value_in(text, rules) from None
+    if not values:
+        raise DataQualityError("data_empty", f"data has only nulls: {NO_VALUES}")
     return values
 
 
@@ -1676,32 +1733,36 @@ def _pieces_of(text: memoryview) -> Iterator[bytes]:
         start = stop + 1
 
 
-def _numbers_in(piece: bytes) -> list[float]:
-    """Return the numbers of an array; raises where it has anything but finite ones.
+def _numbers_in(piece: bytes, rules: TransformConfig) -> list[float]:
+    """Return the numbers of an array; raises where it has anything but finite ones, and gaps.
 
     msgspec is the fastest, but takes microseconds for some numbers with exponents.
     """
     if piece.count(b"e") + piece.count(b"E") < EXPONENTS:
         with contextlib.suppress(*REFUSED):
             return NUMBERS.decode(piece)
-    return _finite_values(json.loads(piece))
+    values = json.loads(piece)
+    if rules.nulls == "skip" and not any(value is not None for value in values):
+        return []
+    return _finite_values(values, rules)
 
 
-def _bad_value_in(text: memoryview) -> DataQualityError:
+def _bad_value_in(text: memoryview, rules: TransformConfig) -> DataQualityError:
     """Do as `_bad_value` with the text of a large array."""
     index, not_finite = 0, None
     for piece in _pieces_of(text):
         with contextlib.suppress(*REFUSED, ValueError, DataQualityError):
-            index += len(_numbers_in(piece))
+            _numbers_in(piece, rules)
+            index += piece.count(b",") + 1
             continue
         inner = memoryview(piece)[1:-1]
         position = 0
         while position < len(inner):
             element = ELEMENT.match(inner, position)
-            if element is None:
-                wrong = f"data[{index}] is {_shown_text(inner[position:])}, no number"
-                return DataQualityError("value_not_numeric", wrong)
-            if not_finite is None and not (element[1] and math.isfinite(float(element[1]))):
+            if element is None or (element[3] and rules.nulls == "reject"):
+                return _no_number(index, "null" if element else _shown_text(inner[position:]))
+            is_finite = element[3] or (element[1] and math.isfinite(float(element[1])))
+            if not_finite is None and not is_finite:
                 shown = "NaN or an infinity" if element[2] else _shown_text(element[1])
                 not_finite = f"data[{index}] is {shown}, no finite double"
             index, position = index + 1, element.end()
@@ -1804,14 +1865,16 @@ def tell_nobody(*_: int) -> None:
     """Hear of progress that nobody asked for."""
 
 
-def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
+def judge(
+    payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]], rules: TransformConfig
+) -> Judged:
     """Transform payloads, or note why they cannot be read."""
     judged = Judged([], [], [])
     for raw_id, body in payloads:
         try:
             if isinstance(body, PayloadStoreError):
                 raise body
-            judged.rows.append(transform(raw_id, body))
+            judged.rows.append(transform(raw_id, body, rules))
         except NoAccess as error:
             judged.unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
@@ -1834,7 +1897,11 @@ class JudgedFiles(NamedTuple):
 
 
 def judge_files(
-    payloads: Payloads, work: Work, most_bytes: int = sys.maxsize, largest: int = sys.maxsize
+    payloads: Payloads,
+    work: Work,
+    rules: TransformConfig,
+    most_bytes: int = sys.maxsize,
+    largest: int = sys.maxsize,
 ) -> JudgedFiles:
     """Transform what is in pending files, one file in memory at a time.
 
@@ -1850,7 +1917,7 @@ def judge_files(
             if sum(sizes) > LARGE_FILES * largest or max(sizes, default=0) > largest:
                 break
             size += sum(sizes)
-            made = judge(found)
+            made = judge(found, rules)
             judged.rows.extend(made.rows)
             judged.rejected.extend(made.rejected)
         except RawIdUnknown:
@@ -1858,7 +1925,7 @@ def judge_files(
         except NoAccess as error:
             unread[name] = str(error)
         except PayloadUnreadable as error:  # a batch goes under the name of its first payload
-            judged.rejected.extend(judge([(first_of(name), error)]).rejected)
+            judged.rejected.extend(judge([(first_of(name), error)], rules).rejected)
         files += 1
         if size >= most_bytes:
             break
@@ -2007,10 +2074,17 @@ class Processor:
     """
 
     def __init__(
-        self, payloads: Payloads, backend: Backend, *, batch: int, metrics: Metrics | None = None
+        self,
+        payloads: Payloads,
+        backend: Backend,
+        *,
+        batch: int,
+        rules: TransformConfig = RULES,
+        metrics: Metrics | None = None,
     ) -> None:
         self._payloads = payloads
         self._backend = backend
+        self._rules = rules
         self._batch = batch
         self._metrics = metrics or Metrics()
         self._workers = Workers()
@@ -2154,7 +2228,9 @@ class Processor:
         """
         largest = sys.maxsize if run == self._workers.run else LARGE_JSON
         while work.names:
-            judge_some = functools.partial(judge_files, self._payloads, work, PORTION_BYTES)
+            judge_some = functools.partial(
+                judge_files, self._payloads, work, self._rules, PORTION_BYTES
+            )
             judged = await run(judge_some, largest)
             if not judged.files:
                 judged = await self._workers.run(judge_some)
@@ -2386,10 +2462,10 @@ class Derived(Struct, frozen=True, array_like=True):
 DERIVED = msgspec.msgpack.Decoder(Derived)
 
 
-def derive(portion: Portion) -> bytes:
+def derive(portion: Portion, rules: TransformConfig) -> bytes:
     """Make the rows of a portion of payloads; return `Derived` as MessagePack."""
     try:
-        judged = judge(portion.payloads())
+        judged = judge(portion.payloads(), rules)
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
@@ -2418,9 +2494,12 @@ class Proof:
     `damage` the first sentences on what cannot be read, or makes no row any more.
     """
 
-    def __init__(self, payloads: Payloads, backend: Backend) -> None:
+    def __init__(
+        self, payloads: Payloads, backend: Backend, rules: TransformConfig = RULES
+    ) -> None:
         self._payloads = payloads
         self._backend = backend
+        self._rules = rules
         self._workers = Workers()
         self._scratch = payloads.workspace / "derived"
         self.counts = Counter[str]()
@@ -2512,7 +2591,7 @@ class Proof:
             raise NoAccess(trouble)
 
         async def derive_portion(portion: Portion) -> None:
-            made = DERIVED.decode(await self._workers.run(derive, portion))
+            made = DERIVED.decode(await self._workers.run(derive, portion, self._rules))
             await derived.upsert(made.rows)
             self._note_damage(*made.damage)
             progress(made.checked)
@@ -2572,7 +2651,7 @@ class Proof:
         """
         state, body = self._payloads.read(row.raw_id)
         try:
-            made = transform(row.raw_id, body)
+            made = transform(row.raw_id, body, self._rules)
         except DataQualityError:
             if state == "rejected":
                 return None
@@ -4815,7 +4894,9 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
         app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
     metrics.own_in_flight = lambda: app[ADMISSION].bytes
     payloads = store.portable()
-    app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
+    app[PROCESSOR] = Processor(
+        payloads, app[BACKEND], batch=config.process.batch, rules=config.transform, metrics=metrics
+    )
     app[CHECKER] = Workers(1)  # one large document at a time
     add_threads(app, payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
@@ -5153,7 +5234,9 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
     os.nice(NICE)
     async with opened(config) as (store, backend, metrics):
         batch = config.process.batch
-        processor = Processor(store.portable(), backend, batch=batch, metrics=metrics)
+        processor = Processor(
+            store.portable(), backend, batch=batch, rules=config.transform, metrics=metrics
+        )
         try:
             if args.watch:
                 await watch(config, processor, store.portable())
@@ -5268,7 +5351,7 @@ async def prove(
     """Go through all rows and print what is found; return 1 where something is left to be done."""
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
-        proof, is_first = Proof(store.portable(), timed_backend), True
+        proof, is_first = Proof(store.portable(), timed_backend, config.transform), True
         with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):

@@ -4,8 +4,8 @@ The way of a payload, which is also the order of this file:
 
 1. A device POSTs JSON to `/ingest`. The payload store (`backends/raw`) lands it together with what
    else has arrived: it appends the group to the journal and syncs that: from this point on the
-   payloads are durable. Then it writes the exact bytes to `raw/<raw_id>.json`; only then does the
-   device get its 202.
+   payloads are durable. Then it writes the exact bytes to `raw/<raw_id>.json`, those of a batch to
+   one file for all its payloads; only then does the device get its 202.
 2. `Processor.process` reads pending payloads in order of arrival, `transform`s each into a
    `Measurement` (UTC timestamp, mean, population standard deviation) or finds out why that is
    impossible, upserts the measurements into the backend, and only then moves the payloads out of
@@ -60,8 +60,9 @@ import tomllib
 import warnings
 import zlib
 from array import array
+from bisect import bisect_left
 from calendar import isleap
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -79,11 +80,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from ipaddress import IPv6Address
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue
 from random import getrandbits, uniform
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
@@ -98,19 +98,19 @@ from typing import (
 )
 from urllib.parse import quote
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import msgspec
 import prometheus_client as prometheus
 from aiohttp import ClientError, ClientSession, HttpVersion11, StreamReader, web
 from aiohttp.hdrs import METH_ALL
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_urldispatcher import MatchInfoError
-from dotenv import dotenv_values
+from aiohttp.web_urldispatcher import AbstractRoute, MatchInfoError
 from filelock import AsyncFileLock, FileLock, Timeout
 from msgspec import Meta, Struct
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
-from throttled import BaseRateLimiter, MemoryStore, Throttled
-from throttled.exceptions import DataError
+from prometheus_client.registry import Collector
 from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
@@ -157,7 +157,16 @@ from backends.raw import (
     raw_id_of,
     texts_of,
 )
-from backends.raw.batches import ARRAY, BLANK, NOT_FINITE, REFUSED, sequence_in, strict_text
+from backends.raw.batches import (
+    BLANK,
+    LINE,
+    NOT_FINITE,
+    RECORD_SEPARATOR,
+    REFUSED,
+    elements_in,
+    sequence_in,
+    strict_text,
+)
 from backends.raw.batches import RAW as RAW_JSON
 from backends.raw.disk import (
     FILE,
@@ -176,6 +185,9 @@ from backends.raw.disk import (
     wrong_owner,
 )
 from backends.raw.landing import RawStore
+
+if TYPE_CHECKING:  # what few runs need is imported where the configuration is read for them
+    from throttled import BaseRateLimiter
 
 try:
     from uvloop import new_event_loop
@@ -207,6 +219,10 @@ class DropzoneError(Exception):
         self.detail, self.extra = detail, extra
         self.code, self.status = code or self.code, status or self.status
 
+    def __reduce__(self) -> tuple[Callable[..., DropzoneError], tuple[()]]:
+        make = functools.partial(type(self), self.detail, self.code, self.status, **self.extra)
+        return make, ()
+
 
 class ConfigError(DropzoneError):
     code = "config_invalid"
@@ -236,14 +252,14 @@ class DataQualityError(DropzoneError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail, code)
 
-    def __reduce__(self) -> tuple[type[DataQualityError], tuple[str, str]]:
-        return type(self), (self.code, self.detail)
+    def __reduce__(self) -> tuple[Callable[..., DataQualityError], tuple[()]]:
+        return functools.partial(type(self), self.code, self.detail), ()
 
 
 REJECTION_CODES = (  # why a payload is rejected
     *("payload_not_json", "payload_not_object", "payload_unreadable"),
     *("time_stamp_missing", "time_stamp_invalid"),
-    *("time_stamp_without_offset", "time_stamp_out_of_range"),
+    *("time_stamp_without_offset", "time_stamp_out_of_range", "time_stamp_implausible"),
     *("data_missing", "data_not_array", "data_empty"),
     *("value_not_numeric", "value_not_finite", "backend_refused"),
 )
@@ -282,6 +298,8 @@ class Rate(str):
     def __init__(self, text: str = "") -> None:
         if not text:
             return
+        from throttled.exceptions import DataError  # noqa: PLC0415 (see TYPE_CHECKING)
+
         try:
             self.limiter()
         except DataError:
@@ -290,6 +308,8 @@ class Rate(str):
 
     def limiter(self) -> BaseRateLimiter:
         """Return what counts by it: a bucket that fills evenly (GCRA), for each key or address."""
+        from throttled import MemoryStore, Throttled  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
 
 
@@ -326,6 +346,14 @@ class RawConfig(Section, frozen=True):
 class ProcessConfig(Section, frozen=True):
     batch: Annotated[int, Meta(ge=1, le=100_000)] = 1000
     every: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class TransformConfig(Section, frozen=True):
+    """The rules by which a payload becomes a measurement."""
+
+    nulls: Literal["reject", "skip"] = "reject"
+    not_before: Annotated[datetime, Meta(tz=True)] | None = None
+    not_after_arrival: Annotated[float, Meta(ge=0)] | None = None  # seconds
 
 
 class SqliteConfig(Section, frozen=True):
@@ -395,6 +423,7 @@ class Config(Section, frozen=True, dict=True):
     server: ServerConfig = ServerConfig()
     raw: RawConfig = RawConfig()
     process: ProcessConfig = ProcessConfig()
+    transform: TransformConfig = TransformConfig()
     storage: StorageConfig = StorageConfig()
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -536,6 +565,8 @@ def _read_toml(file: Path) -> Table:
 
 def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     with _reading(file):
+        from dotenv import dotenv_values  # noqa: PLC0415 (see TYPE_CHECKING)
+
         return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
 
 
@@ -640,6 +671,8 @@ def _merged(old: object, new: object) -> object:
 # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────
 
 LINES_WAITING = 10_000  # while nobody reads standard error; what is beyond is lost, and counted
+LINES_TOGETHER = 0.01  # seconds for which a line waits for others
+LINES_AT_ONCE = 500  # that are written together
 LAST_LINES = 1.0  # seconds in which the last lines have to be written when the program ends
 Facts = Mapping[str, object]
 
@@ -692,51 +725,75 @@ class StandardError(logging.Handler):
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.write([record])
+
+    def write(self, records: Iterable[logging.LogRecord]) -> None:
+        """Write some records together."""
+        text = "".join([f"{self.format(record)}\n" for record in records])
         with contextlib.suppress(OSError):  # nobody reads it any more
-            text = f"{self.format(record)}\n"
             write_all(self._descriptor, text.encode(errors="backslashreplace"))
 
 
-class LineQueue(QueueHandler):
-    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls."""
+class LineQueue(logging.Handler):
+    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls.
 
-    def __init__(self, out: logging.Handler) -> None:
-        self._lines: Queue[logging.LogRecord] = Queue(LINES_WAITING)
+    Lines that come together are written together: a thread that woke up for each of them would take
+    the interpreter from the event loop as often.
+    """
+
+    def __init__(self, out: StandardError) -> None:
+        super().__init__()
         self._out = out
         self._lost = 0
-        super().__init__(self._lines)
         self.begin()
 
     def begin(self) -> None:
         """Start the thread; a process that was forked has to do it again."""
-        self.queue = self._lines = Queue(LINES_WAITING)
-        QueueListener(self._lines, self._out).start()
+        self._waiting = deque[logging.LogRecord]()
+        self._is_writing = False
+        self._wake = threading.Event()
+        threading.Thread(target=self._write_forever, daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Take the text of a record now, as its arguments may change."""
-        record.msg, record.args = record.getMessage(), None
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record over; its text is made now, as its arguments may change, unlike facts."""
         try:
-            if self._lost:
-                self._lines.put_nowait(self._report())
-                self._lost = 0
-            self._lines.put_nowait(record)
-        except Full:
+            if record.args:
+                record.msg, record.args = record.getMessage(), None
+        except Exception:  # noqa: BLE001 (as any handler of logging does)
+            self.handleError(record)
+            return
+        if len(self._waiting) >= LINES_WAITING:
             self._lost += 1
+            return
+        if self._lost:
+            self._waiting.append(self._report())
+            self._lost = 0
+        self._waiting.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _report(self) -> logging.LogRecord:
         lost = f"{self._lost} lines were lost, as nobody read standard error"
         return logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
 
+    def _write_forever(self) -> NoReturn:
+        while True:
+            self._wake.wait()
+            time.sleep(LINES_TOGETHER)
+            self._wake.clear()
+            while self._waiting:
+                self._is_writing = True
+                count = min(len(self._waiting), LINES_AT_ONCE)
+                self._out.write([self._waiting.popleft() for _ in range(count)])
+                self._is_writing = False
+
     def finish(self) -> None:
         """Write the lines that wait, as far as somebody reads them: the end of the program."""
         if self._lost:
-            with contextlib.suppress(Full):
-                self._lines.put_nowait(self._report())
+            self._waiting.append(self._report())
+            self._wake.set()
         deadline = time.monotonic() + LAST_LINES
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while (self._waiting or self._is_writing) and time.monotonic() < deadline:
             time.sleep(0.005)
 
 
@@ -748,20 +805,37 @@ def log_to_stderr(config: LogConfig, level: str = "", *, queued: bool = True) ->
     """
     if logging.getLogger().handlers:
         return
-    out: logging.Handler = StandardError(config.format)
+    handler: logging.Handler = StandardError(config.format)
     if queued:
-        out = LineQueue(out)
-        atexit.register(out.finish)
-        os.register_at_fork(after_in_child=out.begin)
-    logging.basicConfig(level=(level or config.level).upper(), handlers=[out])
+        handler = queue = LineQueue(StandardError(config.format))
+        atexit.register(queue.finish)
+        os.register_at_fork(after_in_child=queue.begin)
+    logging.basicConfig(level=(level or config.level).upper(), handlers=[handler])
+    # No line has these, and each record would look them up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     audit_log.setLevel(logging.INFO)
 
 
 def log_facts(logger: logging.Logger, level: int, facts: Facts) -> None:
-    """Log facts: the members of a JSON line, `name=value` in text."""
+    """Log facts: the members of a JSON line, `name=value` in text.
+
+    Nobody has to look for the place in the program that they come from: it is always this one.
+    """
     if logger.isEnabledFor(level):
-        text = " ".join(f"{name}={_value_text(value)}" for name, value in facts.items())
-        logger.log(level, "%s", text, extra={"facts": facts})
+        text, extra = FactsText(facts), {"facts": facts}
+        logger.handle(
+            logger.makeRecord(logger.name, level, __file__, 0, text, (), None, extra=extra)
+        )
+
+
+class FactsText:
+    """Facts as text, which is made only when it is asked for: a log in JSON has no use for it."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={_value_text(value)}" for name, value in self._facts.items())
 
 
 def _value_text(value: object) -> str:
@@ -803,6 +877,7 @@ def operator_name() -> str:
 LARGE_JSON = 64 * 1024  # bytes; a smaller document is parsed at once, however odd it is
 ODD_AT_ONCE = 4 * 1024  # bytes of a body that is not strictly JSON, and is looked into at once
 BATCH = 100_000  # payloads of one body
+LINES = 4 * BATCH  # of one body, blank ones included
 NOT_JSON_SHOWN = 1000  # lines
 
 
@@ -944,13 +1019,14 @@ ALONE = Contents()
 
 def _document(strict: bytes, body: bytes) -> Contents:
     check_utf8(body)
-    if strict.lstrip()[:1] != b"[":
-        RAW_JSON.decode(strict)
-        return ALONE
-    elements = ARRAY.decode(strict)
-    if not elements or any(bytes(element)[:1] != b"{" for element in elements):
-        return ALONE
-    return _batch("json", len(elements))
+    count = 0
+    for begin, _ in elements_in(strict):
+        count += 1
+        if strict[begin] != ord("{"):
+            return ALONE
+        if count > BATCH:
+            break
+    return _batch("json", count) if count else ALONE
 
 
 def _documents_of(body: bytes) -> Contents:
@@ -958,19 +1034,25 @@ def _documents_of(body: bytes) -> Contents:
     with contextlib.suppress(*REFUSED):
         check_utf8(body)
         stretches = list(itertools.islice(sequence_in(strict_text(body)), BATCH + 1))
-        if len(stretches) > 1:
-            gaps = itertools.pairwise(stretches)
-            is_lines = all(b"\n" in body[end:begin] for (_, end), (begin, _) in gaps) and all(
-                b"\n" not in body[begin:end] for begin, end in stretches
-            )
-            return _batch("ndjson" if is_lines else "json", len(stretches))
-    first = next(filter(bytes.strip, body.splitlines()), b"")
-    if first.lstrip()[:1] in (b"{", b"["):
+        if len(stretches) > 1 or RECORD_SEPARATOR in body:
+            return _batch("ndjson" if _are_lines(body, stretches) else "json", len(stretches))
+    first = LINE.search(body)
+    if first and first[0].lstrip()[:1] in (b"{", b"["):
         with contextlib.suppress(PayloadNotJson):
-            check_json(first)
+            check_json(first[0])
             return _lines_of(body)
     check_json(body)
     return ALONE
+
+
+def _are_lines(body: bytes, stretches: Sequence[tuple[int, int]]) -> bool:
+    """Say whether there is a document on each line of a body."""
+    gaps = itertools.pairwise(stretches)
+    return (
+        RECORD_SEPARATOR not in body
+        and all(b"\n" in body[end:begin] for (_, end), (begin, _) in gaps)
+        and not any(b"\n" in body[begin:end] for begin, end in stretches)
+    )
 
 
 def _lines_of(body: bytes, *, patient: bool = True) -> Contents:
@@ -982,6 +1064,10 @@ def _lines_of(body: bytes, *, patient: bool = True) -> Contents:
 
 def lines_in(body: bytes, *, patient: bool = True, before: int = 0) -> tuple[int, list[NotJson]]:
     """Return how many payloads are in lines, of which `before` come before, and the bad ones."""
+    if not body or body.isspace():
+        return 0, []
+    if body.count(b"\n") > LINES:
+        raise too_large(LINES, "lines")
     count, not_json = 0, list[NotJson]()
     is_utf8 = body.isascii() or not patient
     if not patient:
@@ -1047,6 +1133,67 @@ DROP_GONE = "DELETE FROM in_flight WHERE at < ? OR bytes = 0"
 ALL_IN_FLIGHT = "SELECT coalesce(sum(bytes), 0) FROM in_flight"
 
 
+class Durations:
+    """How long answers of one kind took: a histogram."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.counts = [0] * (len(SECONDS) + 1)  # up to each bound and above the one before; beyond
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+class Answers(Collector):
+    """How many requests were answered, by method, route and status, and how long that took.
+
+    The event loop alone counts here, for each request. So no lock is needed, as each number of
+    prometheus_client has one, and takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        self._labelled = dict[tuple[str, str, str], Durations]()
+        self._known = dict[tuple[AbstractRoute, int], Durations]()  # the same, found faster
+
+    def add(self, request: web.Request, status: int, seconds: float) -> None:
+        """Count a request."""
+        route = request.match_info.route
+        durations = self._known.get((route, status))
+        if durations is None:
+            durations = self.of(*template_of(request), status)
+            if route.resource:  # or else each request has its own
+                self._known[route, status] = durations
+        durations.add(seconds)
+
+    def of(self, method: str, template: str, status: int) -> Durations:
+        """Return what counts the answers with a status; it is shown from then on."""
+        return self._labelled.setdefault((method, template, str(status)), Durations())
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """Yield what was counted, as a Prometheus registry does."""
+        route = ["method", "route"]
+        requests = CounterMetricFamily(
+            "dropzone_requests", "Requests answered", labels=[*route, "status"]
+        )
+        took = HistogramMetricFamily(
+            "dropzone_request_duration_seconds", "Time until the answer", labels=route
+        )
+        of_route = dict[tuple[str, str], Durations]()
+        for (method, template, status), durations in list(self._labelled.items()):
+            count = sum(durations.counts)
+            requests.add_metric([method, template, status], count)
+            if count:
+                total = of_route.setdefault((method, template), Durations())
+                total.sum += durations.sum
+                total.counts = list(map(operator.add, total.counts, durations.counts))
+        bounds = [*map(str, SECONDS), "+Inf"]
+        for labels, total in of_route.items():
+            up_to = itertools.accumulate(total.counts)
+            took.add_metric(labels, list(zip(bounds, up_to, strict=True)), total.sum)
+        yield from (requests, took)
+
+
 class Metrics:
     """Counters, histograms and gauges for Prometheus, of all processes of a data folder together.
 
@@ -1063,16 +1210,14 @@ class Metrics:
         self._totals: dict[str, float] = {}  # what was in the file
         self._noted = 0  # bytes in flight, in the file
         self._failed = False
-        self._answered: dict[object, tuple[prometheus.Counter, prometheus.Histogram]] = {}
         self.own_in_flight: Callable[[], int] = int
         # registries of our own, as two applications may share a process
         self._counts, self._gauges = prometheus.CollectorRegistry(), prometheus.CollectorRegistry()
         count = functools.partial(prometheus.Counter, registry=self._counts)
         histogram = functools.partial(prometheus.Histogram, registry=self._counts)
         seconds = functools.partial(histogram, buckets=SECONDS)
-        route = ["method", "route"]
-        self._requests = count("dropzone_requests", "Requests answered", [*route, "status"])
-        self._request = seconds("dropzone_request_duration_seconds", "Time until the answer", route)
+        self.answers = Answers()
+        self._counts.register(self.answers)
         self.refusals = count("dropzone_refusals", "Answers that are problem documents", ["code"])
         self._payloads = count("dropzone_payloads_landed", "Payloads made durable")
         self._bytes = count("dropzone_landed_bytes", "Bytes of payloads made durable")
@@ -1116,23 +1261,10 @@ class Metrics:
             self.refusals.labels(code)
         for route in ROUTES:
             for status in route.statuses():
-                self._requests.labels(route.method, route.path, str(status))
+                self.answers.of(route.method, route.path, status)
         for name, call in vars(Backend).items():
             if inspect.iscoroutinefunction(call):
                 self.backend_errors.labels(name)
-
-    def answered(self, request: web.Request, status: int, seconds: float) -> None:
-        """Count a request."""
-        resource = request.match_info.route.resource
-        place = (request.method, resource, status)
-        found = self._answered.get(place)
-        if found is None:  # looking up labels takes longer than counting
-            labels = template_of(request)
-            found = self._requests.labels(*labels, str(status)), self._request.labels(*labels)
-            if resource:
-                self._answered[place] = found
-        found[0].inc()
-        found[1].observe(seconds)
 
     def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
         """Count a group: see `backends.raw.Observer`."""
@@ -1279,17 +1411,44 @@ class GoodPayload(Struct):
 
 
 GOOD_PAYLOAD = msgspec.json.Decoder(GoodPayload)
+RULES = TransformConfig()
 EXPONENTS = 64  # letters e in a text of numbers, from which on msgspec may be the slower way
 
 
-def transform(raw_id: UUID, body: bytes) -> Measurement:
+def transform(raw_id: UUID, body: bytes, rules: TransformConfig = RULES) -> Measurement:
     """Return the measurement that a payload stands for, or raise `DataQualityError`.
 
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
-    at least one finite number. Other members are left alone.
+    at least one finite number. Other members are left alone. The `rules` may let nulls in `data` be
+    gaps, and refuse time stamps that no working clock can have had.
     """
+    made = _transformed(raw_id, body, rules)
+    if rules.not_before is not None or rules.not_after_arrival is not None:
+        _check_clock(made, rules)
+    return made
+
+
+def _check_clock(made: Measurement, rules: TransformConfig) -> None:
+    """Raise where the rules say that a device's clock was wrong."""
+    moment, arrival = made.timestamp_utc, arrival_of(made.raw_id)
+    if rules.not_before is not None and moment < rules.not_before:
+        wrong = f"is before [transform] not_before, {timestamp_text(rules.not_before)}"
+    elif arrival is None or rules.not_after_arrival is None:
+        return
+    elif (moment - arrival).total_seconds() > rules.not_after_arrival:
+        limit = f"more than the {rules.not_after_arrival:g} s of [transform] not_after_arrival"
+        wrong = f"is {moment - arrival} later than its arrival, {limit}"
+    else:
+        return
+    clock = "set the clock of the device"
+    raise DataQualityError(
+        "time_stamp_implausible", f"time_stamp {timestamp_text(moment)} {wrong}: {clock}"
+    )
+
+
+def _transformed(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     if len(body) > LARGE_JSON:
-        return _transform_large(raw_id, body)
+        return _transform_large(raw_id, body, rules)
     try:  # the way of nearly all, several times as fast as finding out what is wrong
         if body.count(b"e") + body.count(b"E") < EXPONENTS:
             good = GOOD_PAYLOAD.decode(body)
@@ -1299,10 +1458,10 @@ def transform(raw_id: UUID, body: bytes) -> Measurement:
                 return Measurement(parse_time_stamp(good.time_stamp), mean, std_dev, raw_id)
     except REFUSED:
         pass
-    return _transform_carefully(raw_id, body)
+    return _transform_carefully(raw_id, body, rules)
 
 
-def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
+def _transform_carefully(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     try:
         document = parse_json(body)
     except PayloadNotJson as error:
@@ -1314,7 +1473,7 @@ def _transform_carefully(raw_id: UUID, body: bytes) -> Measurement:
     timestamp_utc = parse_time_stamp(document["time_stamp"])
     if "data" not in document:
         raise DataQualityError("data_missing", "the payload has no data")
-    mean, std_dev = mean_and_std_dev(_finite_values(document["data"]))
+    mean, std_dev = mean_and_std_dev(_finite_values(document["data"], rules))
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
@@ -1332,7 +1491,7 @@ class LargePayload(Struct):
 LARGE_PAYLOAD = msgspec.json.Decoder(LargePayload)
 
 
-def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
+def _transform_large(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measurement:
     """Do as `_transform_carefully`, but without the values of the document, which may take 1 GB."""
     try:
         payload = LARGE_PAYLOAD.decode(strict_json(body))
@@ -1346,7 +1505,7 @@ def _transform_large(raw_id: UUID, body: bytes) -> Measurement:
     timestamp_utc = _large_time_stamp(time_stamp)
     if not data:
         raise DataQualityError("data_missing", "the payload has no data")
-    mean, std_dev = mean_and_std_dev(_many_finite_values(data))
+    mean, std_dev = mean_and_std_dev(_many_finite_values(data, rules))
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
 
 
@@ -1494,52 +1653,73 @@ def _offset(match: re.Match[str]) -> timedelta:
     return -offset if match["offset"].startswith("-") else offset
 
 
-def _finite_values(data: object) -> list[float]:
+NO_VALUES = "a mean needs at least one number"
+GAPS = '[transform] nulls = "skip" takes nulls for gaps'
+
+
+def _finite_values(data: object, rules: TransformConfig) -> list[float]:
     if not isinstance(data, list):
         raise DataQualityError("data_not_array", f"data is {_shown(data)}, no array of numbers")
-    if not data:
-        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+    values = _without_gaps(data, rules)
+    if not values:
+        only_nulls = "has only nulls" if data else "is empty"
+        raise DataQualityError("data_empty", f"data {only_nulls}: {NO_VALUES}")
     try:
-        if set(map(type, data)) <= {float, int}:
-            values = list(map(float, data))
+        if set(map(type, values)) <= {float, int}:
+            values = list(map(float, values))
             if all(map(math.isfinite, values)):
                 return values
     except OverflowError:  # an integer beyond a double
         pass
-    raise _bad_value(data)
+    raise _bad_value(data, rules)
 
 
-def _bad_value(data: list[Any]) -> DataQualityError:
+def _without_gaps(data: list[Any], rules: TransformConfig) -> list[Any]:
+    if rules.nulls == "skip" and None in data:
+        return [value for value in data if value is not None]
+    return data
+
+
+def _bad_value(data: list[Any], rules: TransformConfig) -> DataQualityError:
     """Name the first value that is no number; if all are numbers, the first that is not finite."""
+    numbers = (float, int, type(None)) if rules.nulls == "skip" else (float, int)
     for index, value in enumerate(data):
-        if type(value) not in (float, int):
-            wrong = f"data[{index}] is {_shown(value)}, no number"
-            return DataQualityError("value_not_numeric", wrong)
-    index = next(i for i, value in enumerate(data) if not abs(value) <= sys.float_info.max)
+        if type(value) not in numbers:
+            return _no_number(index, _shown(value))
+    index = next(
+        i for i, v in enumerate(data) if v is not None and not abs(v) <= sys.float_info.max
+    )
     wrong = f"data[{index}] is {_shown(data[index])}, no finite double"
     return DataQualityError("value_not_finite", wrong)
 
 
+def _no_number(index: int, shown: str) -> DataQualityError:
+    advice = f" ({GAPS})" if shown == "null" else ""
+    return DataQualityError("value_not_numeric", f"data[{index}] is {shown}, no number{advice}")
+
+
 PIECE = 16 * 1024  # bytes of a large array that are read at a time
 COMMA = re.compile(rb",")
-ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\"))\s*(?:,|\Z)")
+ELEMENT = re.compile(rb"\s*(?:(-?\d[^\s,\]]*)|(\"\x7f+\")|(null))\s*(?:,|\Z)")
 NUMBERS = msgspec.json.Decoder(list[float])
 
 
-def _many_finite_values(text: memoryview) -> array[float]:
+def _many_finite_values(text: memoryview, rules: TransformConfig) -> array[float]:
     """Do as `_finite_values` with the text of a large array."""
     if text[0] != ord("["):
         raise DataQualityError(
             "data_not_array", f"data is {_shown_text(text)}, no array of numbers"
         )
     if not bytes(text[1:-1]).strip():
-        raise DataQualityError("data_empty", "data is empty: a mean needs at least one number")
+        raise DataQualityError("data_empty", f"data is empty: {NO_VALUES}")
     values = array("d")
     try:
         for piece in _pieces_of(text):
-            values.extend(_numbers_in(piece))
+            values.extend(_numbers_in(piece, rules))
     except (*REFUSED, ValueError, DataQualityError):
-        raise _bad_value_in(text) from None
+        raise _bad_value_in(text, rules) from None
+    if not values:
+        raise DataQualityError("data_empty", f"data has only nulls: {NO_VALUES}")
     return values
 
 
@@ -1553,32 +1733,36 @@ def _pieces_of(text: memoryview) -> Iterator[bytes]:
         start = stop + 1
 
 
-def _numbers_in(piece: bytes) -> list[float]:
-    """Return the numbers of an array; raises where it has anything but finite ones.
+def _numbers_in(piece: bytes, rules: TransformConfig) -> list[float]:
+    """Return the numbers of an array; raises where it has anything but finite ones, and gaps.
 
     msgspec is the fastest, but takes microseconds for some numbers with exponents.
     """
     if piece.count(b"e") + piece.count(b"E") < EXPONENTS:
         with contextlib.suppress(*REFUSED):
             return NUMBERS.decode(piece)
-    return _finite_values(json.loads(piece))
+    values = json.loads(piece)
+    if rules.nulls == "skip" and not any(value is not None for value in values):
+        return []
+    return _finite_values(values, rules)
 
 
-def _bad_value_in(text: memoryview) -> DataQualityError:
+def _bad_value_in(text: memoryview, rules: TransformConfig) -> DataQualityError:
     """Do as `_bad_value` with the text of a large array."""
     index, not_finite = 0, None
     for piece in _pieces_of(text):
         with contextlib.suppress(*REFUSED, ValueError, DataQualityError):
-            index += len(_numbers_in(piece))
+            _numbers_in(piece, rules)
+            index += piece.count(b",") + 1
             continue
         inner = memoryview(piece)[1:-1]
         position = 0
         while position < len(inner):
             element = ELEMENT.match(inner, position)
-            if element is None:
-                wrong = f"data[{index}] is {_shown_text(inner[position:])}, no number"
-                return DataQualityError("value_not_numeric", wrong)
-            if not_finite is None and not (element[1] and math.isfinite(float(element[1]))):
+            if element is None or (element[3] and rules.nulls == "reject"):
+                return _no_number(index, "null" if element else _shown_text(inner[position:]))
+            is_finite = element[3] or (element[1] and math.isfinite(float(element[1])))
+            if not_finite is None and not is_finite:
                 shown = "NaN or an infinity" if element[2] else _shown_text(element[1])
                 not_finite = f"data[{index}] is {shown}, no finite double"
             index, position = index + 1, element.end()
@@ -1638,12 +1822,12 @@ LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
-SHORT = 0.5  # seconds of work that are not worth the start of processes
+SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
 
 
-class Judged(Struct, frozen=True, array_like=True):
+class Judged(NamedTuple):
     """What became of payloads."""
 
     rows: list[Measurement]
@@ -1655,10 +1839,11 @@ class Judged(Struct, frozen=True, array_like=True):
         return len(self.rows) + len(self.rejected)
 
 
-JUDGED = msgspec.msgpack.Decoder(Judged)
 ROWS_OF = msgspec.msgpack.Decoder(list[Measurement])
+REJECTIONS_OF = msgspec.msgpack.Decoder(list[Rejection])
 LARGE_FILES = 16  # times the size of a large payload is a large file
-ROWS = 1000  # that are decoded and upserted at a time, however many a batch has
+LEAST = 128  # bytes that a payload counts for, as its work is never less
+AT_A_TIME = 1000  # rows that are decoded and upserted, and rejections, however many a batch has
 
 
 class Work(NamedTuple):
@@ -1671,19 +1856,25 @@ class Work(NamedTuple):
     begin: int = 0
     end: int = sys.maxsize
 
+    def payloads(self) -> int:
+        """Return how many payloads are to be processed."""
+        return sum(min(self.end, payloads_in_name(name)) - self.begin for name in self.names)
+
 
 def tell_nobody(*_: int) -> None:
     """Hear of progress that nobody asked for."""
 
 
-def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
+def judge(
+    payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]], rules: TransformConfig
+) -> Judged:
     """Transform payloads, or note why they cannot be read."""
     judged = Judged([], [], [])
     for raw_id, body in payloads:
         try:
             if isinstance(body, PayloadStoreError):
                 raise body
-            judged.rows.append(transform(raw_id, body))
+            judged.rows.append(transform(raw_id, body, rules))
         except NoAccess as error:
             judged.unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
@@ -1695,51 +1886,83 @@ def judge(payloads: Iterable[tuple[UUID, bytes | PayloadStoreError]]) -> Judged:
 class JudgedFiles(NamedTuple):
     """What became of the first `files` of some pending files.
 
-    `rows` are `Measurement`s, some at a time, and `rest` is `Judged` without them, in MessagePack.
+    `rows` are `Measurement`s and `rejected` are `Rejection`s in MessagePack, `AT_A_TIME` each, so
+    that none takes long to decode. `unread` says which files this user may not read, and why.
     """
 
     files: int
     rows: list[bytes]
-    rest: bytes
-    unread: set[str]  # the names of files
+    rejected: list[bytes]
+    unread: dict[str, str]
 
 
 def judge_files(
-    payloads: Payloads, work: Work, most_bytes: int = sys.maxsize, largest: int = sys.maxsize
+    payloads: Payloads,
+    work: Work,
+    rules: TransformConfig,
+    most_bytes: int = sys.maxsize,
+    largest: int = sys.maxsize,
 ) -> JudgedFiles:
     """Transform what is in pending files, one file in memory at a time.
 
     It stops behind the file with which it has read `most_bytes`, and before one with a payload that
     has more than `largest` bytes, or one that has many times as much in all.
     """
-    judged, unread = Judged([], [], []), set[str]()
+    judged, unread = Judged([], [], []), dict[str, str]()
     files = size = 0
     for name in work.names:
         try:
             found = payloads.read_pending(name, work.begin, work.end)
-            sizes = [len(body) for _, body in found]
+            sizes = [max(len(body), LEAST) for _, body in found]
             if sum(sizes) > LARGE_FILES * largest or max(sizes, default=0) > largest:
                 break
             size += sum(sizes)
-            made = judge(found)
+            made = judge(found, rules)
+            judged.rows.extend(made.rows)
+            judged.rejected.extend(made.rejected)
         except RawIdUnknown:
-            made = Judged([], [], [])  # it has left meanwhile
-        except (NoAccess, PayloadUnreadable) as error:
-            made = judge([(first_of(name), error)])
-        if made.unread:
-            unread.add(name)
-        judged.rows.extend(made.rows)
-        judged.rejected.extend(made.rejected)
-        judged.unread.extend(made.unread)
+            pass  # it has left meanwhile
+        except NoAccess as error:
+            unread[name] = str(error)
+        except PayloadUnreadable as error:  # a batch goes under the name of its first payload
+            judged.rejected.extend(judge([(first_of(name), error)], rules).rejected)
         files += 1
         if size >= most_bytes:
             break
-    portions = [
-        msgspec.msgpack.encode(judged.rows[start : start + ROWS])
-        for start in range(0, len(judged.rows), ROWS)
-    ]
-    rest = msgspec.msgpack.encode(Judged([], judged.rejected, judged.unread))
-    return JudgedFiles(files, portions, rest, unread)
+    return JudgedFiles(files, _portions(judged.rows), _portions(judged.rejected), unread)
+
+
+def _portions(many: Sequence[object]) -> list[bytes]:
+    starts = range(0, len(many), AT_A_TIME)
+    return [msgspec.msgpack.encode(many[start : start + AT_A_TIME]) for start in starts]
+
+
+class Outcome(Struct, frozen=True, array_like=True):
+    """What was settled: how many are processed, how many rejected for each code, and the first.
+
+    `stuck` says why files stay pending, as this user may not move them.
+    """
+
+    processed: int
+    codes: dict[str, int]
+    rejected: list[Rejection]
+    stuck: list[str]
+
+
+OUTCOME = msgspec.msgpack.Decoder(Outcome)
+
+
+def settle_files(payloads: Payloads, work: Work, judged: JudgedFiles) -> bytes:
+    """Move files that were judged, and whose rows are stored; return `Outcome` as MessagePack."""
+    portions = itertools.chain.from_iterable(map(REJECTIONS_OF.decode, judged.rejected))
+    rejected = sorted(portions, key=lambda rejection: rejection.raw_id)
+    others = {f"{rejection.raw_id}.json" for rejection in rejected} | judged.unread.keys()
+    names = [name for name in work.names[: judged.files] if name not in others]
+    done = {name: work.end for name in names if work.end < payloads_in_name(name)}
+    settled = payloads.settle([name for name in names if name not in done], rejected, done)
+    codes = Counter(rejection.code for rejection in settled.rejected)
+    shown, stuck = settled.rejected[:REJECTIONS_SHOWN], list(settled.stuck.values())
+    return msgspec.msgpack.encode(Outcome(settled.processed, codes, shown, stuck))
 
 
 class Workers:
@@ -1842,21 +2065,6 @@ class Stuck:
         self.count += len(reasons)
 
 
-def _outcome(
-    work: Work, judged: JudgedFiles, rejected: list[Rejection]
-) -> tuple[list[str], list[Rejection], dict[str, int]]:
-    """Return what is to be settled: files that are processed, and how much of a part is done."""
-    rejected.sort(key=lambda rejection: rejection.raw_id)
-    alone = {f"{rejection.raw_id}.json" for rejection in rejected}
-    names = [
-        name
-        for name in work.names[: judged.files]
-        if name not in judged.unread and name not in alone
-    ]
-    done = {name: work.end for name in names if work.end < payloads_in_name(name)}
-    return [name for name in names if name not in done], rejected, done
-
-
 class Processor:
     """Turns pending payloads into rows of the backend, one processor at a time per data folder.
 
@@ -1866,10 +2074,17 @@ class Processor:
     """
 
     def __init__(
-        self, payloads: Payloads, backend: Backend, *, batch: int, metrics: Metrics | None = None
+        self,
+        payloads: Payloads,
+        backend: Backend,
+        *,
+        batch: int,
+        rules: TransformConfig = RULES,
+        metrics: Metrics | None = None,
     ) -> None:
         self._payloads = payloads
         self._backend = backend
+        self._rules = rules
         self._batch = batch
         self._metrics = metrics or Metrics()
         self._workers = Workers()
@@ -1897,7 +2112,7 @@ class Processor:
                 progress(result.checked, todo)
 
             batches = self._works(todo)
-            await self._process_in_thread(batches, work)
+            await self._process_in_thread(batches, work, todo)
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
@@ -1913,21 +2128,24 @@ class Processor:
         return result
 
     async def _process_in_thread(
-        self, batches: Iterator[Work], work: Callable[..., Awaitable[None]]
+        self, batches: Iterator[Work], work: Callable[..., Awaitable[None]], todo: int
     ) -> None:
         """Work in a thread until no batch is left, or other processes are ready to go on.
 
-        They take their time to start, which a small backlog is not worth.
+        These take their time to start, and the processor from this one. It is worth that if there
+        is much left to do, going by how long the payloads before have taken.
         """
-        worthwhile = time.monotonic() + SHORT
+        begun, done = time.monotonic(), 0
         starting: asyncio.Future[Any] | None = None
-        while time.monotonic() < worthwhile or (starting and not starting.done()):
+        while starting is None or not starting.done():
+            seconds_each = (time.monotonic() - begun) / done if done else 0.0
+            if starting is None and (todo - done) * seconds_each >= SHORT:
+                starting = self._workers.begin()
             batch = await asyncio.to_thread(next, batches, None)
             if batch is None:
                 break
             await work(asyncio.to_thread, batch)
-            if starting is None and time.monotonic() >= worthwhile:
-                starting = self._workers.begin()
+            done += batch.payloads()
         if starting and not starting.cancel():
             starting.result()  # raises where they cannot start
 
@@ -2010,22 +2228,25 @@ class Processor:
         """
         largest = sys.maxsize if run == self._workers.run else LARGE_JSON
         while work.names:
-            judge_some = functools.partial(judge_files, self._payloads, work, PORTION_BYTES)
+            judge_some = functools.partial(
+                judge_files, self._payloads, work, self._rules, PORTION_BYTES
+            )
             judged = await run(judge_some, largest)
             if not judged.files:
                 judged = await self._workers.run(judge_some)
-            [_, rejected, unread] = msgspec.structs.astuple(JUDGED.decode(judged.rest))
             for rows in judged.rows:
-                rejected += await self._upsert(ROWS_OF.decode(rows))
-            settled = await run(self._payloads.settle, *_outcome(work, judged, rejected))
-            stuck.add([*unread, *settled.stuck.values()])
-            self._metrics.processed.inc(settled.processed)
-            for rejection in settled.rejected:
-                self._metrics.rejected.labels(rejection.code).inc()
-            result.processed += settled.processed
-            result.failed += len(settled.rejected)
+                refused = await self._upsert(ROWS_OF.decode(rows))
+                judged.rejected.extend(_portions(refused))
+            settle = self._workers.run if len(judged.rejected) > 1 else run
+            outcome = OUTCOME.decode(await settle(settle_files, self._payloads, work, judged))
+            stuck.add([*judged.unread.values(), *outcome.stuck])
+            self._metrics.processed.inc(outcome.processed)
+            for code, count in outcome.codes.items():
+                self._metrics.rejected.labels(code).inc(count)
+            result.processed += outcome.processed
+            result.failed += sum(outcome.codes.values())
             result.checked = result.processed + result.failed
-            result.rejected += settled.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
+            result.rejected += outcome.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
             work = work._replace(names=work.names[judged.files :])
 
     async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
@@ -2204,7 +2425,6 @@ def age_of(names: Sequence[str]) -> float | None:
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
 
 
-AT_A_TIME = 1000  # findings that are set right together
 GOES_ON = 86_400  # seconds for which a run that was stopped can be continued
 DAMAGE_SHOWN = 100  # sentences
 
@@ -2242,10 +2462,10 @@ class Derived(Struct, frozen=True, array_like=True):
 DERIVED = msgspec.msgpack.Decoder(Derived)
 
 
-def derive(portion: Portion) -> bytes:
+def derive(portion: Portion, rules: TransformConfig) -> bytes:
     """Make the rows of a portion of payloads; return `Derived` as MessagePack."""
     try:
-        judged = judge(portion.payloads())
+        judged = judge(portion.payloads(), rules)
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
@@ -2274,9 +2494,12 @@ class Proof:
     `damage` the first sentences on what cannot be read, or makes no row any more.
     """
 
-    def __init__(self, payloads: Payloads, backend: Backend) -> None:
+    def __init__(
+        self, payloads: Payloads, backend: Backend, rules: TransformConfig = RULES
+    ) -> None:
         self._payloads = payloads
         self._backend = backend
+        self._rules = rules
         self._workers = Workers()
         self._scratch = payloads.workspace / "derived"
         self.counts = Counter[str]()
@@ -2368,7 +2591,7 @@ class Proof:
             raise NoAccess(trouble)
 
         async def derive_portion(portion: Portion) -> None:
-            made = DERIVED.decode(await self._workers.run(derive, portion))
+            made = DERIVED.decode(await self._workers.run(derive, portion, self._rules))
             await derived.upsert(made.rows)
             self._note_damage(*made.damage)
             progress(made.checked)
@@ -2428,7 +2651,7 @@ class Proof:
         """
         state, body = self._payloads.read(row.raw_id)
         try:
-            made = transform(row.raw_id, body)
+            made = transform(row.raw_id, body, self._rules)
         except DataQualityError:
             if state == "rejected":
                 return None
@@ -2711,11 +2934,13 @@ LOOK_AROUND = 1.0  # seconds between two looks at all clients
 class Taking(Struct):
     """A client that has not taken all yet.
 
-    `held` bytes are in memory for it besides those that are `waiting` in its connection. It took
-    something last at `since`. `is_full` says that nothing more can be handed over to it.
+    `held` bytes are in memory for it, of an answer to `caller`, besides those that are `waiting` in
+    its connection. It took something last at `since`. `is_full` says that nothing more can be
+    handed over to it.
     """
 
     held: int = 0
+    caller: str = ""
     waiting: int = 0
     since: float = 0.0
     is_full: bool = False
@@ -2729,27 +2954,49 @@ class Clients:
     """Those to whom something was sent just now, and what of it they have not taken yet.
 
     One that takes nothing for `STALLED` seconds is cut off. Where `UNTAKEN` bytes are held for all
-    of them, those are that have taken nothing for the longest time.
+    of them, or half of that for those of one caller, those are that have taken nothing for the
+    longest time.
     """
 
     def __init__(self) -> None:
         self._taking: dict[asyncio.BaseTransport, Taking] = {}
-        self._held = 0
+        self._held = Counter[str]()  # by caller
 
-    def note(self, client: asyncio.BaseTransport, held: int = 0, *, is_full: bool = False) -> None:
+    def note(
+        self,
+        client: asyncio.BaseTransport,
+        held: int = 0,
+        caller: str = "",
+        *,
+        is_full: bool = False,
+    ) -> None:
         """Hear that something is sent, and how many bytes are in memory for what follows."""
         taking = self._taking.get(client)
         if taking is None:
             taking = self._taking[client] = Taking()
-        self._held += held - taking.held
-        taking.held, taking.since, taking.is_full = held, time.monotonic(), is_full
+        if held != taking.held:
+            self._release(taking)
+            self._held[caller] += held
+            taking.held, taking.caller = held, caller
+        taking.since, taking.is_full = time.monotonic(), is_full
 
-    def require_room(self, size: int) -> None:
+    def expect(self, client: asyncio.BaseTransport) -> None:
+        """Hear that an answer is about to be sent, of which nothing stays in memory here."""
+        if client not in self._taking:
+            self.note(client)
+
+    def require_room(self, caller: str, size: int) -> None:
         """Raise where so many bytes more cannot be held; one answer alone always can."""
-        if self._held and self._held + size > UNTAKEN:
+        if not self._has_room(caller, size):
+            self._cut_off_slowest(UNTAKEN // 2 - size, caller)
             self._cut_off_slowest(UNTAKEN - size)
-        if self._held and self._held + size > UNTAKEN:
+        if not self._has_room(caller, size):
             raise DropzoneError("too many answers are under way", "overloaded", 503)
+
+    def _has_room(self, caller: str, size: int) -> bool:
+        own, total = self._held[caller], self._held.total()
+        fits = not own or own + size <= UNTAKEN // 2
+        return fits and (not total or total + size <= UNTAKEN)
 
     async def look_around(self) -> NoReturn:
         """Cut off, again and again, those that have to be."""
@@ -2776,16 +3023,22 @@ class Clients:
                 cut += 1
         return cut + self._cut_off_slowest(UNTAKEN)
 
-    def _cut_off_slowest(self, limit: int) -> int:
+    def _cut_off_slowest(self, limit: int, caller: str | None = None) -> int:
         """Cut off clients until no more than `limit` bytes are held and wait for the others.
 
-        Not those that took something within the last second, nor those that are waiting themselves.
+        Not those that took something within the last second, nor those that are waiting themselves;
+        of one caller alone, if it is given.
         """
-        untaken = sum(taking.held + taking.waiting for taking in self._taking.values())
+        found = [
+            (client, taking)
+            for client, taking in self._taking.items()
+            if caller in (None, taking.caller)
+        ]
+        untaken = sum(taking.held + taking.waiting for _, taking in found)
         if untaken <= limit:
             return 0
         before, cut = time.monotonic() - LOOK_AROUND, 0
-        for client, taking in sorted(self._taking.items(), key=lambda each: each[1].since):
+        for client, taking in sorted(found, key=lambda each: each[1].since):
             if untaken <= limit or taking.since > before:
                 break
             if taking.has_to_move():
@@ -2795,8 +3048,14 @@ class Clients:
         return cut
 
     def _cut_off(self, client: asyncio.BaseTransport) -> None:
-        self._held -= self._taking.pop(client).held
+        self._release(self._taking.pop(client))
         reset(client)
+
+    def _release(self, taking: Taking) -> None:
+        self._held[taking.caller] -= taking.held
+        if not self._held[taking.caller]:
+            del self._held[taking.caller]
+        taking.held = 0
 
 
 def waiting_for(client: asyncio.BaseTransport) -> int:
@@ -2813,13 +3072,14 @@ class Sent(web.StreamResponse):
     `held` is how many bytes it takes in memory meanwhile.
     """
 
-    clients: Clients  # is set by `edge`
+    clients: Clients  # is set by `edge`, and whose answer it is, too
+    caller: str
     held = PIECE_BYTES
 
-    def admit(self, clients: Clients) -> None:
+    def admit(self, clients: Clients, caller: str) -> None:
         """Raise where there is no room for it."""
-        self.clients = clients
-        clients.require_room(self.held)
+        self.clients, self.caller = clients, caller
+        clients.require_room(caller, self.held)
 
     async def hand_over(self, client: asyncio.BaseTransport | None, text: bytes) -> None:
         """Send in pieces; what is beyond the next one waits here, and not in the system."""
@@ -2827,9 +3087,9 @@ class Sent(web.StreamResponse):
         while rest:
             if client is None:
                 raise ConnectionResetError("the client has gone")
-            self.clients.note(client, self.held, is_full=True)
+            self.clients.note(client, self.held, self.caller, is_full=True)
             await self.write(rest[:PIECE_BYTES])
-            self.clients.note(client, self.held)
+            self.clients.note(client, self.held, self.caller)
             rest = rest[PIECE_BYTES:]
 
     def begin(self, client: asyncio.BaseTransport | None) -> None:
@@ -2898,10 +3158,10 @@ class WhileRead(Sent):
         self._portions, self._name, self._unit = portions, name, unit
         self._close, self.held = close, held
 
-    def admit(self, clients: Clients) -> None:
+    def admit(self, clients: Clients, caller: str) -> None:
         """Raise where there is no room for it; then it is closed."""
         try:
-            super().admit(clients)
+            super().admit(clients, caller)
         except DropzoneError:
             self._close()
             raise
@@ -2931,7 +3191,7 @@ class WhileRead(Sent):
                 raise  # the client has gone, or the service stops
             defect = None if isinstance(error, BackendError | PayloadStoreError) else error
             wrong = f"request %s: its {self._name} was cut off behind %d {self._unit}: %s"
-            log.warning(wrong, request[REQUEST_ID], sent, error, exc_info=defect)
+            log.warning(wrong, request[NOTES].request_id, sent, error, exc_info=defect)
             raise ConnectionResetError("the answer was cut off") from error
 
 
@@ -2967,12 +3227,7 @@ PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
 CHECKER = web.AppKey("CHECKER", Workers)
 PREFIX = web.AppKey("PREFIX", str)  # under which an outer application has mounted this one
-REQUEST_ID = web.RequestKey("REQUEST_ID", str)
-CALLER = web.RequestKey("CALLER", str)  # `key:gateway-7`; not set where no key is needed
-LANDED = web.RequestKey("LANDED", Sequence[UUID])
-REFUSAL = web.RequestKey("REFUSAL", str)  # the code of the problem document
-LIMITERS = web.AppKey("LIMITERS", dict[str, BaseRateLimiter])
-RATE_HEADERS = web.RequestKey("RATE_HEADERS", dict[str, str])
+LIMITERS = web.AppKey("LIMITERS", dict[str, "BaseRateLimiter"])
 PING_PATIENCE = 3.0  # seconds
 
 
@@ -2981,22 +3236,38 @@ ARRIVALS = web.AppKey("ARRIVALS", ThreadPoolExecutor)  # threads for what lands 
 GLANCES = web.AppKey("GLANCES", ThreadPoolExecutor)  # threads that look at the state
 
 
+class Notes(Struct):
+    """What becomes known of a request while it is answered."""
+
+    request_id: str
+    caller: str = ""  # `key:gateway-7`; empty where no key is needed
+    landed: Sequence[UUID] = ()
+    refusal: str = ""  # the code of the problem document
+    rate_headers: dict[str, str] = {}
+
+
+NOTES = web.RequestKey("NOTES", Notes)  # is set by `edge`
+
+
 class Turns:
-    """Lets `at_once` requests at a time do their work; the others wait in line.
+    """Lets `at_once` requests at a time do their work, half of them of one caller; others wait.
 
     They share a few threads of their own, as each that is at work makes the event loop wait for the
-    interpreter. So all of them together hold up nobody else, whatever each of them asks for. A
-    client that has gone when its turn comes is passed over.
+    interpreter. So all of them together hold up nobody else, whatever each of them asks for, and
+    those of one caller no other caller. A client that has gone when its turn comes is passed over.
     """
 
     def __init__(self, name: str, at_once: int, threads: int = 1) -> None:
         self._free = asyncio.Semaphore(at_once)
+        self._share = max(1, at_once // 2)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of callers who wait or work
         self.threads = ThreadPoolExecutor(threads, name)
 
     @contextlib.asynccontextmanager
-    async def turn(self, request: web.BaseRequest) -> AsyncIterator[None]:
+    async def turn(self, request: web.Request) -> AsyncIterator[None]:
         """Wait until it is the turn of a request."""
-        async with self._free:
+        own = self._shares.setdefault(caller_of(request), asyncio.Semaphore(self._share))
+        async with own, self._free:
             if request.transport is None:
                 raise asyncio.CancelledError  # nobody hears an answer
             yield
@@ -3012,7 +3283,11 @@ SUMMARIES = web.AppKey("SUMMARIES", Turns)  # of all rows of a range, which may 
 RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
 
 ROUTES: list[Route] = []
-NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+NDJSON = {
+    f"application/{name}"
+    for name in ("x-ndjson", "ndjson", "x-jsonl", "jsonl", "x-jsonlines", "jsonlines")
+}
+UTF8 = ("utf-8", "utf8", "us-ascii", "ascii")
 MANY = 1000  # lines, or raw_ids, that are not looked at in the event loop
 
 
@@ -3048,13 +3323,15 @@ class Route:
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         app = request.app
-        if self.limited and app[LIMITERS]:
+        limiters = app[LIMITERS]
+        if limiters and self.limited:
             admit_address(request)  # guessed keys count, too
         if self.scope and not app[GUARD].is_open:
             scopes = await authenticate(request)
-            admit(request, "key", request.get(CALLER, ""))
+            if limiters:
+                admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
-        arguments = [query_in(request, self.query)] if self.query else []
+        arguments = (query_in(request, self.query),) if self.query else ()
         if self.turns is None:
             return await self.handler(request, *arguments)
         async with app[self.turns].turn(request):
@@ -3155,21 +3432,58 @@ async def ingest(request: web.Request) -> web.Response:
 
     All of a batch lands or none. A line that is no JSON does not keep the others from landing.
     """
-    app, key = request.app, idempotency_key(request)
-    owner = request.get(CALLER, "")  # of the key; an address may be another one at the next try
+    app, notes, key = request.app, request[NOTES], idempotency_key(request)
+    owner = notes.caller  # of the key; an address may be another one at the next try
     caller = owner or address_of(request)
     with app[ADMISSION].admit(caller, app[CONFIG].server.max_body_bytes) as arriving:
         body = await read_body(request, arriving.take)
-        form, payloads, not_json = await contents_in(app, request, body, caller)
-        request[LANDED] = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
+        try:
+            form, payloads, not_json = await contents_in(app, request, body, caller)
+        except PayloadNotJson as error:
+            error.detail += advice_on(body, media_type_of(request), request.charset)
+            raise
+        notes.landed = raw_ids = await app[RAW].land(body, key, owner, form, payloads)
     if form:
         render = functools.partial(accepted_batch, raw_ids, not_json)
         if payloads > MANY:
             return json_answer(await in_thread(app, render), 202)
         return json_answer(render(), 202)
     [raw_id] = raw_ids
-    location = {"Location": f"{app[PREFIX]}/raw/{raw_id}"}
+    text = msgspec.to_builtins(raw_id)  # several times as fast as str()
+    location = {"Location": f"{app[PREFIX]}/raw/{text}"}
     return json_answer(msgspec.json.encode(Accepted(raw_id)), 202, location)
+
+
+def media_type_of(request: web.Request) -> str:
+    """Return the media type of a body; `content_type` of aiohttp also reads its parameters."""
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def advice_on(body: bytes, media_type: str, charset: str | None) -> str:
+    """Say what a body is that is no JSON, as far as that is plain, and what to send."""
+    begin = body[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if b"\0" in begin or begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "; it looks like UTF-16: send UTF-8"
+    if charset and charset.lower() not in UTF8 and not _is_utf8(body):
+        return f"; it is said to be {_shown(charset)}: send UTF-8"
+    if media_type == "multipart/form-data" or begin.startswith(b"--"):
+        kind = "a form of several parts"
+    elif media_type == "application/x-www-form-urlencoded" and b"=" in begin:
+        kind = "a form"
+    elif media_type.endswith("xml") or begin.startswith(b"<"):
+        kind = "XML"
+    elif media_type == "text/csv":
+        kind = "CSV"
+    else:
+        return ""
+    return f"; it is {kind}: the body itself has to be a JSON document, or one on each line"
+
+
+def _is_utf8(body: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        check_utf8(body)
+        return True
+    return False
 
 
 def accepted_batch(raw_ids: Sequence[UUID], not_json: Sequence[NotJson]) -> bytes:
@@ -3183,7 +3497,7 @@ async def contents_in(
     app: web.Application, request: web.Request, body: bytes, caller: str
 ) -> Contents:
     """Find out what a body is; if it is large and odd in another process, where few wait."""
-    is_ndjson = request.content_type in NDJSON
+    is_ndjson = media_type_of(request) in NDJSON
     look = functools.partial(contents_of, body, is_ndjson=is_ndjson)
     try:
         if len(body) <= ODD_AT_ONCE:
@@ -3419,6 +3733,7 @@ def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
 @Route("POST", "/rejected/retry", "process", {200: (Retried,)}, (503,), RetryQuery, turns=RETRIES)
 async def retry(request: web.Request, query: RetryQuery) -> web.Response:
     """Put rejected payloads back to pending: all, or those that the query names."""
+    await request.app[REJECTED].look()  # what others have done in the folder
     with audited("retry", **cause_of(request)) as facts:
         facts["retried"] = retried = await request.app[RETRIES].run(
             put_back, request.app[RAW], query
@@ -3428,8 +3743,17 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
 
 def put_back(payloads: Payloads, query: RetryQuery) -> int:
     """Put the rejected payloads that a query names back to pending; return how many."""
-    found = filter(query.fits, payloads.rejections(query.raw_id))
-    return sum(payloads.retry(rejection.raw_id) for rejection in found)
+    if query.raw_id:
+        found = filter(query.fits, payloads.rejections(query.raw_id))
+        return sum(payloads.retry(each.raw_id) for each in found)
+    retried, after, is_more = 0, None, True
+    while is_more:
+        page, _ = payloads.find_rejections(
+            code=query.code, since=query.since, until=query.until, after=after, limit=AT_A_TIME
+        )
+        retried += sum(payloads.retry(each.raw_id) for each in page)
+        is_more, after = len(page) == AT_A_TIME, page[-1].raw_id if page else None
+    return retried
 
 
 @Route(
@@ -3538,6 +3862,7 @@ SAFE_HEADERS = {
     "Server": "dropzone",
     "X-Content-Type-Options": "nosniff",
 }
+JSON_HEADERS = SAFE_HEADERS | {"Content-Type": "application/json"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
     f"script-src 'self' '{source_hash(DOCS_SCRIPT)}'; style-src 'self' 'unsafe-inline'; "
@@ -3833,14 +4158,14 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._of = Counter[str]()  # by caller
+        self._of = dict[str, int]()  # by caller
 
     def take(self, caller: str, size: int, before: int = 0) -> None:
         """Count `size` bytes on top of the `before` of the same body; a body alone always fits.
 
         Raises `DropzoneError` where they are too many.
         """
-        own = self._of[caller] + size
+        own = self._of.get(caller, 0) + size
         too_many = self.bytes > before and self.bytes + size > self.limit
         if too_many or (own > before + size and own > self.limit // 2):
             raise DropzoneError("too much is in flight", "overloaded", 503)
@@ -3849,9 +4174,11 @@ class Budget:
 
     def give_back(self, caller: str, size: int) -> None:
         self.bytes -= size
-        self._of[caller] -= size
-        if not self._of[caller]:
-            del self._of[caller]
+        left = self._of.get(caller, 0) - size
+        if left:
+            self._of[caller] = left
+        else:
+            self._of.pop(caller, None)
 
     @contextlib.contextmanager
     def taken(self, caller: str, size: int) -> Iterator[None]:
@@ -3952,44 +4279,58 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 def json_answer(
     body: bytes, status: int = 200, headers: dict[str, str] | None = None
 ) -> web.Response:
-    if len(body) > PIECE_BYTES:
-        return InPieces(body=body, status=status, headers=headers, content_type="application/json")
+    ready = JSON_HEADERS
     if status in STATUS_HEADERS:
-        headers = STATUS_HEADERS[status] | (headers or {})
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+        ready = ready | STATUS_HEADERS[status]
+    if headers:
+        ready = ready | headers
+    kind = InPieces if len(body) > PIECE_BYTES else web.Response
+    return kind(body=body, status=status, headers=ready)
 
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request its id, and every error its problem document."""
-    app, given = request.app, request.headers.get("X-Request-ID")
-    if given is None or not REQUEST_ID_FORM.fullmatch(given):
-        given = f"{getrandbits(96):024x}"
-    request[REQUEST_ID] = given
-    begun, is_refused = time.perf_counter(), False
+    app, begun = request.app, time.perf_counter()
+    request[NOTES] = notes = Notes(request_id_of(request))
     try:
         if request.match_info.http_exception:  # no route
             admit_address(request)
         response: web.StreamResponse = await handler(request)
         if isinstance(response, Sent):
-            response.admit(app[CLIENTS])
+            response.admit(app[CLIENTS], caller_of(request))
     except Exception as error:  # noqa: BLE001 (nothing leaves without a problem document)
-        response, is_refused = problem(request, error), True
-    if request.transport:
-        app[CLIENTS].note(request.transport)
-    headers = response.headers
-    headers["X-Request-ID"] = given
-    if app[LIMITERS] and RATE_HEADERS in request:
-        headers.update(request[RATE_HEADERS])
-    for name, value in SAFE_HEADERS.items():
-        headers.setdefault(name, value)
+        response = problem(request, error)
+    client = request.transport
+    if client is not None:
+        app[CLIENTS].expect(client)
+    complete_headers(response, notes)
     if not request.content.is_eof() and "Expect" in request.headers:
         response.force_close()  # whether the body still comes is not known
     seconds = time.perf_counter() - begun
-    app[METRICS].answered(request, response.status, seconds)
-    if is_refused or seconds >= SLOW or app[CONFIG].log.requests:
+    app[METRICS].answers.add(request, response.status, seconds)
+    if notes.refusal or seconds >= SLOW or app[CONFIG].log.requests:
         log_request(request, response.status, seconds)
     return response
+
+
+def request_id_of(request: web.Request) -> str:
+    """Return the id that a client has given its request, or else a new one."""
+    given = request.headers.get("X-Request-ID")
+    if given is not None and REQUEST_ID_FORM.fullmatch(given):
+        return given
+    return f"{getrandbits(96):024x}"
+
+
+def complete_headers(response: web.StreamResponse, notes: Notes) -> None:
+    """Add the headers that every answer has, unless its route has set them itself."""
+    headers = response.headers
+    headers["X-Request-ID"] = notes.request_id
+    if notes.rate_headers:
+        headers.update(notes.rate_headers)
+    if "Server" not in headers:  # or else it was made with all of them
+        for name, value in SAFE_HEADERS.items():
+            headers.setdefault(name, value)
 
 
 class NoRoute(MatchInfoError):
@@ -4081,14 +4422,14 @@ def template_of(request: web.Request) -> tuple[str, str]:
 
 def log_request(request: web.Request, status: int, seconds: float) -> None:
     """Log a request; of a route the template is told, as paths may hold secrets."""
-    code = request.get(REFUSAL)
+    notes = request[NOTES]
     resource = request.match_info.route.resource
     route = resource.canonical if resource else ""
-    if code is None and route.removeprefix(request.app[PREFIX]) in POLLED:
+    if not notes.refusal and route.removeprefix(request.app[PREFIX]) in POLLED:
         return
     facts: dict[str, object] = {
-        "request_id": request[REQUEST_ID],
-        "caller": request.get(CALLER, ""),
+        "request_id": notes.request_id,
+        "caller": notes.caller,
         "address": request.remote or "",
         "method": request.method,
         "route": route,
@@ -4096,30 +4437,32 @@ def log_request(request: web.Request, status: int, seconds: float) -> None:
         "bytes": request.content.total_bytes,
         "duration": round(seconds, 6),
     }
-    if code is not None:
-        facts["code"] = code
-    raw_ids = request.get(LANDED, ())
-    if raw_ids:
-        facts["raw_id"] = raw_ids[0]
-    if len(raw_ids) > 1:
-        facts["payloads"] = len(raw_ids)
+    if notes.refusal:
+        facts["code"] = notes.refusal
+    if notes.landed:
+        facts["raw_id"] = notes.landed[0]
+    if len(notes.landed) > 1:
+        facts["payloads"] = len(notes.landed)
     log_facts(request_log, logging.WARNING if status >= 500 else logging.INFO, facts)
 
 
 def cause_of(request: web.Request) -> dict[str, str]:
     """Return the caller and the request of a change, for its audit line."""
-    return {"caller": request.get(CALLER, ""), "request_id": request[REQUEST_ID]}
+    return {"caller": request[NOTES].caller, "request_id": request[NOTES].request_id}
 
 
 def problem(request: web.Request, error: Exception) -> web.Response:
     """Render an error as a problem document (RFC 9457)."""
-    known, request_id = as_dropzone_error(error), request[REQUEST_ID]
-    request[REFUSAL] = known.code
+    known, notes = as_dropzone_error(error), request[NOTES]
+    route = request.path.rstrip("/")
+    if isinstance(error, web.HTTPNotFound) and is_route(request, route):
+        known.detail = f"there is nothing at {route}/: send to {route}"
+    notes.refusal = known.code
     request.app[METRICS].refusals.labels(known.code).inc()
     if known.status == 500:
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", notes.request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
-    document = Problem(title, known.status, known.detail, known.code, request_id)
+    document = Problem(title, known.status, known.detail, known.code, notes.request_id)
     response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -4127,6 +4470,11 @@ def problem(request: web.Request, error: Exception) -> web.Response:
     if known.code in CHALLENGES:
         response.headers["WWW-Authenticate"] = CHALLENGES[known.code]
     return response
+
+
+def is_route(request: web.Request, path: str) -> bool:
+    known = {f"{request.app[PREFIX]}{route.path}" for route in ROUTES}
+    return path != request.path and path in known
 
 
 REFUSAL_CODES = (  # of problem documents
@@ -4166,9 +4514,8 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
 async def authenticate(request: web.Request) -> Collection[str]:
     """Note the caller, and return its scopes; raise unless there is one."""
     guard = request.app[GUARD]
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
     key = request.headers.get("x-api-key")
+    bearer = "" if key else bearer_in(request)
     given = key or bearer
     caller = guard.callers.get(hash_of(given)) if given.strip() else None
     if caller is None and guard.tokens and not key and bearer.count(".") == 2:
@@ -4176,20 +4523,26 @@ async def authenticate(request: web.Request) -> Collection[str]:
     if caller is None:
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
-    request[CALLER], scopes = caller
+    request[NOTES].caller, scopes = caller
     return scopes
+
+
+def bearer_in(request: web.Request) -> str:
+    """Return the token of the header Authorization (RFC 6750), empty where there is none."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def authorize(request: web.Request, scope: Scope, scopes: Collection[str]) -> None:
     """Raise unless the scope is one of the caller's."""
     if scope not in scopes:
-        wrong = f"{request[CALLER]} may not do this: it needs the scope {scope}"
+        wrong = f"{request[NOTES].caller} may not do this: it needs the scope {scope}"
         raise DropzoneError(wrong, "scope_missing", 403, scope=scope)
 
 
 def caller_of(request: web.Request) -> str:
     """Return whose request it is: the name of a key or token, or where there is none an address."""
-    return request.get(CALLER) or address_of(request)
+    return request[NOTES].caller or address_of(request)
 
 
 def address_of(request: web.Request) -> str:
@@ -4218,10 +4571,10 @@ def admit(request: web.Request, by: str, who: str) -> None:
         "RateLimit-Policy": f'"{by}";q={quota.get_limit()};w={quota.get_period_sec()}',
         "RateLimit": f'"{by}";r={state.remaining};t={seconds}',
     }
-    before = request.get(RATE_HEADERS, {})  # of the limit for addresses
-    for name, value in before.items():
+    notes = request[NOTES]
+    for name, value in notes.rate_headers.items():  # of the limit for addresses
         headers[name] = f"{value}, {headers[name]}"
-    request[RATE_HEADERS] = headers
+    notes.rate_headers = headers
     if result.limited:
         headers["Retry-After"] = str(seconds)
         wrong = f"too many requests of this {by}: try again in {seconds} s"
@@ -4298,10 +4651,7 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     A server that embeds this application has undone the encoding already, unless told otherwise.
     """
     limits, content = request.app[CONFIG].server, request.content
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
-        wrong = f"Content-Encoding is {_shown(encoding)}: send gzip or deflate"
-        raise DropzoneError(wrong, "encoding_unsupported", 415)
+    encoding = encoding_of(request)
     length = request.content_length
     if length is None and request.headers.get("Transfer-Encoding", CHUNKED).lower() != CHUNKED:
         wrong = "of all values of Transfer-Encoding only chunked is undone: use Content-Encoding"
@@ -4324,9 +4674,22 @@ async def read_body(request: web.Request, take: Callable[[int], None]) -> bytes:
     except TimeoutError:
         wrong = f"the body did not arrive within {limits.body_seconds:g} s"
         raise DropzoneError(wrong, "body_too_slow", 408) from None
-    if encoding == "identity" or not body or content.total_compressed_bytes is not None:
+    if not encoding or not body or content.total_compressed_bytes is not None:
         return body
     return await inflated(body, limits.max_body_bytes, take, request.app[ARRIVALS])
+
+
+def encoding_of(request: web.Request) -> str:
+    """Return the one Content-Encoding besides identity (RFC 9110, section 8.4), empty for none."""
+    given = request.headers.get("Content-Encoding")
+    if given is None:
+        return ""
+    codings = [coding.strip().lower() for coding in given.split(",")]
+    codings = [coding for coding in codings if coding not in ("identity", "")]
+    if len(codings) > 1 or not {*codings} <= {"gzip", "x-gzip", "deflate"}:
+        wrong = f"Content-Encoding is {_shown(given)}: send gzip or deflate"
+        raise DropzoneError(wrong, "encoding_unsupported", 415)
+    return codings[0] if codings else ""
 
 
 async def invite(request: web.Request) -> None:
@@ -4377,9 +4740,10 @@ async def inflated(
 
 
 def inflating(data: bytes) -> Iterator[bytes]:
-    """Undo gzip (RFC 1952, any number of members) or deflate (zlib, RFC 1950), piece by piece.
+    """Undo gzip (RFC 1952, any number of members) or deflate, piece by piece.
 
-    The first piece is small; a body that ends within it has no other.
+    Deflate is RFC 1951 in the wrapping of zlib (RFC 1950), or, as many send it, without. The first
+    piece is small; a body that ends within it has no other.
     """
     size = SMALL_BODY
     if data[:2] == b"\x1f\x8b":
@@ -4388,7 +4752,8 @@ def inflating(data: bytes) -> Iterator[bytes]:
             yield piece
             size = INFLATED_AT_ONCE
         return
-    inflater = zlib.decompressobj()
+    is_wrapped = data[0] & 0x0F == 8 and int.from_bytes(data[:2]) % 31 == 0
+    inflater = zlib.decompressobj(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
     while not inflater.eof:
         piece = inflater.decompress(data, size)
         data = inflater.unconsumed_tail
@@ -4529,7 +4894,9 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
         app[RELOADER].watch([*config.files, config.auth.jwt.jwks], guard.reload)
     metrics.own_in_flight = lambda: app[ADMISSION].bytes
     payloads = store.portable()
-    app[PROCESSOR] = Processor(payloads, app[BACKEND], batch=config.process.batch, metrics=metrics)
+    app[PROCESSOR] = Processor(
+        payloads, app[BACKEND], batch=config.process.batch, rules=config.transform, metrics=metrics
+    )
     app[CHECKER] = Workers(1)  # one large document at a time
     add_threads(app, payloads)
     rates = {"key": config.limits.per_key, "address": config.limits.per_address}
@@ -4676,6 +5043,7 @@ LOOK = 1.0  # seconds
 FILE_PART = 8 * 1024 * 1024  # bytes of a large file that are landed as a batch
 GRACE = 5.0  # seconds that requests have to finish when the service is told to stop
 IDLE = 75.0  # seconds for which a connection may send no request, or only a part of its head
+BACKLOG = 4096  # connections that wait to be accepted; others are tried again after a second
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
@@ -4752,7 +5120,8 @@ async def serve(config: Config, _: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.server").addFilter(tell_less)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, ssl_context=tls)
+        host, port = config.server.host, config.server.port
+        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=BACKLOG)
         await site.start()
         stop = asyncio.Event()
         on_stop(stop.set)
@@ -4865,7 +5234,9 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
     os.nice(NICE)
     async with opened(config) as (store, backend, metrics):
         batch = config.process.batch
-        processor = Processor(store.portable(), backend, batch=batch, metrics=metrics)
+        processor = Processor(
+            store.portable(), backend, batch=batch, rules=config.transform, metrics=metrics
+        )
         try:
             if args.watch:
                 await watch(config, processor, store.portable())
@@ -4980,7 +5351,7 @@ async def prove(
     """Go through all rows and print what is found; return 1 where something is left to be done."""
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
-        proof, is_first = Proof(store.portable(), timed_backend), True
+        proof, is_first = Proof(store.portable(), timed_backend, config.transform), True
         with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):
@@ -5247,6 +5618,7 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
     """put rejected payloads back to pending: those with a code or a raw_id, or all"""
     async with opened_store(config, must_exist=True) as (store, _metrics):
         queries = [RetryQuery(args.code, raw_id=raw_id) for raw_id in args.raw_ids or [None]]
+        store.take_stock()  # what others have done in the folder
         with audited("retry", operator_name()) as facts:
             facts["retried"] = retried = sum(put_back(store, query) for query in queries)
         print(msgspec.json.encode(Retried(retried)).decode())

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,12 @@ from uuid import UUID
 
 import aiohttp
 import machine
+import msgspec
 import psutil
 
-from backends.raw import raw_id_of
+from backends.raw import RawIds, first_of, form_of, payloads_in_name
+from backends.raw.batches import payloads_in
+from backends.raw.notes import Notes
 
 REPO = Path(__file__).resolve().parent.parent
 MAKE = {"ext4": ("mkfs.ext4", "e2fsprogs", "-q", "-F"), "xfs": ("mkfs.xfs", "xfsprogs", "-q", "-f")}
@@ -124,6 +127,12 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
+def command_of(pid: int) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""
+
+
 def state_of(pid: int) -> str:
     with suppress(psutil.NoSuchProcess):
         return str(psutil.Process(pid).status())
@@ -172,6 +181,10 @@ class Service:
         self.children.update(found)
         return found
 
+    def landing_writers(self) -> list[int]:
+        """Return the process that lands large groups, if it has started."""
+        return [pid for pid in self.writers() if "write_forever" in command_of(pid)]
+
     def freeze(self) -> None:
         pids = [self.process.pid, *self.writers()]
         for pid in pids:
@@ -199,29 +212,46 @@ class Service:
 # ── Load ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+FORMS: dict[str, Callable[[list[bytes]], bytes]] = {
+    "lines": b"\n".join,
+    "array": lambda bodies: b"[%s]" % b", ".join(bodies),
+    "one after another": b"".join,
+}
+
+
 @dataclass
 class Ledger:
     """What was sent, and what of it was acknowledged."""
 
     sent: set[bytes] = field(default_factory=set)
     acknowledged: dict[UUID, bytes] = field(default_factory=dict)
-    keys: dict[str, tuple[list[bytes], list[UUID]]] = field(default_factory=dict)
+    keys: dict[str, tuple[list[bytes], str, list[UUID]]] = field(default_factory=dict)
     codes: set[str] = field(default_factory=set)  # of what was refused
 
-    def new_body(self) -> bytes:
+    def new_body(self, *, is_bad: bool = False) -> bytes:
+        """Return a payload that was never sent; a bad one is rejected when it is processed."""
         size = CHANCE.choice((10, 100, 400, 1500))
         data = [len(self.sent), *(CHANCE.getrandbits(30) for _ in range(size // 11))]
+        data += ["bad"] * is_bad
         body = json.dumps({"time_stamp": "2019-05-01T12:00:00Z", "data": data}).encode()
         self.sent.add(body)
         return body
 
     async def post(
-        self, session: aiohttp.ClientSession, bodies: list[bytes], key: str | None = None
+        self,
+        session: aiohttp.ClientSession,
+        bodies: list[bytes],
+        key: str | None = None,
+        form: str = "lines",
     ) -> list[UUID]:
-        """Send one document as JSON, several as NDJSON; return their raw_ids, none if refused."""
-        kind = "application/json" if len(bodies) == 1 else "application/x-ndjson"
+        """Send one document as JSON, several as NDJSON, or in one of the other `FORMS`.
+
+        Return their raw_ids, none if they are refused.
+        """
+        kind = "application/x-ndjson" if len(bodies) > 1 and form == "lines" else "application/json"
         headers = {"Content-Type": kind} | ({"Idempotency-Key": key} if key else {})
-        async with session.post("/ingest", data=b"\n".join(bodies), headers=headers) as answer:
+        body = FORMS[form if len(bodies) > 1 else "lines"](bodies)
+        async with session.post("/ingest", data=body, headers=headers) as answer:
             if answer.status != 202:
                 assert answer.status == 503, await answer.text()
                 self.codes.add((await answer.json())["code"])
@@ -231,30 +261,39 @@ class Ledger:
         assert len(raw_ids) == len(bodies)
         self.acknowledged.update(zip(raw_ids, bodies, strict=True))
         if key:
-            self.keys[key] = bodies, raw_ids
+            self.keys[key] = bodies, form, raw_ids
         return raw_ids
 
 
-async def keep_posting(session: aiohttp.ClientSession, ledger: Ledger) -> None:
+async def keep_posting(session: aiohttp.ClientSession, ledger: Ledger, bad: float = 0) -> None:
+    """Post payloads alone and as batches of every form; so much of them is `bad`."""
     while True:
-        bodies = [ledger.new_body() for _ in range(20 if CHANCE.random() < 0.15 else 1)]
+        count = CHANCE.randint(2, 40) if CHANCE.random() < 0.25 else 1
+        bodies = [ledger.new_body(is_bad=CHANCE.random() < bad) for _ in range(count)]
         key = f"{CHANCE.getrandbits(64):x}" if CHANCE.random() < 0.2 else None
-        await ledger.post(session, bodies, key)
+        await ledger.post(session, bodies, key, CHANCE.choice(list(FORMS)))
 
 
 async def keep_processing(session: aiohttp.ClientSession) -> None:
+    """Process again and again; where a limit cuts through a batch, the next time goes on there."""
     while True:
-        await asyncio.sleep(0.4)
-        async with session.post("/process") as answer:
+        await asyncio.sleep(0.3)
+        limit = CHANCE.choice(("", "?limit=97", "?limit=1000"))
+        async with session.post(f"/process{limit}") as answer:
             await answer.read()
 
 
 async def load(
-    service: Service, ledger: Ledger, then: Callable[[], object], *, process: bool = False
+    service: Service,
+    ledger: Ledger,
+    then: Callable[[], object],
+    *,
+    process: bool = False,
+    bad: float = 0,
 ) -> None:
     """Keep a service busy; at a random moment do something to it, and leave it alone."""
     async with aiohttp.ClientSession(service.url) as session:
-        clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(CLIENTS)]
+        clients = [asyncio.create_task(keep_posting(session, ledger, bad)) for _ in range(CLIENTS)]
         if process:
             clients.append(asyncio.create_task(keep_processing(session)))
         await asyncio.sleep(CHANCE.uniform(1, 2.5))
@@ -272,30 +311,56 @@ async def load(
 
 
 def files_in(data: Path) -> dict[UUID, list[Path]]:
-    """Return where every payload lies: one place for each, if all is well."""
+    """Return where every payload lies, alone or in a batch: one place for each, if all is well."""
     found: dict[UUID, list[Path]] = {}
+    notes = Notes(data / "journal" / "batches")
     for folder in ("raw", "processed", "rejected"):
-        for path in (data / folder).rglob("*.json"):
-            if raw_id := raw_id_of(path.name):
-                found.setdefault(raw_id, []).append(path)
+        for path in (data / folder).rglob("*.*"):
+            left = notes.left(path.name) or ()
+            for at, raw_id in enumerate(raw_ids_in(path)):
+                if at not in left:
+                    found.setdefault(raw_id, []).append(path)
+    return found
+
+
+def raw_ids_in(path: Path) -> Sequence[UUID]:
+    """Return the raw_ids of the payloads in a file, none for another file."""
+    count = payloads_in_name(path.name)
+    return RawIds(first_of(path.name), count) if count else ()
+
+
+def bodies_in(path: Path) -> dict[UUID, bytes]:
+    """Return the payloads in a file; none where it is torn."""
+    raw_ids, bodies = raw_ids_in(path), list[bytes]()
+    with suppress(ValueError, msgspec.DecodeError):
+        bodies = payloads_in(path.read_bytes(), form_of(path.name))
+    return dict(zip(raw_ids, bodies, strict=True)) if len(bodies) == len(raw_ids) else {}
+
+
+def payloads_below(data: Path) -> dict[UUID, list[bytes | None]]:
+    """Return every payload as often as it lies there; None where it is torn."""
+    bodies: dict[Path, dict[UUID, bytes]] = {}
+    found: dict[UUID, list[bytes | None]] = {}
+    for raw_id, paths in files_in(data).items():
+        for path in paths:
+            if path not in bodies:
+                bodies[path] = bodies_in(path)
+            found.setdefault(raw_id, []).append(bodies[path].get(raw_id))
     return found
 
 
 def not_whole(data: Path, ledger: Ledger) -> int:
     """Return how many acknowledged payloads are missing or torn."""
-    files = files_in(data)
-    return sum(
-        [path.read_bytes() for path in files.get(raw_id, [])] != [body]
-        for raw_id, body in ledger.acknowledged.items()
-    )
+    found = payloads_below(data)
+    return sum(found.get(raw_id) != [body] for raw_id, body in ledger.acknowledged.items())
 
 
 def assert_whole(data: Path, ledger: Ledger) -> None:
     """Everything acknowledged is there once, and nothing is there that nobody has sent."""
     assert not_whole(data, ledger) == 0
-    for raw_id, paths in files_in(data).items():
-        assert len(paths) == 1, f"{raw_id} lies in {paths}"
-        assert paths[0].read_bytes() in ledger.sent, f"{paths[0]} is torn"
+    for raw_id, bodies in payloads_below(data).items():
+        assert len(bodies) == 1, f"{raw_id} lies in {files_in(data)[raw_id]}"
+        assert bodies[0] in ledger.sent, f"{files_in(data)[raw_id]} is torn"
 
 
 async def assert_served(service: Service, ledger: Ledger) -> None:
@@ -306,5 +371,5 @@ async def assert_served(service: Service, ledger: Ledger) -> None:
             async with session.get(f"/raw/{raw_id}/payload") as answer:
                 assert await answer.read() == ledger.acknowledged[raw_id]
         for key in CHANCE.sample(sorted(ledger.keys), min(50, len(ledger.keys))):
-            bodies, raw_ids = ledger.keys[key]
-            assert await ledger.post(session, bodies, key) == raw_ids
+            bodies, form, raw_ids = ledger.keys[key]
+            assert await ledger.post(session, bodies, key, form) == raw_ids

@@ -30,6 +30,19 @@ def pending_in(payloads: Payloads) -> list[UUID]:
     return [first_of(name) for name in names]
 
 
+def all_pending_in(payloads: Payloads) -> dict[UUID, bytes]:
+    """Return all pending payloads, those of batches too, in order of arrival."""
+    names, count = payloads.pending()
+    found = [payload for name in names for payload in payloads.read_pending(name)]
+    assert len(found) == count
+    return dict(found)
+
+
+def names_of(*raw_ids: UUID) -> list[str]:
+    """Return the names of the files of payloads that came alone."""
+    return [f"{raw_id}.json" for raw_id in raw_ids]
+
+
 async def land_each(store: RawStore, bodies: Iterable[bytes]) -> list[UUID]:
     """Land payloads that come alone, all at once; return their raw_ids in the same order."""
     landed = await asyncio.gather(*map(store.land, bodies))

@@ -117,9 +117,10 @@ class FolderTaken(PayloadStoreError):
 # So a raw_id leads to the file of its batch, whose name has the first raw_id and the count. Those
 # of older versions have random bits there, and lead to no file.
 
-NODE_BITS, PLACE_BITS, COUNT_BITS = 16, 17, 17
+NODE_BITS, PLACE_BITS, COUNT_BITS, REST_BITS = 16, 17, 17, 12
 COUNT_AT, REST_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
 MOST_IN_BATCH = (1 << COUNT_BITS) - 1  # payloads
+VARIANT = 2 << 62  # of every UUID of RFC 9562
 NEXT = 1 << NODE_BITS  # from a raw_id to that of the next payload of a batch
 
 
@@ -142,6 +143,11 @@ def place_of(raw_id: UUID) -> Place | None:
     if at >= payloads:
         return None
     return Place(UUID(int=raw_id.int - at * NEXT), payloads, at)
+
+
+def begins_batch(raw_id: UUID, payloads: int) -> bool:
+    """Say whether a raw_id is the first one of a batch of so many payloads."""
+    return place_of(raw_id) == (raw_id, payloads, 0)
 
 
 class RawIds(Sequence[UUID]):
@@ -180,17 +186,22 @@ def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
 def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
     """Return a new raw_id that is greater than `last`, whatever the clock says.
 
-    With a `count` it is the first one of a batch of so many payloads.
+    With a `count` it is the first one of a batch of so many payloads; raises ValueError if those
+    are more than a raw_id can tell.
     """
-    nanoseconds = time.time_ns()
-    milliseconds, rest = divmod(nanoseconds, 1_000_000)
-    head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | getrandbits(12)
+    if count > MOST_IN_BATCH:
+        raise ValueError(f"a batch has {MOST_IN_BATCH} payloads at most, not {count}")
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    random = getrandbits(REST_BITS + PLACE_BITS)
+    head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | random >> PLACE_BITS
     head = max(head, _head_of(last) + 1)
-    place = 0 if count else getrandbits(PLACE_BITS)
-    tail = count << COUNT_AT | place << NODE_BITS | node
-    fraction = head >> 12 & 0xFFF
+    tail = (count << PLACE_BITS if count else random & MOST_IN_BATCH) << NODE_BITS | node
     return UUID(
-        int=head >> 24 << 80 | 7 << 76 | fraction << 64 | 2 << 62 | (head & 0xFFF) << REST_AT | tail
+        int=head >> 24 << 80
+        | (7 << 12 | head >> 12 & 0xFFF) << 64
+        | VARIANT
+        | (head & 0xFFF) << REST_AT
+        | tail
     )
 
 

@@ -10,9 +10,12 @@ back there. So:
     there. One that was met twice is taken out of the copy of `rejected`.
  c. Payloads, packs and reasons are never changed in place; whoever writes one again replaces it by
     a rename. So a hard link to one is a copy of it. Other files are copied under their lock.
- d. Idempotency-Keys are copied before `raw`: a key that is noted as landed has its payload in the
+ d. Notes about batches are changed by processors and by packing alone, which are kept out. They
+    are copied behind the payloads that have left their batch: a note without them would hide what
+    is in the batch.
+ e. Idempotency-Keys are copied before `raw`: a key that is noted as landed has its payload in the
     copy. The counter of raw_ids is copied last, so that no payload in the copy is behind it.
- e. The copy gets its name when all of it is on disk (`new_folder`).
+ f. The copy gets its name when all of it is on disk (`new_folder`).
 """
 
 from __future__ import annotations
@@ -119,6 +122,7 @@ class Backup:
         _copy_database(theirs / "keys.sqlite", ours / "keys.sqlite")
         yield from _payloads("pending", self._source.raw, raw)
         yield from self._settle_rejected(raw, rejected)
+        yield from self._copy_notes(ours / self._source.notes.folder.name)
         yield from _copied("besides", f"{theirs}/expired", f"{ours}/expired")
         for name in ("tally", "last_raw_id"):
             _copy_locked(theirs / name, ours / name)
@@ -133,6 +137,11 @@ class Backup:
         for entry in os.scandir(self._source.rejected):
             if entry.name.endswith(REASON):
                 yield from _copied("besides", entry.path, f"{rejected}/{entry.name}")
+
+    def _copy_notes(self, target: Path) -> Iterator[Copied]:
+        notes = self._source.notes
+        for name in notes.names():
+            yield from _copied("besides", f"{notes.folder}/{name}", f"{_made(target)}/{name}")
 
 
 def _made(folder: Path) -> Path:

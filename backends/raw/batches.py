@@ -23,6 +23,12 @@ import msgspec
 from backends.raw import Form
 
 BLANK = b" \t\r"
+RECORD_SEPARATOR = b"\x1e"  # before each document of a JSON text sequence (RFC 7464)
+WHITE = b" \t\r\n" + RECORD_SEPARATOR
+ELEMENTS = re.compile(rb"[ \t\r\n,]*+")  # what is between them
+DOCUMENTS = re.compile(rb"[ \t\r\n\x1e]*+")
+OBJECTS = re.compile(rb"[ \t\r\n]*+\[[ \t\r\n]*+\{")  # may be an array of objects
+MOST_AT_ONCE = 200_000  # objects, at any depth, whose array is divided in one go
 LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*", re.MULTILINE)
 TRAILING = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)")
 NOT_FINITE = re.compile(  # and stands for a value, not for a name
@@ -67,28 +73,38 @@ def _lines(body: bytes) -> Iterator[tuple[int, int]]:
 def _documents(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield where the elements of an array begin and end, or else the documents of a sequence."""
     try:
-        return _elements(body)
+        return elements_in(body)
     except REFUSED:
         pass
     with ODD_AT_ONCE:
         strict = strict_text(body)
         try:
-            return _elements(strict)
+            return elements_in(strict)
         except REFUSED:
             return sequence_in(strict)
 
 
-def _elements(text: bytes) -> Iterator[tuple[int, int]]:
+def elements_in(text: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the elements of an array of objects begin and end.
+
+    Raises one of `REFUSED` where the text is no JSON. What is no array of objects may have none, or
+    others. It takes little memory, however many there are.
+    """
+    if not OBJECTS.match(text):
+        RAW.decode(text)
+        return iter(())
+    if text.count(b"{") > MOST_AT_ONCE:
+        RAW.decode(text)
+        return _one_by_one(text, text.find(b"[") + 1, len(text.rstrip()) - 1, ELEMENTS)
     return _one_after_another(text, list(map(len, ARRAY.decode(text))))
 
 
 def _one_after_another(text: bytes, sizes: list[int]) -> Iterator[tuple[int, int]]:
     end = text.find(b"[") + 1
     for size in sizes:
-        while text[end] in b" \t\r\n,":
-            end += 1
-        yield end, end + size
-        end += size
+        begin = _behind(ELEMENTS, text, end)
+        end = begin + size
+        yield begin, end
 
 
 def sequence_in(text: bytes) -> Iterator[tuple[int, int]]:
@@ -96,27 +112,29 @@ def sequence_in(text: bytes) -> Iterator[tuple[int, int]]:
 
     Raises `DecodeError` or RecursionError where it is no sequence of documents, strictly JSON.
     """
-    view, at = memoryview(text), _skip_space(text, 0)
-    while at < len(view):
+    return _one_by_one(text, 0, len(text), DOCUMENTS)
+
+
+def _one_by_one(
+    text: bytes, begin: int, end: int, between: re.Pattern[bytes]
+) -> Iterator[tuple[int, int]]:
+    view, at = memoryview(text)[:end], _behind(between, text, begin)
+    while at < end:
         try:
             RAW.decode(view[at:])
-            following = len(view)
+            following = end
         except msgspec.DecodeError as error:
             trailing = TRAILING.fullmatch(str(error))
             if trailing is None:
                 raise
             following = at + int(trailing[1]) - 1
-        end = following
-        while text[end - 1] in b" \t\r\n":
-            end -= 1
-        yield at, end
-        at = following
+        yield at, at + len(text[at:following].rstrip(WHITE))
+        at = _behind(between, text, following)
 
 
-def _skip_space(body: bytes, at: int) -> int:
-    while at < len(body) and body[at] in b" \t\r\n":
-        at += 1
-    return at
+def _behind(between: re.Pattern[bytes], text: bytes, at: int) -> int:
+    match = between.match(text, at)
+    return match.end() if match else at
 
 
 def strict_text(body: bytes) -> bytes:

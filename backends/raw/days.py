@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from backends.raw import (
+    STATES,
     Form,
     NoAccess,
     PayloadStoreError,
@@ -31,7 +32,7 @@ from backends.raw import (
 )
 from backends.raw.batches import REFUSED, payloads_in
 from backends.raw.disk import denied, read_file, sync_file, tell_once
-from backends.raw.notes import Notes
+from backends.raw.notes import LEFT, BatchNotes
 from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
 from backends.raw.places import Places
 
@@ -77,17 +78,25 @@ class Days(Places):
     ) -> None:
         super().__init__(folder, processed, rejected)
         self.keep_days = keep_days
-        self.notes = Notes(self.journal / "batches")
+        self.notes = BatchNotes(self.journal / "batches")
         self._expired = self.journal / "expired"
 
     # Batches
 
     def left(self, name: str) -> set[int]:
-        """Return the places of payloads that have left a batch; all have a reason for it."""
+        """Return the places of payloads that have left a batch.
+
+        Where the note is damaged, they are those that have a reason for it, and lie elsewhere.
+        """
         left = self.notes.left(name)
         if left is None:
+            tell_once(f"{self.notes.folder}/{name}{LEFT} is damaged: what it said is found again")
             raw_ids = RawIds(first_of(name), payloads_in_name(name))
-            left = {at for at, raw_id in enumerate(raw_ids) if os.path.lexists(self.reason(raw_id))}
+            left = {
+                at
+                for at, raw_id in enumerate(raw_ids)
+                if os.path.lexists(self.reason(raw_id)) and self.is_elsewhere(raw_id)
+            }
         return left
 
     def payloads_in(self, name: str, body: bytes) -> list[tuple[UUID, bytes] | None]:
@@ -105,12 +114,18 @@ class Days(Places):
         found: list[tuple[UUID, bytes] | None] = list(
             zip(RawIds(first_of(name), count), bodies, strict=True)
         )
-        for at in self.left(name):
-            found[at] = None
-        return found
+        left = self.left(name)
+        return [None if at in left else each for at, each in enumerate(found)] if left else found
 
     def reason(self, raw_id: UUID) -> Path:
         return self.rejected / f"{raw_id}{REASON}"
+
+    def count_between(self, name: str, begin: int, end: int = sys.maxsize) -> int:
+        """Return how many payloads of a file are between two places and have not left it."""
+        if not form_of(name):
+            return 1
+        places = range(begin, min(end, payloads_in_name(name)))
+        return len(places) - sum(at in places for at in self.left(name))
 
     def count_done(self, after: str = "") -> int:
         return sum(count for name, count in self.done().items() if name > after)
@@ -188,11 +203,13 @@ class Days(Places):
         packed = sum(pack.index().payloads for pack in self.packs() if not pack.is_lost)
         folders = [Path(entry.path) for entry in os.scandir(self.processed) if entry.is_dir()]
         count = sum(payloads_in_name(name) for folder in folders for name in os.listdir(folder))
-        left = [n for n in self.notes.with_left() if os.path.lexists(self._processed_path(n))]
-        return packed + count + self.count_done() - sum(len(self.left(name)) for name in left)
+        left = [name for name in self.notes.with_left() if self.is_processed(name)]
+        done = sum(self.count_between(name, 0, end) for name, end in self.done().items())
+        return packed + count + done - sum(len(self.left(name)) for name in left)
 
-    def _processed_path(self, name: str) -> Path:
-        return self.processed / day_of(name) / name
+    def is_processed(self, name: str) -> bool:
+        """Say whether a file lies among the processed ones."""
+        return os.path.lexists(self.processed / day_of(name) / name)
 
     def finished_days(self) -> list[str]:
         """See Payloads.finished_days."""
@@ -215,30 +232,39 @@ class Days(Places):
             count = Pack.write(next(path for path in paths if not path.exists()), fresh)
         for name in names:
             (folder / name).unlink(missing_ok=True)
-            if form_of(name):
+        for name in self.notes.with_left():
+            if day_of(name) == day and not self._is_there(name):
                 self.notes.forget_left(name)
         with contextlib.suppress(OSError):  # something else lies there
             folder.rmdir()
         return count
 
-    def _payloads_of(self, folder: Path, names: Iterable[str]) -> Iterator[tuple[UUID, bytes]]:
-        """Yield the payloads of files, in order of arrival.
+    def _payloads_of(self, folder: Path, names: Sequence[str]) -> Iterator[tuple[UUID, bytes]]:
+        """Yield the payloads of files, in order of arrival, each of them once.
 
-        One that has left its batch, and was processed later, stands between the others of it.
+        One that has left its batch, and was processed later, stands between the others of it; also
+        where the note that it has left was lost.
         """
-        seen = set[str]()
+        own_files, seen = {name for name in names if not form_of(name)}, set[str]()
         for name in names:
             if name in seen:
                 continue
-            raw_ids = RawIds(first_of(name), payloads_in_name(name))
             body = (folder / name).read_bytes()
-            for at, found in enumerate(self._readable_in(name, body)):
-                own = f"{raw_ids[at]}.json"
-                if found:
-                    yield found
-                elif (folder / own).exists():
+            if name in own_files:
+                yield first_of(name), body
+                continue
+            raw_ids = RawIds(first_of(name), payloads_in_name(name))
+            for raw_id, found in zip(raw_ids, self._readable_in(name, body), strict=True):
+                own = f"{raw_id}.json"
+                if own in own_files:
                     seen.add(own)
-                    yield raw_ids[at], (folder / own).read_bytes()
+                    yield raw_id, (folder / own).read_bytes()
+                elif found:
+                    yield found
+
+    def _is_there(self, name: str) -> bool:
+        folders = (self.folder(state, first_of(name)) for state in STATES)
+        return any(os.path.lexists(folder / name) for folder in folders)
 
     def _readable_in(self, name: str, body: bytes) -> list[tuple[UUID, bytes] | None]:
         try:
@@ -277,6 +303,13 @@ class Days(Places):
             return day
         tell_once(f"{self._expired} is damaged: what has expired is not known any more, delete it")
         return ""
+
+    def is_elsewhere(self, raw_id: UUID) -> bool:
+        """Say whether a payload has a file of its own, or is packed, or has expired."""
+        return self.has_own_file(raw_id) or self.is_packed_or_expired(raw_id)
+
+    def has_own_file(self, raw_id: UUID) -> bool:
+        return any(os.path.lexists(self.path(raw_id, state)) for state in STATES)
 
     def is_packed_or_expired(self, raw_id: UUID) -> bool:
         with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there

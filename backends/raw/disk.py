@@ -64,6 +64,15 @@ def sync_file_system(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def sync_files_around(folder: Path) -> None:
+    """Write all of the file system of a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync_file_system(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def syncs_file_systems() -> bool:
     """Say whether `sync_file_system` covers files that nobody has synced by themselves."""
     return _syncfs() is not None

@@ -57,6 +57,7 @@ from backends.raw.disk import (
     read_file,
     set_aside,
     storage_error,
+    sync_files_around,
 )
 from backends.raw.packs import Pack
 from backends.raw.rejections import RejectionIndex
@@ -71,9 +72,6 @@ BROKEN_FILE = UNREADABLE | {errno.EISDIR, errno.ELOOP, errno.ENOENT}
 NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL}
 LARGE_BATCH = 1024 * 1024  # bytes; of larger ones few are looked into at a time
 LARGE_AT_ONCE = threading.BoundedSemaphore(2)
-
-
-# ── Listing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 # ── The folders ───────────────────────────────────────────────────────────────────────────────────
@@ -110,22 +108,30 @@ class Folders(Days):
         return self._find(raw_id)[1]
 
     def _find(self, raw_id: UUID) -> tuple[State, OpenPayload]:
-        for state in (*STATES, STATES[0]):  # it may move meanwhile
-            with contextlib.suppress(FileNotFoundError), access_errors():
-                return state, _opened(self.path(raw_id, state))
-        place = place_of(raw_id)
-        if place:
-            for state in (*STATES, STATES[0]):
-                for form in FORMS:
-                    with contextlib.suppress(FileNotFoundError), access_errors():
-                        return self._find_in_batch(place, form, state)
+        found, place = self._find_alone(raw_id), place_of(raw_id)
+        if found is None and place:
+            found = self._find_in_batch(place) or self._find_alone(raw_id)  # it has just left it
+        if found:
+            return found
         packed = self.look_in_packs(raw_id, Pack.open_payload)
         if packed is None:
             raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
         return "processed", packed
 
-    def _find_in_batch(self, place: Place, form: Form, state: State) -> tuple[State, OpenPayload]:
-        """Find a payload in the file of its batch; raises FileNotFoundError."""
+    def _find_alone(self, raw_id: UUID) -> tuple[State, OpenPayload] | None:
+        for state in (*STATES, STATES[0]):  # it may move meanwhile
+            with contextlib.suppress(FileNotFoundError), access_errors():
+                return state, _opened(self.path(raw_id, state))
+        return None
+
+    def _find_in_batch(self, place: Place) -> tuple[State, OpenPayload] | None:
+        for state, form in itertools.product((*STATES, STATES[0]), FORMS):
+            with contextlib.suppress(FileNotFoundError), access_errors():
+                return self._open_in_batch(place, form, state)
+        return None
+
+    def _open_in_batch(self, place: Place, form: Form, state: State) -> tuple[State, OpenPayload]:
+        """Open a payload in the file of its batch; raises FileNotFoundError if it is not there."""
         name = place.name(form)
         path = self.folder(state, place.first) / name
         path.lstat()
@@ -208,7 +214,7 @@ class Folders(Days):
                 self.publish(path, body)
             return
         raw_ids = RawIds(raw_id, place.payloads if place else 1)
-        if not all(map(self._is_elsewhere if form else self.is_packed_or_expired, raw_ids)):
+        if not all(map(self.is_elsewhere if form else self.is_packed_or_expired, raw_ids)):
             self.publish(self.raw / name, body)
 
     def _replace(self, path: Path, body: bytes, error: OSError) -> None:
@@ -226,14 +232,8 @@ class Folders(Days):
         place = place_of(raw_id)
         names = [place.name(form) for form in FORMS] if place else []
         folders = [self.folder(state, raw_id) for state in STATES]
-        return self._is_elsewhere(raw_id) or any(
+        return self.is_elsewhere(raw_id) or any(
             os.path.lexists(folder / name) for folder in folders for name in names
-        )
-
-    def _is_elsewhere(self, raw_id: UUID) -> bool:
-        """Say whether a payload has a file of its own, or is packed, or has expired."""
-        return any(os.path.lexists(self.path(raw_id, state)) for state in STATES) or (
-            self.is_packed_or_expired(raw_id)
         )
 
     def greatest_raw_id(self) -> UUID:
@@ -261,66 +261,76 @@ class Folders(Days):
         self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
     ) -> Settled:
         """See Payloads.settle."""
-        apart, stuck = list[Rejection](), dict[str, str]()
-        for name, of_file in itertools.groupby(rejected, self._pending_file_of):
-            with _noting(stuck, name):
-                apart += self._set_apart(name, list(of_file))
+        processed, stuck = list(processed), dict[str, str]()
+        batches = {first_of(name): name for name in (*processed, *done) if form_of(name)}
+        apart = self._reject(rejected, batches, stuck)
         if apart:
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
                 self._index.note(apart)
         moved = self._move_all((name for name in processed if name not in stuck), stuck)
         before, count = self.notes.done(), 0
         for name in moved:
-            count += self._count_between(name, before.get(name, 0))
-            if name in before:
-                self.notes.forget_done(name)
+            count += self.count_between(name, before.get(name, 0))
+        for name in filter(self.is_processed, before):
+            self.notes.forget_done(name)
         for name, number in done.items():
             if name not in stuck and os.path.lexists(self.raw / name):  # or else it was damaged
-                count += self._count_between(name, before.get(name, 0), number)
+                count += self.count_between(name, before.get(name, 0), number)
                 self.notes.note_done(name, number)
         with contextlib.suppress(OSError), contextlib.closing(self.open_tally()) as tally:
             tally.add(processed=count)
         return Settled(count, apart, stuck)
 
-    def _count_between(self, name: str, begin: int, end: int = sys.maxsize) -> int:
-        """Return how many payloads of a file are between two places and have not left it."""
-        if not form_of(name):
-            return 1
-        places = range(begin, min(end, payloads_in_name(name)))
-        return len(places) - sum(at in places for at in self.left(name))
+    def _reject(
+        self, rejected: Iterable[Rejection], batches: Mapping[UUID, str], stuck: dict[str, str]
+    ) -> list[Rejection]:
+        """Move payloads to the rejected ones; return why, their retries counted.
 
-    def _pending_file_of(self, rejection: Rejection) -> str:
-        """Return the name of the file that a payload is in, if it is pending."""
-        own, place = f"{rejection.raw_id}.json", place_of(rejection.raw_id)
-        names = [place.name(form) for form in FORMS] if place else []
-        if not names or os.path.lexists(self.raw / own):
-            return own
-        return next((name for name in names if os.path.lexists(self.raw / name)), own)
-
-    def _set_apart(self, name: str, rejections: Sequence[Rejection]) -> list[Rejection]:
-        """Move payloads of one file to the rejected ones; those of a batch get files of their own.
-
-        A batch that is damaged goes as one, under the reason of its first payload.
+        `batches` are the names of those that are settled, by their first raw_ids.
         """
-        counted = [self._with_retries(rejection) for rejection in rejections]
-        for rejection in counted:
-            self._record(rejection)  # before the payload, so that none is without its reason
+        apart, renames = list[Rejection](), list[tuple[Path, Path]]()
+        by_file = dict[str, list[Rejection]]()
+        for rejection in rejected:
+            place = place_of(rejection.raw_id)
+            name = batches.get(place.first, "") if place else ""
+            by_file.setdefault(name or f"{rejection.raw_id}.json", []).append(rejection)
+        for name, of_file in by_file.items():
+            with _noting(stuck, name):
+                counted = [self._with_retries(rejection) for rejection in of_file]
+                for rejection in counted:
+                    self._record(rejection)  # before the payload: none is without its reason
+                renames += self._set_apart(name, [rejection.raw_id for rejection in counted])
+                apart += counted
+        if renames:
+            sync_files_around(self.rejected)  # or a power cut could take what has left its batch
+        for part, path in renames:
+            os.rename(part, path)
+        return apart
+
+    def _set_apart(self, name: str, raw_ids: Sequence[UUID]) -> list[tuple[Path, Path]]:
+        """Move a file to the rejected ones, or write payloads of a batch to files of their own.
+
+        Return what is to be renamed to what when it is on disk: these files, and a note that the
+        payloads have left the batch. A batch that is damaged goes as one.
+        """
         if not form_of(name):
             self._move(name, self.rejected)
-            return counted
+            return []
         try:
             payloads = dict(self.read_pending(name))
         except PayloadUnreadable:
             self._move(name, self.rejected)
-            return counted
-        left = self.left(name)
-        for raw_id in (rejection.raw_id for rejection in counted):
+            return []
+        renames, left = list[tuple[Path, Path]](), self.left(name)
+        for raw_id in raw_ids:
             place = place_of(raw_id)
             if place and raw_id in payloads:
-                self.publish(self.path(raw_id, "rejected"), payloads[raw_id])
                 left.add(place.at)
-        self.notes.note_left(name, left)
-        return counted
+                if not self.has_own_file(raw_id):  # or else of a run that a crash has cut short
+                    part = self.journal / f"{raw_id}.part"
+                    part.write_bytes(payloads[raw_id])
+                    renames.append((part, self.path(raw_id, "rejected")))
+        return [*renames, self.notes.prepare_left(name, left)]
 
     def _move_all(self, names: Iterable[str], stuck: dict[str, str]) -> list[str]:
         """Move files to the processed ones; return the names of those that this has moved."""
@@ -420,15 +430,16 @@ class Folders(Days):
     def retry(self, raw_id: UUID) -> bool:
         """See Payloads.retry."""
         source = self._rejected_path(raw_id)
+        first = first_of(source.name)
         try:
-            known, now = self.last_rejection(raw_id), datetime.now(UTC)
-            reason = known or self.rejection(raw_id)
+            known, now = self.last_rejection(first), datetime.now(UTC)
+            reason = known or self.rejection(first)
             self._record(
                 msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
             )
             os.rename(source, self.raw / source.name)
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds it
-                self._index.forget([str(raw_id)])
+                self._index.forget([str(first)])
             return True
         except RawIdUnknown:
             return False

@@ -65,7 +65,7 @@ import msgspec
 from msgspec import Struct
 from uuid_utils.compat import uuid7
 
-from backends.raw import Form, RawIds, next_raw_id, place_of
+from backends.raw import Form, RawIds, begins_batch, next_raw_id, place_of
 from backends.raw.batches import payloads_in
 from backends.raw.disk import (
     UNREADABLE,
@@ -639,7 +639,7 @@ class Journal:
         if use is None and caller:
             use = self._keys.find(key)
             use = use if use and use.digest == digest else None
-        if use and not use.landed and payloads and not _begins_batch(use.raw_ids[0], payloads):
+        if use and not use.landed and payloads and not begins_batch(use.raw_ids[0], payloads):
             use = None  # an older version has given it raw_ids of files for each of its lines
         if use is None:
             use = KeyUse(own, digest, [next_id()])
@@ -654,13 +654,9 @@ def digest_of(body: bytes, form: Form) -> bytes:
     """
     if form == "ndjson":
         body = b"\n".join(payloads_in(body, form))
-    return hashlib.sha256(form.encode() + body if form == "json" else body).digest()
+    return hashlib.sha256(body).digest()
 
 
 def _last_of(entry: Entry) -> UUID:
     place = place_of(entry.raw_id) if entry.form else None
     return RawIds(entry.raw_id, place.payloads)[-1] if place else entry.raw_id
-
-
-def _begins_batch(raw_id: UUID, payloads: int) -> bool:
-    return place_of(raw_id) == (raw_id, payloads, 0)

@@ -44,6 +44,7 @@ from backends.raw import (
     RawIds,
     StorageFull,
     StorageUnavailable,
+    begins_batch,
     name_of,
     place_of,
 )
@@ -74,6 +75,7 @@ LARGE = 1024 * 1024  # bytes; a larger body is landed alone, and the others pass
 LARGE_AT_ONCE = 2  # under way
 GROUP_BYTES = 1024 * 1024  # that are landed together
 WRITER_BYTES = 8 * 1024  # of a group that is worth the way to another process
+BY_THREAD = 64 * 1024  # bytes of a body, on average, which are not
 MIN_FREE_BYTES = 256 * 1024 * 1024
 LAND_PATIENCE = 10.0  # seconds for a group, and more for what it holds, before it stands still
 LEAST_FILES = 500  # in a second, and
@@ -104,7 +106,8 @@ class Arrival(Struct, frozen=True, array_like=True):
 class Answer(Struct, frozen=True, array_like=True):
     """The (first) raw_id for a body; or the error that refuses it, by its code, and its detail.
 
-    There are several for a body that an older version has landed under the same Idempotency-Key.
+    Older versions have landed each line as a file of its own, and an array as one payload: under
+    the same Idempotency-Key those raw_ids are the answer.
     """
 
     raw_ids: list[UUID]
@@ -115,7 +118,7 @@ class Answer(Struct, frozen=True, array_like=True):
         """Return the raw_ids of all payloads, or raise the error."""
         if self.code:
             raise REFUSALS[self.code](self.detail)
-        if arrival.form and len(self.raw_ids) == 1:
+        if arrival.form and begins_batch(self.raw_ids[0], arrival.payloads):
             return RawIds(self.raw_ids[0], arrival.payloads)
         return self.raw_ids
 
@@ -482,7 +485,8 @@ class RawStore(Folders):
         others = tuple(itertools.chain(*self._writing))
         needs = tuple(arrival.needs() for arrival in group)
         is_large = group[0].is_large()
-        by_writer = is_large or (size >= WRITER_BYTES and not self._large)
+        is_many = WRITER_BYTES <= size < BY_THREAD * len(group)
+        by_writer = is_large or (is_many and not self._large)
         self._writing.append(needs)
         try:
             written = None
@@ -650,10 +654,14 @@ class RawStore(Folders):
 
 
 def _is_of(arrival: Arrival, use: KeyUse) -> bool:
-    """Say whether a key was used for the same body before, divided in the same way."""
-    place = place_of(use.raw_ids[0]) if len(use.raw_ids) == 1 else None
-    payloads = place.payloads if place and place.at == 0 else len(use.raw_ids)
-    return payloads == arrival.payloads and use.digest == digest_of(arrival.body, arrival.form)
+    """Say whether a key was used for the same body before, divided in the same way.
+
+    How an older version has divided it is its own affair.
+    """
+    place = place_of(use.raw_ids[0])
+    if place and place.at == 0 and place.payloads != arrival.payloads:
+        return False
+    return use.digest == digest_of(arrival.body, arrival.form)
 
 
 def _batched(arrival: Arrival) -> int:

@@ -3,6 +3,7 @@
 A batch is one file, which stays as it arrived and moves as one. A payload of it that is rejected
 gets a file of its own, and from then on that file alone says what its state is. That it has left
 its batch is noted in `<name of the batch>.left`: a checksum, and the places of all that have left.
+Both are on disk before they get their names, the note last, and before the batch moves on.
 
 Where processing was to stop in the middle of a pending batch, an empty file tells how many of its
 payloads are done: `<name of the batch>.<number>.done`. So names alone tell what is pending.
@@ -21,7 +22,7 @@ import msgspec
 LEFT, DONE = ".left", ".done"
 
 
-class Notes:
+class BatchNotes:
     """The notes in a folder, which is made when it is needed. It can be pickled."""
 
     def __init__(self, folder: Path) -> None:
@@ -38,22 +39,25 @@ class Notes:
             return None
         return set(places) if checksum == _checksum(places) else None
 
-    def note_left(self, name: str, places: Iterable[int]) -> None:
-        """Note the places of all the payloads that have left a batch."""
+    def prepare_left(self, name: str, places: Iterable[int]) -> tuple[Path, Path]:
+        """Write down the places of all the payloads that have left a batch.
+
+        Return the file, and what it is to be renamed to, so that they have left.
+        """
         self.folder.mkdir(exist_ok=True)
         known = sorted(places)
-        part = self.folder / f"{name}.{os.getpid()}.part"
+        part = self.folder / f"{name}.part"
         part.write_bytes(msgspec.json.encode((_checksum(known), known)))
-        os.rename(part, self.folder / f"{name}{LEFT}")
+        return part, self.folder / f"{name}{LEFT}"
 
     def with_left(self) -> list[str]:
         """Return the names of the batches that payloads have left."""
-        return [name.removesuffix(LEFT) for name in self._names() if name.endswith(LEFT)]
+        return [name.removesuffix(LEFT) for name in self.names() if name.endswith(LEFT)]
 
     def done(self) -> dict[str, int]:
         """Return how many payloads of a pending batch are done, by the names of the batches."""
         found = dict[str, int]()
-        for note in self._names():
+        for note in self.names():
             name, _, number = note.removesuffix(DONE).rpartition(".")
             if note.endswith(DONE) and number.isdigit():
                 found[name] = max(int(number), found.get(name, 0))
@@ -68,7 +72,7 @@ class Notes:
     def forget_done(self, name: str, but: int = 0) -> None:
         """Forget how many payloads of a batch are done, or what was known before `but` were."""
         kept = f"{name}.{but}{DONE}"
-        for note in self._names():
+        for note in self.names():
             if note.startswith(f"{name}.") and note.endswith(DONE) and note != kept:
                 (self.folder / note).unlink(missing_ok=True)
 
@@ -76,9 +80,10 @@ class Notes:
         """Forget which payloads have left a batch, whose file is no more."""
         (self.folder / f"{name}{LEFT}").unlink(missing_ok=True)
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the names of all notes."""
         with contextlib.suppress(FileNotFoundError):
-            return os.listdir(self.folder)
+            return [name for name in os.listdir(self.folder) if name.endswith((LEFT, DONE))]
         return []
 
 

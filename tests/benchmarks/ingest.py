@@ -2,7 +2,8 @@
 
     python tests/benchmarks/ingest.py [--seconds 4] [--rounds 3] [--dir FOLDER]
 
-Each figure is the median of the rounds. The disk under FOLDER is the one that is measured.
+Each figure is the median of the rounds. The disk under FOLDER is the one that is measured, and one
+sync of it beforehand, as that is what a payload that comes alone has to wait for.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import aiofiles
@@ -30,15 +33,20 @@ from uuid_utils.compat import uuid7
 
 REPO = Path(__file__).resolve().parents[2]
 BARE, AIOFILES, DROPZONE = "bare aiohttp", "aiohttp + aiofiles", "Dropzone"
+ALL_ON = f"{DROPZONE}, with a key and a line of JSON for each request"
 BATCH = 100
-NDJSON = f"{DROPZONE}, NDJSON of {BATCH}"
+NDJSON, ARRAY = f"{DROPZONE}, NDJSON of {BATCH}", f"{DROPZONE}, arrays of {BATCH}"
+KEY = "a-key-of-the-benchmark"
 CONNECTIONS = (1, 16, 64, 256)
-BATCH_CONNECTIONS = 16
+MANY = 64  # connections, at which Dropzone is compared with itself
+BATCH_CONNECTIONS = 8
+SYNCS = 200
 PATIENCE = 30  # seconds for a server to start or to stop
 # wrk prints for people; this is for us. Latencies are in microseconds.
 LUA = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "%s"
+wrk.headers["x-api-key"] = "%s"
 wrk.body = io.open("%s", "rb"):read("*a")
 function done(summary, latency)
   local e = summary.errors
@@ -147,7 +155,7 @@ def require_wrk() -> None:
 def lua_script(folder: Path, name: str, media_type: str, body: bytes) -> Path:
     (folder / f"{name}.body").write_bytes(body)
     script = folder / f"{name}.lua"
-    script.write_text(LUA % (media_type, folder / f"{name}.body"))
+    script.write_text(LUA % (media_type, KEY, folder / f"{name}.body"))
     return script
 
 
@@ -165,29 +173,65 @@ def drive(target: Target, connections: int, seconds: int) -> Sample:
     return Sample(requests / duration * 1e6, p50 / 1000, p99 / 1000)
 
 
+def landed_by(url: str, media_type: str, body: bytes) -> int:
+    """Land a body; return how many payloads it was."""
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)) as connection:
+        connection.request("POST", "/ingest", body, {"Content-Type": media_type})
+        return len(json.loads(connection.getresponse().read()).get("raw_ids", [None]))
+
+
+def sync_milliseconds(folder: Path, size: int) -> float:
+    """Return how long it takes to append so many bytes to a file and to sync it."""
+    took = []
+    with open(folder / "sync", "wb", buffering=0) as file:
+        for _ in range(SYNCS):
+            begun = time.perf_counter()
+            file.write(bytes(size))
+            os.fdatasync(file.fileno())
+            took.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(took)
+
+
+def runs_in(folder: Path, body: bytes, stack: ExitStack) -> Iterator[tuple[int, Target]]:
+    """Start all servers; yield what is driven by how many connections."""
+    config = folder / "dropzone.toml"
+    config.write_text('[server]\nport = 0\n[storage]\nbackend = "memory"\n')
+    own, service = str(Path(__file__).resolve()), (str(REPO / "dropzone.py"), "--config", config)
+
+    def start(name: str, *command: str | Path, **settings: str) -> str:
+        home = folder / name
+        home.mkdir()
+        return stack.enter_context(started(home, *map(str, command), **settings))
+
+    dropzone = start("dropzone", *service)
+    lines = {"DROPZONE_LOG_REQUESTS": "true", "DROPZONE_LOG_FORMAT": "json"}
+    all_on = start("all-on", *service, DROPZONE_API_KEY=KEY, **lines)
+    single = lua_script(folder, "single", "application/json", body)
+    singles = [
+        Target(BARE, start("bare", own, "--serve", BARE), single),
+        Target(AIOFILES, start("aiofiles", own, "--serve", AIOFILES), single),
+        Target(DROPZONE, dropzone, single, durable=True),
+    ]
+    for connections in CONNECTIONS:
+        yield from ((connections, target) for target in singles)
+        if connections == MANY:
+            yield connections, Target(ALL_ON, all_on, single, durable=True)
+    ndjson, array = b"\n".join([body] * BATCH), b"[%s]" % b",".join([body] * BATCH)
+    for name, media_type, batch in (
+        (NDJSON, "application/x-ndjson", ndjson),
+        (ARRAY, "application/json", array),
+    ):
+        payloads = landed_by(dropzone, media_type, batch)
+        script = lua_script(folder, name, media_type, batch)
+        yield BATCH_CONNECTIONS, Target(name, dropzone, script, payloads, durable=True)
+
+
 def measure(folder: Path, seconds: int, rounds: int) -> None:
     """Drive everything in turn, `rounds` times, and print the table."""
     body = json.dumps(json.loads((REPO / "data" / "payload.json").read_bytes())).encode()
-    single = lua_script(folder, "single", "application/json", body)
-    batch = lua_script(folder, "batch", "application/x-ndjson", b"\n".join([body] * BATCH))
-    config = folder / "dropzone.toml"
-    config.write_text('[server]\nport = 0\n[storage]\nbackend = "memory"\n')
-    own = str(Path(__file__).resolve())
+    sync = sync_milliseconds(folder, len(body))
     with ExitStack() as stack:
-
-        def start(name: str, *command: str) -> str:
-            home = folder / name
-            home.mkdir()
-            return stack.enter_context(started(home, *command))
-
-        dropzone = start("dropzone", str(REPO / "dropzone.py"), "--config", str(config))
-        singles = [
-            Target(BARE, start("bare", own, "--serve", BARE), single),
-            Target(AIOFILES, start("aiofiles", own, "--serve", AIOFILES), single),
-            Target(DROPZONE, dropzone, single, durable=True),
-        ]
-        runs = [(connections, target) for connections in CONNECTIONS for target in singles]
-        runs.append((BATCH_CONNECTIONS, Target(NDJSON, dropzone, batch, BATCH, durable=True)))
+        runs = list(runs_in(folder, body, stack))
         samples = defaultdict[tuple[int, Target], list[Sample]](list)
         for number in range(1, rounds + 1):
             for connections, target in runs:
@@ -197,7 +241,10 @@ def measure(folder: Path, seconds: int, rounds: int) -> None:
                 os.sync()  # nobody pays for what another has left to be written
                 samples[connections, target].append(drive(target, connections, seconds))
         print("\r\033[K", end="", file=sys.stderr)
-    print_table({run: median(found) for run, found in samples.items()})
+    medians = {run: median(found) for run, found in samples.items()}
+    print_table(medians)
+    print_ratios({(connections, target.name): s for (connections, target), s in medians.items()})
+    print(f"One sync of {len(body)} bytes takes {sync:.2f} ms.")
     print(f"\nMedians of {rounds} x {seconds} s, {len(body)} bytes a payload, on {machine(folder)}")
 
 
@@ -214,8 +261,23 @@ def print_table(found: dict[tuple[int, Target], Sample]) -> None:
         print(
             f"| {connections} | {target.name} | {sample.rate:,.0f} "
             f"| {sample.rate * target.payloads:,.0f} | {sample.p50:.2f} | {sample.p99:.2f} "
-            f"| {sample.rate / bare[connections]:.2f} | {'yes' if target.durable else 'no'} |"
+            f"| {of(bare.get(connections), sample.rate)} | {'yes' if target.durable else 'no'} |"
         )
+
+
+def of(whole: float | None, part: float) -> str:
+    return f"{part / whole:.2f}" if whole else ""
+
+
+def print_ratios(found: dict[tuple[int, str], Sample]) -> None:
+    """Say what single payloads cost beside a handler that stores nothing, and what logs cost."""
+    bare, plain, all_on = (found[MANY, name] for name in (BARE, DROPZONE, ALL_ON))
+    print(
+        f"\nWith {MANY} connections Dropzone answers {of(bare.rate, plain.rate)} of the requests "
+        f"of {BARE}, p99 {plain.p99:.1f} ms where that has {bare.p99:.1f} ms; with a key and a "
+        f"line of JSON for each request it answers {of(plain.rate, all_on.rate)} of those without. "
+        f"With 1 connection p50 is {found[1, DROPZONE].p50:.2f} ms."
+    )
 
 
 def machine(folder: Path) -> str:

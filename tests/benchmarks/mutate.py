@@ -4,19 +4,21 @@
 
 A defect is a comparison turned or moved by one, an `and` that is an `or`, a `not` that is gone, a
 number that is one more, a condition that always holds, a lock that is not taken, a statement or an
-argument left out, a result that is None. All happens in a copy of the repository. Of a part's tests
-the quickest run, those that together take `--seconds`: how long each takes is measured first, once,
-and kept in `.pytest_cache`. A defect that they let pass is printed. It is harmless, or noticed by a
-slower test, or breaks a promise that has no test.
+argument left out, a result that is None. All happens in a copy of the repository. A defect is tried
+by the tests of its part that run its line, the quickest first, as many as take `--seconds`, until
+one fails. Which tests run what, and how long they take, is measured first and kept in
+`.pytest_cache`. Other processes are not seen: where no test runs the line, those are tried that run
+another of its function, or else the quickest of all. A defect that they let pass is printed. It is
+harmless, or noticed by a slower test, or breaks a promise that has no test.
 """
 
 import argparse
 import ast
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -24,17 +26,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 COPIED = ("backends", "data", "docs", "tests", *(path.name for path in REPO.glob("*.*")))
-PATIENCE = 1200  # seconds for all the tests of a part
+PATIENCE = 1800  # seconds for all the tests of a part
+PLUGINS = ("-p", "mutate", "-p", "no:cacheprovider", "-p", "no:schemathesis")  # which is slow
 STORE = ("tests/raw/test_raw_store.py", "tests/raw/test_durability.py")
 
 
@@ -54,7 +60,8 @@ PARTS = {
     ),
     "journal": Part("backends/raw/journal.py", (*STORE, "tests/raw/test_damage.py")),
     "keys": Part(
-        "backends/raw/keys.py", ("tests/raw/test_damage.py", "tests/service/test_ingest.py")
+        "backends/raw/keys.py",
+        ("tests/raw/test_keys.py", "tests/raw/test_damage.py", "tests/service/test_ingest.py"),
     ),
     "folders": Part(
         "backends/raw/folders.py", (*STORE, "tests/raw/test_packs.py", "tests/raw/test_damage.py")
@@ -69,8 +76,18 @@ PARTS = {
     ),
     "admission": Part(
         "dropzone.py",
-        ("tests/service/test_ingest.py", "tests/service/test_limits.py"),
-        ("Budget", "Admission", "read_body", "invite", "_counted", "inflated", "inflating"),
+        (
+            "tests/service/test_ingest.py",
+            "tests/service/test_edges.py",
+            "tests/service/test_expect.py",
+            "tests/service/test_limits.py",
+        ),
+        ("Budget", "Admission", "Body", "read_body", "invite", "_counted", "inflated", "inflating"),
+    ),
+    "answers": Part(
+        "dropzone.py",
+        ("tests/service/test_hostile.py", "tests/service/test_csv.py"),
+        ("Taking", "Clients", "waiting_for", "Sent", "InPieces", "WhileRead", "reset", "Turns"),
     ),
 }
 
@@ -80,12 +97,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Defect:
-    """A stretch of the source, in bytes, and what is put there."""
+    """A stretch of the source, in bytes, what is put there, and the lines of its function."""
 
     begin: int
     end: int
     text: str
     line: int
+    around: range  # empty outside of any function
 
     def put_into(self, source: bytes) -> bytes:
         return source[: self.begin] + self.text.encode() + source[self.end :]
@@ -193,6 +211,15 @@ def defects_of_statement(node: ast.stmt) -> Iterator[tuple[ast.AST, str]]:
             yield context, "contextlib.nullcontext()"
 
 
+def defects_of(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    """Yield nodes of a statement or an expression, or itself, and what is put there."""
+    if isinstance(node, ast.stmt):
+        yield from defects_of_statement(node)
+    elif isinstance(node, ast.expr):
+        for other in (*turned_round(node), *with_less(node)):
+            yield node, f"({ast.unparse(other)})"
+
+
 def is_told(node: ast.AST) -> bool:
     """Say whether a statement only writes to the log."""
     return isinstance(node, ast.Expr) and ast.unparse(node).startswith("log.")
@@ -213,44 +240,68 @@ class Source:
         ]
         self.defects = list(dict.fromkeys(itertools.chain.from_iterable(map(self._in, parts))))
 
-    def _in(self, node: ast.AST) -> Iterator[Defect]:
+    def _in(self, node: ast.AST, around: range = range(0)) -> Iterator[Defect]:
         if is_told(node) or isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom):
             return
-        if isinstance(node, ast.stmt):
-            for place, text in defects_of_statement(node):
-                yield self._defect(place, text)
-        elif isinstance(node, ast.expr):
-            for other in (*turned_round(node), *with_less(node)):
-                yield self._defect(node, f"({ast.unparse(other)})")
+        for place, text in defects_of(node):
+            begin = self._starts[place.lineno - 1] + place.col_offset
+            end = self._starts[place.end_lineno - 1] + place.end_col_offset
+            yield Defect(begin, end, text, place.lineno, around)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            around = range(node.lineno, node.end_lineno + 1)
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    yield from self._in(child)
-
-    def _defect(self, node: ast.AST, text: str) -> Defect:
-        begin = self._starts[node.lineno - 1] + node.col_offset
-        end = self._starts[node.end_lineno - 1] + node.end_col_offset
-        return Defect(begin, end, text, node.lineno)
+                    yield from self._in(child, around)
 
 
 # ── Tests: this file is also the plugin of pytest that measures and chooses them ──────────────────
 
-DURATIONS, WANTED = "MUTATE_DURATIONS", "MUTATE_WANTED"  # variables that name a file
-durations: dict[str, float] = {}  # of each test
+MEASURED, TRACED, WANTED = "MUTATE_MEASURED", "MUTATE_TRACED", "MUTATE_WANTED"  # name files
+seconds = Counter[str]()  # that each test takes
+ran = dict[str, set[int]]()  # lines of the file, by each test
+failed = set[str]()  # which say nothing of a defect
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note which lines a test runs."""
+    lines, file = ran.setdefault(item.nodeid, set()), os.environ.get(TRACED)
+
+    def note(frame: FrameType, _event: str, _argument: Any) -> Any:
+        if frame.f_code.co_filename != file:
+            return None
+        lines.add(frame.f_lineno)
+        return note
+
+    if file:
+        threading.settrace(note)
+        sys.settrace(note)
+    try:
+        return (yield)
+    finally:
+        if file:
+            sys.settrace(None)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up how long a test takes; one that fails without a defect says nothing of one."""
-    before = durations.get(report.nodeid, 0)
-    durations[report.nodeid] = before + report.duration if report.passed else math.inf
+    """Add up how long a test takes."""
+    seconds[report.nodeid] += report.duration
+    if not report.passed:
+        failed.add(report.nodeid)
 
 
 def pytest_sessionfinish() -> None:
-    """Tell how long each test has taken."""
-    if DURATIONS in os.environ:
-        Path(os.environ[DURATIONS]).write_text(json.dumps(durations))
+    """Tell how long each test has taken, and what it has run."""
+    if MEASURED in os.environ:
+        passed = {
+            name: (seconds[name], sorted(lines))
+            for name, lines in ran.items()
+            if name not in failed
+        }
+        Path(os.environ[MEASURED]).write_text(json.dumps(passed))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -280,16 +331,32 @@ class Scratch:
                 there.parent.mkdir(exist_ok=True)
                 shutil.copy(here, there)
 
-    def run(self, source: bytes, patience: float, *options: str, **variables: str) -> bool | None:
-        """Return whether the tests pass with this source; None where they take too long."""
+    def measure(self, source: bytes, measured: Path) -> None:
+        """Run all tests, and keep how long each takes and what it runs."""
+        measured.parent.mkdir(exist_ok=True)
+        variables = {MEASURED: str(measured), TRACED: str(self._file)}
+        self._run(source, self._part.tests, PATIENCE, **variables)
+        if not measured.exists():
+            raise SystemExit(f"the tests do not run:\n{(self._folder / 'said').read_text()}")
+
+    def passes(self, source: bytes, tests: Sequence[str], patience: float) -> bool | None:
+        """Return whether tests pass with this source; None where they take too long."""
+        wanted = self._folder / "wanted"
+        wanted.write_text(json.dumps(tests))
+        files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
+        return self._run(source, [*files, "-x"], patience, **{WANTED: str(wanted)})
+
+    def _run(
+        self, source: bytes, arguments: Sequence[str], patience: float, **variables: str
+    ) -> bool | None:
         self._file.write_bytes(source)
         self._moment += 1_000_000_000  # compiled files are told apart by whole seconds
         os.utime(self._file, ns=(self._moment, self._moment))
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0"]
         environ = os.environ | variables | {"PYTHONPATH": str(Path(__file__).parent)}
         with (self._folder / "said").open("wb") as said:
             process = subprocess.Popen(
-                [*command, "-p", "mutate", *options, *self._part.tests],
+                [*command, *PLUGINS, *arguments],
                 cwd=self._folder,
                 env=environ,
                 stdout=said,
@@ -305,8 +372,8 @@ class Scratch:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def said(self) -> str:
-        return (self._folder / "said").read_text()
+
+Measured = dict[str, tuple[float, list[int]]]  # of each test the seconds, and the lines it runs
 
 
 class Trial:
@@ -314,7 +381,6 @@ class Trial:
 
     def __init__(self, name: str, count: int, seed: int) -> None:
         self.part = PARTS[name]
-        self._durations = REPO / ".pytest_cache" / f"mutate {name}.json"
         self.source = Source(self.part)
         found = self.source.defects
         self.drawn = random.Random(seed).sample(found, min(count, len(found)))  # noqa: S311
@@ -323,34 +389,41 @@ class Trial:
 
     def run(self, folder: Path, until: float, seconds: float) -> None:
         """Try the defects until a moment; print those that are not noticed."""
-        scratch, wanted = Scratch(folder, self.part), folder / "wanted"
-        names = self._quickest(scratch, seconds)
-        wanted.write_text(json.dumps(names))
-        begun = time.monotonic()
-        if not scratch.run(self.source.text, PATIENCE, "-x", MUTATE_WANTED=str(wanted)):
-            raise SystemExit(f"without a defect the tests fail, too:\n{scratch.said()}")
-        took = time.monotonic() - begun
-        print(f"{len(names)} tests pass in {took:.0f} s without a defect", flush=True)
+        scratch = Scratch(folder, self.part)
+        measured = self._measured(scratch)
         for defect in self.drawn:
             if time.monotonic() > until:
                 break
-            changed = defect.put_into(self.source.text)
-            passes = scratch.run(changed, 20 + 3 * took, "-x", MUTATE_WANTED=str(wanted))
+            tests, took = chosen(measured, defect, seconds)
+            passes = scratch.passes(defect.put_into(self.source.text), tests, 30 + 3 * took)
             end = {True: "surviving", False: "killed", None: "endless"}[passes]
             self.ends[end] += 1
             if end != "killed":
-                print(f"{end}: {self.part.file}:{defect.shown(self.source.text)}", flush=True)
+                shown = f"{self.part.file}:{defect.shown(self.source.text)}"
+                print(f"{end} {len(tests)} tests: {shown}", flush=True)
         print(", ".join(f"{count} {end}" for end, count in self.ends.items()), flush=True)
 
-    def _quickest(self, scratch: Scratch, seconds: float) -> list[str]:
-        """Return the tests that together take so long, the quickest first."""
-        if not self._durations.exists():
-            self._durations.parent.mkdir(exist_ok=True)
-            scratch.run(self.source.text, PATIENCE, MUTATE_DURATIONS=str(self._durations))
-        found = json.loads(self._durations.read_text())
-        names = sorted((name for name in found if math.isfinite(found[name])), key=found.get)
-        totals = itertools.accumulate(found[name] for name in names)
-        return [name for name, total in zip(names, totals, strict=True) if total <= seconds]
+    def _measured(self, scratch: Scratch) -> Measured:
+        """Return what each test takes and runs, measured with these very files."""
+        files = [REPO / name for name in (self.part.file, *self.part.tests)]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        kept = REPO / ".pytest_cache" / f"mutate-{digest[:16]}.json"
+        if not kept.exists():
+            scratch.measure(self.source.text, kept)
+        return json.loads(kept.read_text())
+
+
+def chosen(measured: Measured, defect: Defect, seconds: float) -> tuple[list[str], float]:
+    """Return the tests for a defect, the quickest first, and how long they take together."""
+    reaching = [name for name, (_, lines) in measured.items() if defect.line in lines]
+    near = [name for name, (_, lines) in measured.items() if set(lines) & set(defect.around)]
+    names, total = list[str](), 0.0
+    for name in sorted(reaching or near or measured, key=lambda name: measured[name][0]):
+        if names and total + measured[name][0] > seconds:
+            break
+        names.append(name)
+        total += measured[name][0]
+    return names, total
 
 
 def main() -> None:
@@ -359,7 +432,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="of defects in each part (40)")
     parser.add_argument("--seed", type=int, default=1, help="by which they are drawn (1)")
     parser.add_argument("--minutes", type=float, default=40, help="for all (40)")
-    parser.add_argument("--seconds", type=float, default=20, help="of tests for each defect (20)")
+    parser.add_argument("--seconds", type=float, default=30, help="of tests for each defect (30)")
     args = parser.parse_args()
     unknown = set(args.parts) - PARTS.keys()
     if unknown:

@@ -1,13 +1,14 @@
 """How fast pending payloads become rows: Dropzone beside a straightforward program, in one run.
 
-    python tests/benchmarks/process.py [--sizes 10000,100000] [--rounds 3] [--dir FOLDER]
-        [--backends sqlite,postgres] [--large N] [--ingest]
+    python tests/benchmarks/process.py [--sizes 20000,100000] [--rounds 3] [--dir FOLDER]
+        [--backends sqlite,postgres] [--batches N] [--large N] [--ingest]
 
 Each figure is the median of the rounds: the wall time of the whole command, and what is left of it
 without the time that the command takes on an empty folder. The payloads have just been written, so
 they are read from the page cache; the disk under FOLDER gets the renames and SQLite's rows.
-`--large` adds a backlog of N payloads of 1,000,000 values. `--ingest` processes the largest of the
-other backlogs, which should last longer than the 8 seconds of load, once more while devices send.
+`--batches` has a backlog of N payloads besides that came in batches of 100, which the prototype
+cannot read. `--large` adds a backlog of N payloads of 1,000,000 values. `--ingest` processes the
+largest of the other backlogs once more while devices send, again and again for 8 seconds.
 Linux only: memory is read from /proc.
 """
 
@@ -63,10 +64,12 @@ Row = tuple[float, ...]  # what one run measured
 class Backlog(NamedTuple):
     payloads: int
     values: int = SMALL  # in each
+    batch: int = 1  # payloads that came in one request
 
     @property
     def name(self) -> str:
-        return f"{self.payloads:,}" + f" x {self.values:,} values" * (self.values == LARGE)
+        values = f" x {self.values:,} values" * (self.values == LARGE)
+        return f"{self.payloads:,}{values}" + f" in batches of {self.batch}" * (self.batch > 1)
 
 
 EMPTY = Backlog(0)
@@ -91,13 +94,25 @@ class Place(NamedTuple):
     def fresh(cls, folder: Path, url: str | None, backlog: Backlog) -> "Place":
         place = cls(Path(tempfile.mkdtemp(dir=folder)), url)
         place.raw.mkdir()
-        for number in range(backlog.payloads):
-            with open(place.raw / f"{uuid7()}.json", "wb") as file:
-                file.writelines(payload(number, backlog.values))
         if url:
             asyncio.run(_fetch(url, "DROP TABLE IF EXISTS measurements"))
+        if backlog.batch > 1:
+            place.land(backlog)
+        else:
+            for number in range(backlog.payloads):
+                with open(place.raw / f"{uuid7()}.json", "wb") as file:
+                    file.writelines(payload(number, backlog.values))
         os.sync()  # nobody pays for what another has left to be written
         return place
+
+    def land(self, backlog: Backlog) -> None:
+        """Send batches to a service, which alone knows how they lie on disk."""
+        settings = {**self.settings, "DROPZONE_SERVER_PORT": "0"}
+        with ingest.started(self.home, SERVICE, **settings) as url:
+            for start in range(0, backlog.payloads, backlog.batch):
+                numbers = range(start, min(start + backlog.batch, backlog.payloads))
+                lines = [b"".join(payload(number, backlog.values)) for number in numbers]
+                ingest.landed_by(url, "application/x-ndjson", b"\n".join(lines))
 
     @property
     def raw(self) -> Path:
@@ -159,7 +174,8 @@ def payload_bytes(values: int) -> int:
 def processing(case: Case, place: Place) -> Row:
     row = process(case.what, place)
     if case.backlog != EMPTY:
-        place.check(case.backlog.payloads, case.backlog.payloads)
+        files = case.backlog.payloads // case.backlog.batch  # at least
+        place.check(case.backlog.payloads, files)
     return row
 
 
@@ -258,11 +274,16 @@ def speed(found: dict[Case, Row], case: Case) -> str:
     """Return the cells of a row: of the whole command, and without its start."""
     start, (_, peak) = found[case._replace(backlog=EMPTY)][0], found[case]
     whole, rest = rates(found, case)
-    prototype_whole, prototype_rest = rates(found, case._replace(what=PROTOTYPE))
-    return (
-        f"{whole:,.0f} | {whole / prototype_whole:.2f} | {start:.2f} "
-        f"| {rest:,.0f} | {rest / prototype_rest:.2f} | {peak / 1e6:,.0f}"
-    )
+    of_whole = of_rest = ""
+    prototype = case._replace(what=PROTOTYPE)
+    if prototype in found:
+        of_whole, of_rest = map(ingest.of, rates(found, prototype), (whole, rest))
+    return f"{whole:,.0f} | {of_whole} | {start:.2f} | {rest:,.0f} | {of_rest} | {peak / 1e6:,.0f}"
+
+
+def landing_cells(found: dict[Case, Row], case: Case) -> str:
+    (rate, p99, processed), (alone, *_) = found[case], found[case._replace(what=ALONE)]
+    return f"{rate:,.0f} | {rate / alone:.2f} | {p99:.1f} | {processed:,.0f}"
 
 
 def rates(found: dict[Case, Row], case: Case) -> tuple[float, float]:
@@ -275,8 +296,10 @@ def rates(found: dict[Case, Row], case: Case) -> tuple[float, float]:
 
 def run(args: argparse.Namespace, folder: Path, urls: Urls) -> None:
     small = [Backlog(int(size)) for size in args.sizes.split(",")]
+    batches = [Backlog(args.batches, batch=ingest.BATCH)] if args.batches else []
     large = [Backlog(args.large, LARGE)] if args.large else []
     cases = [Case(*case) for case in itertools.product([EMPTY, *small, *large], urls, COMMANDS)]
+    cases += [Case(*case) for case in itertools.product(batches, urls, [DROPZONE])]
     needed = sum(c.backlog.payloads * (payload_bytes(c.backlog.values) + BLOCK) for c in cases)
     if needed * args.rounds > shutil.disk_usage(folder).free:
         wrong = f"{needed * args.rounds / 1e9:.1f} GB are needed in {folder}"
@@ -284,13 +307,12 @@ def run(args: argparse.Namespace, folder: Path, urls: Urls) -> None:
     processed = measure(folder, urls, args.rounds, cases, processing)
     cases = [Case(max(small), *case) for case in itertools.product(urls, (ALONE, BESIDE))]
     landed = measure(folder, urls, args.rounds, cases * args.ingest, landing)
-    for backlogs, unit in ((small, "payloads"), (large, "MB")):
+    for backlogs, unit in ((small + batches, "payloads"), (large, "MB")):
         head = "{0}/s | of prototype | start s | {0}/s after it | of prototype | peak MB"
         rows = {case: speed(processed, case) for case in processed if case.backlog in backlogs}
         print_table(head.format(unit), rows)
-    cells = "{:,.0f} | {:.1f} | {:,.0f}".format
-    head = "requests/s | p99 ms | payloads/s processed"
-    print_table(head, {case: cells(*row) for case, row in landed.items()})
+    head = "requests/s | of alone | p99 ms | payloads/s processed"
+    print_table(head, {case: landing_cells(landed, case) for case in landed})
     size, machine = payload_bytes(SMALL), ingest.machine(folder)
     print(f"\nMedians of {args.rounds}, {size:,} bytes a payload, on {machine}", end="")
     print("; PostgreSQL without fsync" if "postgres" in urls else "")
@@ -298,10 +320,11 @@ def run(args: argparse.Namespace, folder: Path, urls: Urls) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--sizes", default="10000,100000", help="of backlogs (10000,100000)")
+    parser.add_argument("--sizes", default="20000,100000", help="of backlogs (20000,100000)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (3)")
     parser.add_argument("--dir", type=Path, help="make the temporary folder in this one")
     parser.add_argument("--backends", default="sqlite,postgres", help="(sqlite,postgres)")
+    parser.add_argument("--batches", type=int, default=100_000, help="payloads in batches (100000)")
     parser.add_argument("--large", type=int, default=0, help="payloads of 1,000,000 values (0)")
     parser.add_argument("--ingest", action="store_true", help="process while devices send, too")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 from power_cut import copy_as_it_lies, device_of, disk, may_mount, mounted
-from stores import land_each, opened, pending_in
+from stores import land_each, names_of, opened, pending_in
 from uuid_utils.compat import uuid7
 
 from backends.raw import Copied, FolderTaken, Rejection, StorageUnavailable, day_of, uuid_at
@@ -56,7 +56,7 @@ async def in_every_state(store: RawStore) -> dict[UUID, bytes]:
     """Land payloads, one for each state, and one that was put back; return all."""
     bodies = [b"pending", b"processed", b"rejected", b"put back", b"packed", b"late"]
     raw_ids = await landed(store, *bodies[:4])
-    store.settle([str(raw_ids[1])], map(rejection_of, raw_ids[2:4]))
+    store.settle(names_of(raw_ids[1]), map(rejection_of, raw_ids[2:4]))
     assert store.retry(raw_ids[3])
     for raw_id, body in ((LONG_AGO, b"packed"), (UUID(int=LONG_AGO.int + 1), b"late")):
         day = store.processed / day_of(raw_id)
@@ -139,7 +139,7 @@ async def test_links_are_copies(store: RawStore, folder: Path):
     before = bytes_in(folder.parent / "backup")
     pending = pending_in(store)
     for raw_id in pending:
-        store.restore(raw_id, b"written again", force=True)
+        store.restore(raw_id, b"written again", "", force=True)
     store.settle([], map(rejection_of, pending))
     for raw_id in payloads:
         store.retry(raw_id)
@@ -238,10 +238,10 @@ async def test_retried_meanwhile(store: RawStore, folder: Path, monkeypatch: pyt
 async def test_processed_between_the_two_rounds(store: RawStore, folder: Path):
     """What is processed behind the first round is found by the second; nothing is told twice."""
     raw_ids = await landed(store, b"1", b"2", b"3")
-    store.settle([str(raw_ids[0])], [])
+    store.settle(names_of(raw_ids[0]), [])
     with store.new_backup(folder.parent / "backup") as part:
         first = list(store.back_up(part, processed_alone=True))
-        store.settle([str(raw_ids[1])], [])
+        store.settle(names_of(raw_ids[1]), [])
         second = list(store.back_up(part))
     assert counted(first) == {"processed": 1}
     assert counted(second) == {"processed": 1, "pending": 1}
@@ -390,7 +390,7 @@ async def test_power_cut(tmp_path: Path, is_elsewhere: bool, record_property):
         folder = (tmp_path if is_elsewhere else where) / "data"
         async with opened(folder) as store:
             raw_ids = await landed(store, *(b"%d" % number for number in range(200)))
-            store.settle(map(str, raw_ids[:50]), map(rejection_of, raw_ids[50:100]))
+            store.settle(names_of(*raw_ids[:50]), map(rejection_of, raw_ids[50:100]))
             back_up(store, where / "backup")
             copy_as_it_lies(image, device_of(where), tmp_path / "copy.img")
     with (

@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from power_cut import REPO, files_in
-from stores import land_each, opened, pending_in
+from stores import land_each, names_of, opened, pending_in
 from test_durability import FUTURE, assert_increasing, landed_and_killed, logs_in, records_in
 from test_packs import compact, journaled, processed_in
 from test_raw_store import uuid7_at
 
 from backends.raw import PackDamaged, RawIdUnknown, StorageUnavailable, packs
 from backends.raw.folders import Folders
-from backends.raw.journal import HEAD, Log, Record
+from backends.raw.journal import HEAD, Entry, Log, Record
 from backends.raw.keys import Keys, KeyUse
 from backends.raw.landing import RawStore
 from backends.raw.packs import Pack
@@ -149,11 +149,11 @@ def test_any_damage(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
     bodies = data.draw(st.lists(st.binary(max_size=300), min_size=1, max_size=8))
     log = Log.create(folder)
     for again in range(data.draw(st.integers(0, 2))):
-        log.append(Record([(UUID(int=again), b"old" * 400)], []))
+        log.append(Record([Entry(UUID(int=again), b"old" * 400)], []))
         log.begin_anew()
     ends = [log.size]
     for number, body in enumerate(bodies):
-        log.append(Record([(UUID(int=number), body)], []))
+        log.append(Record([Entry(UUID(int=number), body)], []))
         ends.append(log.size)
     log.close()
     text = log.path.read_bytes()
@@ -165,7 +165,7 @@ def test_any_damage(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
         n for n, (start, end) in enumerate(pairwise(ends)) if now[start:end] == text[start:end]
     ]
     [left] = Log.left_in(folder)
-    read = [record.payloads[0][0].int for record in left.records()]
+    read = [record.entries[0].raw_id.int for record in left.records()]
     assert read == whole
     assert left.contents.gaps or now == text or whole == list(range(len(bodies) - 1))
     left.remove()
@@ -208,7 +208,7 @@ async def test_a_large_log_that_is_cut_short(tmp_path: Path, caplog: pytest.LogC
     sizes = []
     for number, body in enumerate(bodies):
         sizes.append(log.size)
-        log.append(Record([(UUID(int=7 << 76 | number), body)], []))
+        log.append(Record([Entry(UUID(int=7 << 76 | number), body)], []))
     log.close()
     os.truncate(log.path, sizes[3] + 500_000)
     await assert_damage_told(tmp_path, caplog, log.path, bodies[:3])
@@ -218,7 +218,7 @@ async def test_a_large_log_that_is_cut_short(tmp_path: Path, caplog: pytest.LogC
 def test_damage_in_a_log_that_is_held(number: int, tmp_path: Path):
     """A store that writes its payloads again notices damage in its own log, at its end, too."""
     log = Log.create(tmp_path)
-    records = [Record([(UUID(int=n), b"%d" % n)], []) for n in range(3)]
+    records = [Record([Entry(UUID(int=n), b"%d" % n)], []) for n in range(3)]
     for record in records:
         log.append(record)
     begin, end = records_in(log.path.read_bytes())[number]
@@ -294,13 +294,13 @@ def test_a_record_that_a_power_cut_has_torn(used_before: bool, size: int, tmp_pa
     log = Log.create(tmp_path)
     if used_before:
         for number in range(40):
-            log.append(Record([(UUID(int=number), b"old" * 300)], []))
+            log.append(Record([Entry(UUID(int=number), b"old" * 300)], []))
         log.begin_anew()
-    records = [Record([(UUID(int=number), b"new" * 50)], []) for number in range(3)]
+    records = [Record([Entry(UUID(int=number), b"new" * 50)], []) for number in range(3)]
     for record in records:
         log.append(record)
     at, before = log.size, log.path.read_bytes()
-    log.append(Record([(UUID(int=9), b"torn" * 6000)], []))
+    log.append(Record([Entry(UUID(int=9), b"torn" * 6000)], []))
     torn = log.path.read_bytes()[at : at + size]
     log.close()
     log.path.write_bytes(before[:at] + torn + before[at + size :])
@@ -316,7 +316,7 @@ def test_a_new_log_whose_first_group_is_torn(tmp_path: Path):
     for torn in (b"", b"torn"):
         log = Log.create(tmp_path)
         at, before = log.size, log.path.read_bytes()
-        log.append(Record([(UUID(int=9), torn * 6000)], []))
+        log.append(Record([Entry(UUID(int=9), torn * 6000)], []))
         size = len(torn) * 1000
         text = log.path.read_bytes()[at : at + size]
         log.close()
@@ -334,11 +334,11 @@ async def test_a_killed_store_tells_nothing(tmp_path: Path, caplog: pytest.LogCa
         pass
     assert told(caplog) == []
     log = Log.create(tmp_path / "journal")
-    log.append(Record([(UUID(int=1), b"1" * 1000)], []))
+    log.append(Record([Entry(UUID(int=1), b"1" * 1000)], []))
     size = log.size
-    log.append(Record([(UUID(int=2), b"2" * 1000)], []))
+    log.append(Record([Entry(UUID(int=2), b"2" * 1000)], []))
     log.cut(size)
-    log.append(Record([(UUID(int=3), b"3" * 100)], []))
+    log.append(Record([Entry(UUID(int=3), b"3" * 100)], []))
     log.close()
     async with opened(tmp_path) as store:
         assert [raw_id.int for raw_id in pending_in(store)][:2] == [1, 3]
@@ -545,7 +545,7 @@ async def test_the_last_raw_id_is_lost(
     last = uuid7_at("2399-12-31T23:59:59.999Z")
     (place / f"{last}.json").write_bytes(BODY)
     if "pack" in where:
-        Pack.write(tmp_path / "processed" / "2399-12-31.ndjson.gz", place, [last])
+        Pack.write(place.with_name("2399-12-31.ndjson.gz"), lambda: iter([(last, BODY)]))
         (place / f"{last}.json").unlink()
         place.rmdir()
     if where == "pack without index":
@@ -568,12 +568,13 @@ async def test_the_last_raw_id_and_the_last_pack_are_lost(how: str, tmp_path: Pa
     processed, last = tmp_path / "processed", uuid7_at("2399-12-31T23:59:59.999Z")
     (processed / "2399-12-31").mkdir(parents=True)
     (processed / "2399-12-31" / f"{last}.json").write_bytes(BODY)
-    pack = Pack.write(processed / "2399-12-31.ndjson.gz", processed / "2399-12-31", [last])
+    path = processed / "2399-12-31.ndjson.gz"
+    Pack.write(path, lambda: iter([(last, BODY)]))
     (processed / "2399-12-31" / f"{last}.json").unlink()
     if how == "garbage":
-        pack.path.write_bytes(b"garbage")
+        path.write_bytes(b"garbage")
     else:
-        pack.path.unlink()
+        path.unlink()
     async with opened(tmp_path) as store:
         [raw_id] = await store.land(BODY)
     assert raw_id > last
@@ -708,7 +709,7 @@ async def test_the_tally_is_lost(
     """What is processed is counted again, and when the last payload landed is taken from it."""
     async with opened(tmp_path) as store:
         raw_ids = await land_each(store, [BODY] * 5)
-        store.settle(map(str, raw_ids[:3]), [])
+        store.settle(names_of(*raw_ids[:3]), [])
         before = store.activity()
         if is_open and how != "deleted":
             damage(tmp_path / "journal" / "tally", COUNTERS[how])
@@ -843,7 +844,7 @@ PACKS: dict[str, Callable[[bytes], bytes | None]] = {
 def read_all(folders: Folders) -> None:
     for _, portions in folders.portions():
         for portion in portions:
-            portion.raw_ids()
+            list(portion.payloads())
 
 
 @pytest.mark.parametrize("how", PACKS)

@@ -94,3 +94,17 @@ def test_a_system_without_full_syncs(mac: Mac, tmp_path: Path, monkeypatch: pyte
     with file.open("wb") as opened_file:
         disk.sync_data(opened_file.fileno())
     assert mac.synced == []
+
+
+def test_what_is_no_bad_block_is_an_error(tmp_path: Path):
+    """Only blocks that a disk cannot read are taken for zeros; any other error is raised."""
+    (tmp_path / "file").write_bytes(b"0123456789")
+    file, folder = os.open(tmp_path / "file", os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert disk.read_around(file, 3, 4) == b"3456"
+        assert disk.read_around(file, 8, 4) == b"89"
+        with pytest.raises(IsADirectoryError):
+            disk.read_around(folder, 0, 4)
+    finally:
+        os.close(file)
+        os.close(folder)

@@ -39,14 +39,14 @@ from power_cut import (
     not_whole,
     program,
 )
-from stores import land_each, lines, opened, pending_in
+from stores import all_pending_in, land_each, lines, names_of, opened, pending_in
 
 from backends import raw
-from backends.raw import StorageFull, StorageUnavailable, journal, raw_id_of
-from backends.raw.disk import Room
+from backends.raw import StorageFull, StorageUnavailable, first_of, journal
+from backends.raw.disk import Need, Room
 from backends.raw.folders import Folders
-from backends.raw.journal import HEAD, Journal, Log, Record
-from backends.raw.landing import GROUP_BYTES, Batch, RawStore, Written
+from backends.raw.journal import HEAD, Entry, Journal, Log, Record
+from backends.raw.landing import GROUP_BYTES, Arrival, RawStore, Written
 
 Note = Callable[[str, object], None]
 Told = Callable[..., list[str]]
@@ -82,7 +82,7 @@ async def cut_power(kind: str, folder: Path, source: Path, ledger: Ledger, *, pr
                 copy_as_it_lies(image, device_of(where), copy)
                 service.kill()
 
-            await load(service, ledger, cut, process=process)
+            await load(service, ledger, cut, process=process, bad=0.03)
         finally:
             service.kill()
     with mounted(copy, folder / "after", "-o", "loop") as where:
@@ -240,14 +240,14 @@ async def test_told_to_stop_as_a_whole(tmp_path: Path):
 async def kill_under_load(service: Service, ledger: Ledger, number: int) -> None:
     async with aiohttp.ClientSession(service.url) as session:
         clients = [asyncio.create_task(keep_posting(session, ledger)) for _ in range(8)]
-        await until(lambda: len(ledger.acknowledged) > 20 and service.writers())
+        await until(lambda: len(ledger.acknowledged) > 20 and service.landing_writers())
         await asyncio.sleep(CHANCE.uniform(0, 0.2))
         if number % 3 == 2:  # the service goes on by itself
-            [writer] = service.writers()
+            [writer] = service.landing_writers()
             os.kill(writer, signal.SIGKILL)
             before = len(ledger.acknowledged)
             await until(lambda: len(ledger.acknowledged) > before + 50)
-            await until(lambda: set(service.writers()) - {writer})
+            await until(lambda: set(service.landing_writers()) - {writer})
             assert not any(client.done() for client in clients)
         service.kill(writers_first=number % 3 == 1)
         ended = await asyncio.gather(*clients, return_exceptions=True)
@@ -300,104 +300,112 @@ async def refused_where_no_room_is_told(folder: Path, monkeypatch: pytest.Monkey
     await store.close()
 
 
+def alone(body: bytes) -> Arrival:
+    return Arrival(body, None, "", "", 1)
+
+
 BLOCK = 4096
 DISK = (BLOCK, BLOCK, 1_000_000, 1_000_000)  # the sizes of its blocks, how many it has and has free
 FULL = StorageFull.code
+ONE = alone(b"1")
 TEN = b"1" * (10 * BLOCK)  # needs ten blocks as a file, and ten in the journal
-LINES = [b"1"] * 1000  # each needs a block
+# A file, and two for each payload that may be rejected; needs three blocks, or less than another.
+LINES = Arrival(b"\n".join([b"1" * 3] * 1000), None, "", "ndjson", 1000)
 
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
     """Return what lands a group on a disk of which the system tells how much is free.
 
-    It returns, for each batch, the code by which it was refused, or nothing.
+    It returns, for each body, the code by which it was refused, or nothing.
     """
 
     def land(
-        *batches: list[bytes],
-        blocks: int,
-        files: int,
-        others: Sequence[int] = (),
-        has: int = 10_000,
+        *arrivals: Arrival, blocks: int, files: int, others: Sequence[Need] = (), has: int = 10_000
     ) -> list[str]:
         free = os.statvfs_result((*DISK, blocks, has, files, files, 0, 255))
         store = RawStore(tmp_path / "raw", min_free_bytes=0)
         store.open_here()
         with monkeypatch.context() as patched:
             patched.setattr(os, "statvfs", lambda _: free)
-            written = store.write([Batch(bodies, None) for bodies in batches], others)
+            written = store.write(arrivals, others)
         store.close_here()
         landed = [raw_id for answer in written.answers for raw_id in answer.raw_ids]
-        assert written.payloads == len(landed)
-        assert {raw_id_of(path.name) for path in store.raw.iterdir()} >= set(landed)
+        payloads = [a.payloads for a, w in zip(arrivals, written.answers, strict=True) if w.raw_ids]
+        assert written.payloads == sum(payloads)
+        assert {first_of(path.name) for path in store.raw.iterdir()} >= set(landed)
         return [answer.code for answer in written.answers]
 
     return land
 
 
 @pytest.mark.parametrize(
-    ("bodies", "blocks", "files", "code"),
+    ("arrival", "blocks", "files", "code"),
     [
-        ([TEN], 21, 100, ""),
-        ([TEN], 20, 100, FULL),
-        ([TEN], 15, 100, FULL),
-        ([TEN + b"1"], 21, 100, FULL),
-        ([b"1"], 2, 100, ""),
-        ([b"1"], 1, 100, FULL),
-        (LINES, 1100, 1500, ""),
-        (LINES, 1000, 1500, FULL),
-        (LINES, 1100, 1000, ""),
-        (LINES, 1100, 999, FULL),
-        ([b"1"], 1100, 0, FULL),
+        (alone(TEN), 21, 100, ""),
+        (alone(TEN), 20, 100, FULL),
+        (alone(TEN), 15, 100, FULL),
+        (alone(TEN + b"1"), 21, 100, FULL),
+        (ONE, 2, 100, ""),
+        (ONE, 1, 100, FULL),
+        (LINES, 3, 3000, ""),
+        (LINES, 2, 3000, FULL),
+        (LINES, 3, 2001, ""),
+        (LINES, 3, 2000, FULL),
+        (ONE, 1100, 0, FULL),
     ],
 )
-def test_room_for_a_batch(told: Told, bodies: list[bytes], blocks: int, files: int, code: str):
-    """A batch needs its blocks as files, its bytes in the journal, and an inode for each file."""
-    assert told(bodies, blocks=blocks, files=files) == [code]
+def test_room_for_a_body(told: Told, arrival: Arrival, blocks: int, files: int, code: str):
+    """A body needs its blocks as a file, its bytes in the journal, and an inode.
+
+    Each payload of a batch may need two more: it may be rejected, for a reason.
+    """
+    assert told(arrival, blocks=blocks, files=files) == [code]
 
 
 def test_files_that_a_disk_does_not_count(told: Told):
     """Where a file system makes inodes as they are needed, only bytes count."""
-    assert told(LINES, blocks=1100, files=0, has=0) == [""]
+    assert told(LINES, blocks=3, files=0, has=0) == [""]
 
 
 def test_room_for_the_others(told: Told):
     """A batch without room is refused alone; what is landed at the same time needs room, too."""
-    one = [b"1"]
-    assert told(LINES, one, LINES, one, blocks=1200, files=5000) == ["", "", FULL, ""]
-    assert told(LINES, one, blocks=1200, files=1000) == ["", FULL]
-    assert told(LINES, one, blocks=2000, files=5000, others=[1] * 1000) == [FULL, ""]
-    assert told(LINES, blocks=3000, files=1999, others=[1] * 1000) == [FULL]
-    assert told(LINES, blocks=3000, files=2000, others=[1] * 1000) == [""]
+    others = [Need(1, 1)] * 1000
+    assert told(LINES, ONE, LINES, ONE, blocks=5, files=9000) == ["", "", FULL, ""]
+    assert told(LINES, ONE, blocks=1200, files=2001) == ["", FULL]
+    assert told(LINES, ONE, blocks=1064, files=9000, others=others) == [FULL, ""]
+    assert told(LINES, blocks=3000, files=3000, others=others) == [FULL]
+    assert told(LINES, blocks=3000, files=3001, others=others) == [""]
 
 
 class Attentive(RawStore):
-    """A store that notes which other payloads each group is told of."""
+    """A store that notes what else each group is told of."""
 
-    others: ClassVar[list[list[int]]] = []
+    others: ClassVar[list[list[Need]]] = []
 
-    def write(self, group: Sequence[Batch], others: Sequence[int] = ()) -> Written:
+    def write(self, group: Sequence[Arrival], others: Sequence[Need] = ()) -> Written:
         self.others.append(list(others))
         return super().write(group, others)
 
 
 async def test_groups_know_of_each_other(tmp_path: Path):
-    """A group that is landed beside another is told of its payloads, and of none that are done."""
+    """A group that is landed beside another is told of its needs, and of none that are done."""
     store = Attentive(tmp_path / "raw")
     await store.open()
-    await asyncio.gather(store.land(b"1" * GROUP_BYTES), land_each(store, [b"1", b"22"]))
+    batch = b"1\n" * (GROUP_BYTES // 2)
+    await asyncio.gather(store.land(batch, None, "", "ndjson", 9), store.land(**lines(b"1")))
     await store.land(b"1")
     await store.close()
-    assert store.others == [[], [GROUP_BYTES], []]
+    assert store.others == [[], [Need(GROUP_BYTES, 19)], []]
 
 
 def test_reserve_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Files are kept in reserve as bytes are: a twentieth at most."""
     free = os.statvfs_result((*DISK, 900_000, 10_000, 501, 501, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: free)
-    assert [Room(tmp_path, 2**40).take([1] * count) for count in (1, 2)] == [True, False]
-    assert [Room(tmp_path, 2**20).take([1] * count) for count in (437, 438)] == [True, False]
+    for reserve, most in ((2**40, 1), (2**20, 437)):
+        taken = [Room(tmp_path, reserve).take([Need(1, count)]) for count in (most, most + 1)]
+        assert taken == [True, False]
 
 
 @pytest.mark.linux
@@ -408,11 +416,11 @@ async def test_disk_without_files(tmp_path: Path, record_property: Note):
         return
     with mounted("none", tmp_path / "disk", "-t", "tmpfs", "-o", "nr_inodes=500") as where:
         async with opened(where / "data") as store:
-            batch = asyncio.create_task(store.land(LINES))
-            alone = [asyncio.create_task(store.land(b"%d" % number)) for number in range(100)]
+            batch = asyncio.create_task(store.land(LINES.body, None, "", "ndjson", 1000))
+            ones = [asyncio.create_task(store.land(b"%d" % number)) for number in range(100)]
             with pytest.raises(StorageFull):
                 await batch
-            landed = [raw_id for each in alone for raw_id in await each]
+            landed = [raw_id for each in ones for raw_id in await each]
             assert pending_in(store) == landed
             more = [store.land(b"1") for _ in range(400)]
             found = await asyncio.gather(*more, return_exceptions=True)
@@ -545,11 +553,11 @@ async def test_failing_calls(name: str, number: int, first: bool, tmp_path: Path
         landed.update(zip(raw_ids, [b"refused", b"refused, too"], strict=True))
         landed[(await store.land(b"after"))[0]] = b"after"
         assert store.trouble() is None
-        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
+        assert all_pending_in(store) == landed
 
     assert calls.written_after_a_failed_sync() == []
     async with opened(tmp_path) as store:
-        assert {raw_id: store.read(raw_id)[1] for raw_id in pending_in(store)} == landed
+        assert all_pending_in(store) == landed
 
 
 @pytest.mark.linux
@@ -565,19 +573,22 @@ async def test_trouble(name: str, tmp_path: Path, calls: Calls):
 @pytest.mark.linux
 @pytest.mark.parametrize("key", [None, "a key"])
 async def test_all_or_none(key: str | None, tmp_path: Path, calls: Calls):
-    """Of a batch of which one file cannot be written nothing is left behind, nor brought back."""
+    """Of a group of which one file cannot be written nothing is left behind, nor brought back."""
+    bodies = lines(b"1", b"2", b"3", b"4")
     async with opened(tmp_path) as store:
         [before] = await store.land(b"before")
         calls.fail("rename", errno.ENOSPC)
         calls.skip("rename", 2)
-        with pytest.raises(StorageFull):
-            await store.land(**lines(b"1", b"2", b"3", b"4"), key=key)
+        beside = [store.land(b"beside"), store.land(b"it")]
+        group = (*beside, store.land(**bodies, key=key), store.land(b"last"))
+        refused = await asyncio.gather(*group, return_exceptions=True)
+        assert {type(each) for each in refused} == {StorageFull}
         assert pending_in(store) == [before]
     async with opened(tmp_path) as store:
         assert pending_in(store) == [before]
-        again = await store.land(**lines(b"1", b"2", b"3", b"4"), key=key)
+        again = await store.land(**bodies, key=key)
         assert [store.read(raw_id)[1] for raw_id in again] == [b"1", b"2", b"3", b"4"]
-        assert pending_in(store) == [before, *again]
+        assert list(all_pending_in(store)) == [before, *again]
 
 
 REFUSE = """CREATE TRIGGER refuse BEFORE INSERT ON keys
@@ -735,7 +746,7 @@ async def test_failing_checkpoint_of_what_is_settled(tmp_path: Path, sync_fails:
         sync_fails.set()
         [good] = await store.land(b"1")
         await asyncio.sleep(0.1)
-        store.settle([good], [])
+        store.settle(names_of(good), [])
         lost = tmp_path / "lost"
         os.link(store.path(good, "processed"), lost)  # so that no other file becomes this one
         with suppress(StorageUnavailable):
@@ -767,7 +778,7 @@ async def main(folder, count, end, log_bytes):
         print(landed[-1], flush=True)
     if end == "settled":
         reason = Rejection(landed[1], "code", "detail", datetime.now(UTC))
-        store.settle(landed[:1], [reason])
+        store.settle([f"{landed[0]}.json"], [reason])
     if end == "wait":
         sys.stdin.read()
     if end != "close":
@@ -835,7 +846,7 @@ async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.M
     """A clock that is set back while the store is open does not show in its raw_ids."""
     async with opened(tmp_path) as store:
         raw_ids = await land_each(store, [BODY] * 3)
-        monkeypatch.setattr(raw, "uuid7", lambda: UUID("01000000-0000-7000-8000-00000000beef"))
+        monkeypatch.setattr(raw.time, "time_ns", lambda: 10**18)  # in the year 2001
         for _ in range(5):
             raw_ids += await land_each(store, [BODY] * 3)
     assert_increasing(raw_ids)
@@ -851,7 +862,7 @@ def test_raw_ids_are_given_out_in_turn(tmp_path: Path):
 
     def take() -> None:
         with other.counting() as next_id:
-            given.append(next_id())
+            given.append(next_id(0))
 
     for each in journals:
         each.open()
@@ -860,7 +871,7 @@ def test_raw_ids_are_given_out_in_turn(tmp_path: Path):
         taking.start()
         taking.join(0.3)
         assert given == []
-        last = next_id()
+        last = next_id(3)
     taking.join(30)
     assert given[0] > last
     for each in journals:
@@ -1012,12 +1023,12 @@ def test_a_log_that_is_used_again(rounds: list[list[bytes]], *, cut: bool):
         log = Log.create(Path(folder))
         for bodies in rounds:
             log.begin_anew()
-            records = [Record([(UUID(int=n), body)], []) for n, body in enumerate(bodies)]
+            records = [Record([Entry(UUID(int=n), body)], []) for n, body in enumerate(bodies)]
             for record in records:
                 log.append(record)
             if cut:
                 size = log.size
-                log.append(Record([(UUID(int=9), b"taken back")], []))
+                log.append(Record([Entry(UUID(int=9), b"taken back")], []))
                 log.cut(size)
             assert list(log.records()) == records
         log.close()
@@ -1045,7 +1056,7 @@ async def test_logs_are_used_again(tmp_path: Path):
 
 def _in_a_record(folder: Path, wanted: UUID) -> bool:
     logs = list(Log.left_in(folder / "journal"))
-    found = {raw_id for log in logs for record in log.records() for raw_id, _ in record.payloads}
+    found = {each.raw_id for log in logs for record in log.records() for each in record.entries}
     for log in logs:
         log.close()
     return wanted in found

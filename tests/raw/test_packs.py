@@ -23,14 +23,14 @@ import test_processing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from power_cut import CHANCE, state_of, wait_for
-from stores import land_each
+from stores import land_each, names_of
 from test_cli import OK, TRY_AGAIN, Program, Server, assert_explained
 from test_processing import Folder, arrival, body
 
 import dropzone
 from backends.raw import RawIdUnknown, Rejection, StorageUnavailable, packs, uuid_at
 from backends.raw.folders import Folders
-from backends.raw.journal import Log, Record
+from backends.raw.journal import Entry, Log, Record
 from backends.raw.packs import Pack
 
 folder, program = test_processing.folder, test_processing.program  # fixtures
@@ -198,7 +198,7 @@ async def test_today_is_not_packed(folder: Folder):
     raw_ids = await land_each(folder.store, [body(0), body(1)])
     tomorrow = uuid_at(datetime.now(UTC) + timedelta(days=1))
     folder.put(tomorrow, body(2))
-    folder.store.settle([*raw_ids, tomorrow], [])
+    folder.store.settle(names_of(*raw_ids, tomorrow), [])
     assert folder.store.finished_days() == []
     assert folder.names("processed") == [*raw_ids, tomorrow]
     await folder.store.close()
@@ -533,7 +533,7 @@ def test_a_bad_day(folder: Folder, program: Program):
 def journaled(place: Path, payloads: dict[UUID, bytes]) -> None:
     """Leave a log behind as a store does that is killed."""
     log = Log.create(place / "journal")
-    log.append(Record(list(payloads.items()), []))
+    log.append(Record([Entry(*payload) for payload in payloads.items()], []))
     log.close()
 
 
@@ -558,7 +558,7 @@ async def test_recovery_of_what_is_damaged_in_a_pack(folder: Folder):
     journaled(folder.place, payloads)
     again = await Folder(folder.place).opened()
     assert again.names("raw") == list(payloads)
-    again.store.settle(payloads, [])
+    again.store.settle(names_of(*payloads), [])
     assert all_of(again.store, payloads) == payloads
 
 
@@ -579,7 +579,7 @@ def test_keep_days(folder: Folder, program: Program):
     late = days_ago(5)[1]
     for raw_id in days.values():
         folder.put(raw_id, body())
-    folder.store.settle(days.values(), [])
+    folder.store.settle(names_of(*days.values()), [])
     pending, bad = after(late), after(after(late))
     folder.put(pending, body())
     folder.put(bad, b"bad")
@@ -604,7 +604,7 @@ async def test_expired_payloads_do_not_come_back(folder: Folder, program: Progra
     """Recovery does not bring back what `keep_days` has deleted, and serves a 404 for it."""
     day, raw_id = days_ago(4)
     folder.put(raw_id, body())
-    folder.store.settle([raw_id], [])
+    folder.store.settle(names_of(raw_id), [])
     assert f"{day}.ndjson.gz: deleted" in program.run("compact", **KEEP).stdout
     journaled(folder.place, {raw_id: body()})
     server = Server(program, **KEEP)

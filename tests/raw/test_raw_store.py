@@ -18,7 +18,7 @@ import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stores import land_each, opened, pending_in
+from stores import land_each, lines, names_of, opened, pending_in
 
 from backends.raw import (
     PayloadUnreadable,
@@ -29,7 +29,7 @@ from backends.raw import (
     next_raw_id,
     raw_id_of,
 )
-from backends.raw.landing import LARGE_BATCH, RawStore
+from backends.raw.landing import LARGE, RawStore
 
 REPO = Path(__file__).parents[2]
 NEVER = UUID("0190a3b4-5c6d-7e8f-9012-3456789abcde")  # a raw_id that nobody was given
@@ -191,22 +191,16 @@ async def test_exact_bytes(body: bytes, store: RawStore, folder: Path):
 
     assert (folder / "raw" / f"{raw_id}.json").read_bytes() == body
     assert store.read(raw_id) == ("pending", body)
-    assert store.read_pending(raw_id) == body
+    assert store.read_pending(f"{raw_id}.json") == [(raw_id, body)]
 
 
 async def test_several_at_a_time(store: RawStore):
-    """The raw_ids of one call are in the order of its payloads, and increase."""
+    """The raw_ids of one batch are in the order of its payloads, and increase."""
     bodies = [b"%d" % number for number in range(300)]
-    raw_ids = await store.land(bodies)
+    raw_ids = await store.land(**lines(*bodies))
 
     assert_increasing(raw_ids)
     assert [store.read(raw_id) for raw_id in raw_ids] == [("pending", body) for body in bodies]
-
-
-async def test_nothing_at_all(store: RawStore, folder: Path):
-    """Landing no payloads is no error, and leaves no file."""
-    assert await land_each(store, []) == []
-    assert files_below(folder) == set()
 
 
 async def test_raw_ids_increase_from_call_to_call(store: RawStore):
@@ -219,16 +213,16 @@ async def test_raw_ids_increase_from_call_to_call(store: RawStore):
 
 async def test_many_at_once(store: RawStore, folder: Path):
     """Of many calls at once each gets raw_ids of its own, in the order of the calls."""
-    calls = [[b'[%d, "%d"]' % (call, part) for part in range(call % 4)] for call in range(400)]
+    calls = [[b'[%d, "%d"]' % (call, part) for part in range(1 + call % 4)] for call in range(400)]
 
-    answers = await asyncio.gather(*(store.land(bodies) for bodies in calls))
+    answers = await asyncio.gather(*(store.land(**lines(*bodies)) for bodies in calls))
 
     raw_ids = [raw_id for answer in answers for raw_id in answer]
     found = [store.read(raw_id)[1] for raw_id in raw_ids]
     assert found == [body for bodies in calls for body in bodies]
     assert_increasing(raw_ids)
-    assert pending_in(store) == raw_ids
-    assert len(os.listdir(folder / "raw")) == len(raw_ids)
+    assert store.count_pending() == len(raw_ids)
+    assert len(os.listdir(folder / "raw")) == len(calls)
 
 
 async def test_two_stores_on_one_folder(store: RawStore, folder: Path):
@@ -258,26 +252,27 @@ async def test_opening_a_folder_that_another_store_lands_in(store: RawStore, fol
         await landing
 
 
-async def test_small_ones_pass_large_batches(store: RawStore):
-    """While large batches are written, however many of them wait, single payloads land."""
-    many = [b"1"] * (LARGE_BATCH + 1)
-    await store.land(many)
+async def test_small_ones_pass_large_bodies(store: RawStore):
+    """While large bodies are written, however many of them wait, small ones land."""
+    many = lines(*[b"1" * 1000] * (LARGE // 1000))
+    assert len(many["body"]) > LARGE
+    await store.land(**many)
     [writer] = [
         child for child in psutil.Process().children() if "write_forever" in str(child.cmdline())
     ]
     writer.suspend()
     try:
-        large = [asyncio.create_task(store.land(many)) for _ in range(5)]
+        large = [asyncio.create_task(store.land(**many)) for _ in range(5)]
         async with asyncio.timeout(60):
             for size in (1, 100_000):  # such that would go to the writer process, too
                 await asyncio.gather(*(store.land(b"1" * size) for _ in range(40)))
-            await land_each(store, [b"1"] * LARGE_BATCH)
+            await store.land(**lines(*[b"1" * 9] * 100_000))  # which is just no large one
         assert not any(batch.done() for batch in large)
     finally:
         writer.resume()
     landed = await asyncio.gather(*large)
-    assert len(pending_in(store)) == 6 * len(many) + 80 + LARGE_BATCH
-    assert set(pending_in(store)) >= {raw_id for batch in landed for raw_id in batch}
+    assert store.count_pending() == 6 * many["payloads"] + 80 + 100_000
+    assert all(store.read(batch[-1]) == ("pending", b"1" * 1000) for batch in landed)
 
 
 async def test_a_caller_that_leaves(store: RawStore):
@@ -382,7 +377,7 @@ async def test_clock_set_back_after_foreign_payloads(place: str, folder: Path):
     put(folder, FUTURE, place)
     foreign = put(folder, uuid4())
     async with opened(folder) as store:
-        store.settle([foreign], [])
+        store.settle(names_of(foreign), [])
     put(folder, uuid4(), "rejected")
 
     async with opened(folder) as store:
@@ -426,7 +421,7 @@ async def test_a_name_beyond_the_calendar(folder: Path):
     async with opened(folder) as store:
         [raw_id] = await store.land(BODY)
         assert store.read(raw_id) == ("pending", BODY)
-        store.settle([strange], [])
+        store.settle(names_of(strange), [])
         assert store.read(strange) == ("processed", BODY)
         assert pending_in(store) == [raw_id]
 
@@ -457,7 +452,7 @@ async def test_failing_disk(break_disk: Callable[[Path], None], store: RawStore,
 
     for bodies in ([b"1"], [b"1", b"2"]):
         with pytest.raises(StorageUnavailable):
-            await store.land(bodies)
+            await store.land(**lines(*bodies))
     answers = await asyncio.gather(*(store.land(b"1") for _ in range(9)), return_exceptions=True)
     assert all(isinstance(answer, StorageUnavailable) for answer in answers)
     assert "raw" in (store.trouble() or "")
@@ -467,10 +462,10 @@ async def test_failing_disk(break_disk: Callable[[Path], None], store: RawStore,
     raw.with_name("away").rename(raw)
     after = await store.land(b"2")
     assert store.trouble() is None
-    assert pending_in(store) == before + after
-    assert_increasing(before + after)
+    assert pending_in(store) == [*before, *after]
+    assert_increasing([*before, *after])
     async with opened(folder) as again:
-        assert pending_in(again) == before + after
+        assert pending_in(again) == [*before, *after]
 
 
 async def test_many_look_for_trouble(store: RawStore):
@@ -497,9 +492,10 @@ async def main():
     store = RawStore(sys.argv[1])
     await store.open()
     calls = [[b"s" * size for size in call] for call in json.loads(sys.argv[2])]
-    landed = await store.land(b"first")
+    landed = list(await store.land(b"first"))
     limit(100_000)
-    answers = await asyncio.gather(*map(store.land, calls), return_exceptions=True)
+    batches = (store.land(b"\\n".join(call), None, "", "ndjson", len(call)) for call in calls)
+    answers = await asyncio.gather(*batches, return_exceptions=True)
     limit(resource.RLIM_INFINITY)
     for answer in answers:
         if isinstance(answer, StorageUnavailable):
@@ -539,8 +535,8 @@ async def test_disk_that_takes_no_big_files(calls: list[list[int]], folder: Path
 
     assert set(refused) == {"refused storage_unavailable"}
     async with opened(folder) as store:
-        assert [str(raw_id) for raw_id in pending_in(store)] == landed.split()
-        sizes = [len(store.read(raw_id)[1]) for raw_id in pending_in(store)]
+        assert store.count_pending() == len(landed.split())
+        sizes = [len(store.read(UUID(raw_id))[1]) for raw_id in landed.split()]
         assert store.strays() == []
     assert sizes[0] == 5
     assert sizes[-1] == 300_000
@@ -617,8 +613,9 @@ async def test_payloads_with_foreign_names(store: RawStore, folder: Path):
 
     assert pending_in(store) == sorted(names)
     assert store.strays() == []
-    assert all(store.read_pending(raw_id) == raw_id.bytes for raw_id in names)
-    store.settle(names[:2], map(rejection_of, names[2:]))
+    for raw_id in names:
+        assert store.read_pending(f"{raw_id}.json") == [(raw_id, raw_id.bytes)]
+    store.settle(names_of(*names[:2]), map(rejection_of, names[2:]))
     assert pending_in(store) == []
     assert [store.read(raw_id) for raw_id in names] == [
         *(("processed", raw_id.bytes) for raw_id in names[:2]),
@@ -637,7 +634,7 @@ async def test_strays(store: RawStore, folder: Path):
 
     assert store.strays() == sorted([*names, "subfolder"])
     assert pending_in(store) == raw_ids
-    store.settle(raw_ids, [])
+    store.settle(names_of(*raw_ids), [])
     async with opened(folder) as again:
         assert again.strays() == sorted([*names, "subfolder"])
     assert all((folder / "raw" / name).read_text() == "not ours" for name in names)
@@ -648,9 +645,9 @@ async def test_unknown_raw_id(store: RawStore):
     with pytest.raises(RawIdUnknown, match=str(NEVER)):
         store.read(NEVER)
     with pytest.raises(RawIdUnknown):
-        store.read_pending(NEVER)
+        store.read_pending(f"{NEVER}.json")
 
-    store.settle([NEVER], [])
+    store.settle(names_of(NEVER), [])
     with pytest.raises(RawIdUnknown):
         store.read(NEVER)
 
@@ -667,7 +664,7 @@ async def test_payload_that_cannot_be_read(kind: str, store: RawStore, folder: P
 
     assert pending_in(store) == [NEVER]
     with pytest.raises(PayloadUnreadable) as caught:
-        store.read_pending(NEVER)
+        store.read_pending(f"{NEVER}.json")
     assert caught.value.code == "payload_unreadable"
     store.settle([], [rejection_of(NEVER)])
     assert pending_in(store) == []
@@ -690,12 +687,12 @@ async def test_payload_that_cannot_be_read(kind: str, store: RawStore, folder: P
 async def test_processed(moment: str, day: str, store: RawStore, folder: Path):
     """A processed payload moves to the UTC day of its arrival, its bytes unchanged."""
     raw_id = put(folder, uuid7_at(moment))
-    store.settle([raw_id], [])
+    store.settle(names_of(raw_id), [])
 
     assert files_below(folder) == {f"processed/{day}/{raw_id}.json"}
     assert store.read(raw_id) == ("processed", BODY)
     with pytest.raises(RawIdUnknown):
-        store.read_pending(raw_id)
+        store.read_pending(f"{raw_id}.json")
     assert pending_in(store) == []
 
 
@@ -723,7 +720,7 @@ async def test_folders_of_ones_own(tmp_path: Path):
     store = RawStore(tmp_path / "a/raw", processed=tmp_path / "b/done", rejected=tmp_path / "c/bad")
     await store.open()
     good, bad = await land_each(store, [BODY] * 2)
-    store.settle([good], [rejection_of(bad)])
+    store.settle(names_of(good), [rejection_of(bad)])
     await store.close()
 
     assert [path.name for path in (tmp_path / "b/done").rglob("*.json")] == [f"{good}.json"]
@@ -734,11 +731,11 @@ async def test_folders_of_ones_own(tmp_path: Path):
 async def test_settling_again(store: RawStore, folder: Path):
     """Settling a second time, or a part of it, as after a crash, changes nothing."""
     good, bad, untouched = await land_each(store, [b"1", b"2", b"3"])
-    store.settle([good], [rejection_of(bad)])
+    store.settle(names_of(good), [rejection_of(bad)])
     before = files_below(folder)
 
     for processed, rejected in ([good], [bad]), ([good], []), ([], [bad]), ([], []), ([bad], []):
-        store.settle(processed, map(rejection_of, rejected))
+        store.settle(names_of(*processed), map(rejection_of, rejected))
     assert files_below(folder) == before
     assert pending_in(store) == [untouched]
     assert store.read(good) == ("processed", b"1")
@@ -748,7 +745,7 @@ async def test_settling_again(store: RawStore, folder: Path):
 async def test_rejecting_what_is_processed(store: RawStore):
     """A late rejection of a payload that was processed does not bring it back."""
     [raw_id] = await store.land(BODY)
-    store.settle([raw_id], [])
+    store.settle(names_of(raw_id), [])
     store.settle([], [rejection_of(raw_id), rejection_of(NEVER)])
 
     assert store.read(raw_id) == ("processed", BODY)
@@ -759,7 +756,8 @@ async def test_reading_while_it_is_settled(store: RawStore):
     """A payload can be read at any moment of its way."""
     raw_ids = await land_each(store, (b"%d" % number for number in range(200)))
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(store.settle, raw_ids[::2], list(map(rejection_of, raw_ids[1::2])))
+        rejected = list(map(rejection_of, raw_ids[1::2]))
+        done = pool.submit(store.settle, names_of(*raw_ids[::2]), rejected)
         rounds = 0
         while not done.done() or rounds == 0:
             rounds += 1
@@ -786,7 +784,7 @@ def test_each_payload_lies_in_one_folder(moves: list[tuple[set[int], set[int]]])
         states = dict.fromkeys(raw_ids, "pending")
         for processed, rejected in moves:
             good, bad = [raw_ids[n] for n in processed], [raw_ids[n] for n in rejected]
-            store.settle(good, map(rejection_of, bad))
+            store.settle(names_of(*good), map(rejection_of, bad))
             for raw_id in good + bad:
                 if states[raw_id] == "pending":
                     states[raw_id] = "processed" if raw_id in good else "rejected"
@@ -849,7 +847,7 @@ async def test_reason_of_what_is_not_rejected(store: RawStore):
 async def test_any_reason_can_be_kept(detail: str, store: RawStore):
     """Whatever a reason quotes of a payload, it is kept, and never stops the settling of others."""
     good, bad = await land_each(store, [b"1", b"2"])
-    store.settle([good], [rejection_of(bad, detail)])
+    store.settle(names_of(good), [rejection_of(bad, detail)])
 
     assert pending_in(store) == []
     assert store.rejection(bad).code == "value_not_numeric"

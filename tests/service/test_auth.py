@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 import dropzone
 from backends.memory import MemoryBackend
 from dropzone import (
-    CALLER,
+    NOTES,
     ROUTES,
     AuthConfig,
     Config,
@@ -113,7 +113,7 @@ def serve(aiohttp_client: Any) -> Serve:
             try:
                 return await handler(request)
             finally:
-                callers.append(request.get(CALLER))
+                callers.append(request[NOTES].caller or None)
 
         app = create_app(config, backend=MemoryBackend())
         app.middlewares.append(note)
@@ -822,13 +822,14 @@ async def test_names(serve: Serve, config_of: Callable[..., Config], issuer: Iss
         {"sub": None, "client_id": "app"},
         {"sub": "app", "azp": "other"},
         {"sub": None},
+        {"sub": None, "azp": 5, "client_id": ["app"]},
         {"sub": "cli:root"},
         {"sub": "a\nb\x1b[0m\ud800%"},
         {"sub": "ö" * 128},
     ):
         assert await service.token(token(scp="read", **changes)) == (200, "")
     odd = "token:a%0Ab%1B[0m%ED%A0%80%25"
-    named = ["client:app", "client:app", "token:app", "token:", "token:cli:root", odd]
+    named = ["client:app", "client:app", "token:app", "token:", "token:", "token:cli:root", odd]
     assert service.callers == [*named, "token:" + "ö" * 128]
 
 
@@ -890,10 +891,11 @@ def jwks_file(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.usefixtures("no_pause")
 async def test_keys_are_kept(service: Service, issuer: Issuer):
     """The keys are fetched once, at the start, however many tokens come."""
-    for _ in range(20):
-        assert await service.token(token()) == (200, "")
+    for number in range(20):
+        assert await service.token(token(sub=f"device-{number % 10}")) == (200, "")
     assert issuer.asked == 1
 
 
@@ -924,6 +926,16 @@ async def test_new_key_of_the_issuer(service: Service, issuer: Issuer):
     issuer.keys = [jwk(OTHER, "other")]
     assert await service.token(token("other", key=OTHER)) == (200, "")
     assert await service.token(token()) == (401, "token_invalid")
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_the_only_key_of_the_issuer(serve: Serve, config_of: Any, issuer: Issuer):
+    """Where the issuer has one key, a token need not name it, and costs no further fetch."""
+    issuer.keys = issuer.keys[:1]
+    service = await serve(config_of(jwt=trusting(issuer.url)))
+    assert await service.token(token(None)) == (200, "")
+    assert issuer.asked == 1
+    assert await service.token(token("other")) == (401, "token_invalid")
 
 
 @pytest.mark.usefixtures("no_pause")
@@ -1020,6 +1032,18 @@ async def test_key_file_that_changes(serve: Serve, file: Path, tmp_path: Path):
     assert (await service(**new))[0] == 401
     replace(tmp_path / "key.pem", pem(OTHER).decode())
     await service.until(200, **new)
+
+
+async def test_another_issuer(serve: Serve, file: Path, tmp_path: Path):
+    """An issuer that takes the place of another in the file counts without a restart."""
+    (tmp_path / "key.pem").write_bytes(pem(RSA))
+    auth = f"[auth.jwt]\naudience = '{AUDIENCE}'\njwks = 'key.pem'\nissuer = "
+    file.write_text(f"{auth}'{ISSUER}'")
+    service = await serve(load_config(environ={}))
+    assert await service.token(token()) == (200, "")
+    replace(file, f"{auth}'https://other.example'")
+    await service.until(200, Authorization=f"Bearer {token(iss='https://other.example')}")
+    assert await service.token(token()) == (401, "token_invalid")
 
 
 @pytest.mark.parametrize(

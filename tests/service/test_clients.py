@@ -1,12 +1,14 @@
 """The clients in docs/clients.md as they stand there, with a server that is not always there."""
 
 import asyncio
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -91,8 +93,9 @@ def curl() -> str:
     return machine.program("curl", package="curl")
 
 
-def start(program: Program, port: int = 0) -> Server:
-    return Server(program, "--port", port, DROPZONE_API_KEY=KEY, DROPZONE_BACKEND="memory")
+def start(program: Program, port: int = 0, **settings: object) -> Server:
+    settings = {"DROPZONE_API_KEY": KEY, "DROPZONE_BACKEND": "memory"} | settings
+    return Server(program, "--port", port, **settings)
 
 
 async def run(program: Program, url: str, *command: str, key: str = KEY) -> str:
@@ -176,16 +179,39 @@ async def test_queue(program: Program) -> None:
     assert not (program.home / "queue.ndjson").exists()
 
 
+async def test_a_week_in_the_queue(program: Program) -> None:
+    """Of 60,000 queued lines, one of them torn and some with `nan`, each good reading gets its row.
+
+    So it is what MicroPython prints, on which the power failed in the middle of a line.
+    """
+    server = await asyncio.to_thread(start, program)
+    begin = datetime(2026, 11, 20, tzinfo=UTC)
+    moments = [begin + timedelta(seconds=10 * number) for number in range(60_000)]
+    queued = [f'{{"time_stamp": "{moment.isoformat()}", "data": [1.5, 2]}}' for moment in moments]
+    queued[5000] = queued[5000].replace("1.5", "nan")
+    queued[59_999] = queued[59_999][:40]
+    (program.home / "queue.ndjson").write_text("\n".join(queued))
+    reading = {"time_stamp": "2026-11-28T00:00:00Z", "data": [1]}
+    call = f"print(send('{server.url}', '{KEY}', {reading}))"
+    assert await run(program, "", sys.executable, "-c", f"{MICROPYTHON}\n{call}") == "True\n"
+    assert not (program.home / "queue.ndjson").exists()
+    assert server.stop() == OK
+    done = await asyncio.to_thread(program.run, "process")
+    result = json.loads(done.stdout)
+    codes = [rejection["code"] for rejection in result["rejected"]]
+    assert (result["processed"], codes) == (59_999, ["value_not_finite", "payload_not_json"])
+
+
 async def test_refused_queues(program: Program) -> None:
     """What the client for MicroPython was refused for good is kept, also a second time."""
-    server = await asyncio.to_thread(start, program)
+    server = await asyncio.to_thread(start, program, 0, DROPZONE_SERVER_MAX_BODY_BYTES=100)
     for number in (1, 2):
-        (program.home / "queue.ndjson").write_text(f"{number}, torn\n")
+        (program.home / "queue.ndjson").write_text(f"{number}\n" * 50)
         call = f"print(send('{server.url}', '{KEY}', {{'n': {number}}}))"
         assert await run(program, "", sys.executable, "-c", f"{MICROPYTHON}\n{call}") == "False\n"
     for number in (1, 2):
         kept = (program.home / f"refused-{number}.ndjson").read_text()
-        assert kept == f'{number}, torn\n{{"n": {number}}}\n'
+        assert kept == f"{number}\n" * 50 + f'\n{{"n": {number}}}\n'
 
 
 @pytest.mark.linux

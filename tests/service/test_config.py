@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -113,6 +114,8 @@ SPECIAL = {
     "raw.compact": "true",
     "server.cors_origins": "https://one.example,http://two.example:8080",
     "storage.backend": "memory",
+    "transform.nulls": "skip",
+    "transform.not_before": "2020-01-01T00:00:00Z",
 }
 
 
@@ -136,6 +139,7 @@ def test_every_setting_has_a_variable(setting: str, here: Path):
         str(here / "77"),
         (),
         True,
+        datetime(2020, 1, 1, tzinfo=UTC),
         *SPECIAL.values(),
         ("https://one.example", "http://two.example:8080"),
     }

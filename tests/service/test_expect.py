@@ -153,9 +153,13 @@ async def test_not_invited_beyond_the_limit(opening: Open):
     assert (status, problem["code"]) == (429, "rate_limited")
 
 
-async def test_not_invited_where_there_is_no_room(opening: Open, monkeypatch: pytest.MonkeyPatch):
-    """Where the disk, or what is in flight, has no room for the body, it is not invited."""
-    monkeypatch.setattr(dropzone, "SMALL_IN_FLIGHT", 1000)
+@pytest.mark.parametrize(("share", "small"), [("SMALL_IN_FLIGHT", 600), ("LARGE_IN_FLIGHT", 100)])
+async def test_not_invited_where_there_is_no_room(
+    opening: Open, monkeypatch: pytest.MonkeyPatch, share: str, small: int
+):
+    """Where the disk, or what is in flight of its size, has no room for a body, none is invited."""
+    monkeypatch.setattr(dropzone, share, 1000)
+    monkeypatch.setattr(dropzone, "SMALL_BODY", small)
     line = await opening()
     line.send(b"POST /ingest", KEY, b"Content-Length: 600", body=b"[" * 500)
     other = await opening()
@@ -163,11 +167,14 @@ async def test_not_invited_where_there_is_no_room(opening: Open, monkeypatch: py
     status, _, problem = await other.answer()
     assert (status, problem["code"]) == (503, "overloaded")
     line.writer.close()
-    real = os.statvfs("/")
-    full = os.statvfs_result((*real[:4], 0, *real[5:]))  # no block is free
-    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    real = os.statvfs("/")  # of which 1,000 bytes are left beyond the reserve, a twentieth
+    tight = os.statvfs_result((1, 1, 10**9, 0, 10**9 // 20 + 1000, *real[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: tight)
     line = await opening()
     line.send(b"POST /ingest", KEY, EXPECT, LENGTH)
+    assert await line.head() == INVITED
+    line = await opening()
+    line.send(b"POST /ingest", KEY, EXPECT, b"Content-Length: 501")  # and as much for the journal
     status, _, problem = await line.answer()
     assert (status, problem["code"]) == (503, "storage_full")
 

@@ -6,11 +6,12 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ from backends.raw.folders import Folders
 from backends.sqlite import SqliteBackend
 from dropzone import (
     Config,
+    KeyConfig,
     MeasurementPage,
     Processor,
     RawConfig,
+    Secret,
     create_app,
     json_of_page,
     openapi_json,
@@ -93,13 +96,19 @@ def connected(service: Service, small: bool = False) -> socket.socket:
 
 @contextmanager
 def asking(
-    service: Service, path: str, count: int = MANY, method: str = "GET", *, small: bool = False
+    service: Service,
+    path: str,
+    count: int = MANY,
+    method: str = "GET",
+    *,
+    small: bool = False,
+    key: str = "",
 ) -> Iterator[list[socket.socket]]:
     """Ask so many times at once, and read no answer."""
     clients = [connected(service, small) for _ in range(count)]
     for client in clients:
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        client.sendall(head.encode())
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\nConnection: close"
+        client.sendall(f"{head}\r\n\r\n".encode())
     try:
         yield clients
     finally:
@@ -127,15 +136,38 @@ async def check_that_all_goes_on(service: Service) -> None:
         await service.process()
 
 
+# ── Connections: a crowd is let in at once ────────────────────────────────────────────────────────
+
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")  # what the system allows; macOS allows 128
+CROWD = min(300, int(SOMAXCONN.read_text())) if SOMAXCONN.exists() else 100
+
+
+def test_a_crowd_of_connections(program: Program):
+    """Hundreds may connect at once while the service is busy; then all of them are answered."""
+    server, clients = Server(program), list[socket.socket]()
+    host, port = server.url.removeprefix("http://").split(":")
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(CROWD):
+            clients.append(socket.create_connection((host, int(port)), timeout=10))
+            clients[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    for client in clients:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        client.close()
+    assert server.stop() == OK
+
+
 # ── Threads: whoever waits holds up nobody else ───────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
     ("path", "call", "at_once"),
     [
-        ("/measurements", "find", 8),
-        ("/measurements?format=csv", "find", 8),
-        ("/measurements/summary", "summarize", 2),
+        ("/measurements", "find", 4),
+        ("/measurements?format=csv", "find", 4),
+        ("/measurements/summary", "summarize", 1),
     ],
 )
 async def test_a_backend_that_takes_its_time(serve: Serve, path: str, call: str, at_once: int):
@@ -153,6 +185,68 @@ async def test_a_backend_that_takes_its_time(serve: Serve, path: str, call: str,
     assert backend.asked.count(call) <= at_once + 2 < MANY
 
 
+def key_of(name: str) -> KeyConfig:
+    """Return a key that may read, and is its own name."""
+    return KeyConfig(name, Secret(f"sha256:{dropzone.hash_of(name).hex()}"), ("read",))
+
+
+READER, OWN = key_of("reader"), {"x-api-key": "own"}
+
+
+async def test_all_readers_together(serve: Serve):
+    """Of all callers together no more than eight are read for at a time."""
+    backend, names = Held(), ("a", "b", "c")
+    service = await serve(backend, keys=tuple(map(key_of, names)))
+    with ExitStack() as readers:
+        for name in names:
+            readers.enter_context(asking(service, "/measurements", 10, key=name))
+        await until(lambda: backend.asked.count("find") >= 8)
+        await asyncio.sleep(0.3)
+        assert backend.asked.count("find") == 8
+    backend.go.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "call", "others"),
+    [
+        ("/measurements", "find", "/measurements?limit=7"),
+        ("/measurements?format=csv", "find", "/measurements?limit=7&format=csv"),
+        ("/measurements/summary?buckets=9", "summarize", "/measurements/summary?buckets=7"),
+    ],
+)
+async def test_one_reader_leaves_turns_to_another(serve: Serve, path: str, call: str, others: str):
+    """However many answers one key waits for, those of another key come meanwhile."""
+
+    class Slow(Held):
+        async def find(self, **options: Any) -> list[Measurement]:
+            return [] if options["limit"] == 8 else await super().find(**options)
+
+        async def summarize(self, **options: Any) -> list[Bucket]:
+            return [] if options["buckets"] == 7 else await super().summarize(**options)
+
+    backend = Slow()
+    service = await serve(backend, key="own", keys=(READER,))
+    with asking(service, path, key="reader"):
+        await until(lambda: call in backend.asked)
+        await asyncio.sleep(0.2)  # until all are there
+        async with asyncio.timeout(30):
+            assert (await service("GET", others, headers=OWN)).status == 200
+    backend.go.set()
+
+
+async def test_one_reader_leaves_receipts_to_another(serve: Serve):
+    """However many receipts one key waits for, those that another key asks for come meanwhile."""
+    service = await serve(key="own", keys=(READER,))
+    slow, quick = [
+        (await service("POST", "/ingest", data=b"[1]", headers=OWN)).json["raw_id"] for _ in "12"
+    ]
+    file = service.folder / "raw" / f"{slow}.json"
+    with never_read(file), asking(service, f"/raw/{slow}", key="reader"):
+        await asyncio.sleep(0.3)
+        async with asyncio.timeout(30):
+            assert (await service("GET", f"/raw/{quick}", headers=OWN)).status == 200
+
+
 async def test_long_summaries_leave_pages_alone(serve: Serve):
     """While summaries take long, pages of rows are answered."""
 
@@ -162,7 +256,7 @@ async def test_long_summaries_leave_pages_alone(serve: Serve):
     backend = Summing()
     service = await serve(backend)
     with asking(service, "/measurements/summary"):
-        await until(lambda: backend.asked.count("summarize") == 2)
+        await until(lambda: backend.asked.count("summarize") == 1)
         async with asyncio.timeout(30):
             assert (await service("GET", "/measurements")).status == 200
     backend.go.set()
@@ -201,7 +295,7 @@ async def test_retries_that_take_their_time(serve: Serve, caplog: pytest.LogCapt
     service = await serve()
     raw_id = await service.land([1])
     await service.process()
-    reason, path = service.folder / "rejected" / f"{raw_id}.reason.json", "/rejected/retry?code=x"
+    reason, path = service.folder / "rejected" / f"{raw_id}.reason.json", "/rejected/retry"
     with never_read(reason):
         with asking(service, path, method="POST"):
             await asyncio.sleep(0.3)
@@ -212,6 +306,18 @@ async def test_retries_that_take_their_time(serve: Serve, caplog: pytest.LogCapt
     async with asyncio.timeout(30):
         assert (await service("POST", path)).status == 200
     assert [r.getMessage().split()[0] for r in caplog.records].count("action=retry") == 2
+
+
+async def test_a_retry_of_few_leaves_the_others_alone(serve: Serve):
+    """Whoever has a code retried waits for the payloads that have it, however many others are."""
+    service = await serve()
+    raw_id = await service.land([1])
+    await service.land({"data": [1]})
+    await service.process()
+    with never_read(service.folder / "rejected" / f"{raw_id}.reason.json"):
+        async with asyncio.timeout(30):
+            done = await service("POST", "/rejected/retry?code=time_stamp_missing")
+    assert done.json == {"retried": 1}
 
 
 async def test_readiness_is_looked_at_once_for_all(serve: Serve):
@@ -406,6 +512,21 @@ async def test_room_for_answers(rows: Service, monkeypatch: pytest.MonkeyPatch):
             while (await rows("GET", path)).status == 503:
                 await asyncio.sleep(0.1)
         assert True in [await is_cut_off(client) for client in clients]
+
+
+async def test_one_reader_leaves_room_for_another(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """However much one key leaves on its way, another gets its answers, and nobody is cut off."""
+    monkeypatch.setattr(dropzone, "UNTAKEN", 8 * MIB)
+    monkeypatch.setattr(dropzone, "LOOK_AROUND", 60.0)  # seconds, in which nobody is slow
+    backend, path = MemoryBackend(), "/measurements?limit=10000"
+    service = await serve(backend, key="own", keys=(READER,))
+    await fill(backend, 12_000)
+    with asking(service, path, 12, small=True, key="reader"):
+        async with asyncio.timeout(30):
+            while (await service("GET", path, headers={"x-api-key": "reader"})).status == 200:
+                pass
+        for _ in range(3):
+            assert (await service("GET", path, headers=OWN)).status == 200
 
 
 async def test_room_is_given_back(rows: Service, monkeypatch: pytest.MonkeyPatch):

@@ -30,7 +30,16 @@ from backends import Backend, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.raw import next_raw_id
-from dropzone import AuthConfig, Config, ProcessConfig, RawConfig, Secret, ServerConfig, create_app
+from dropzone import (
+    AuthConfig,
+    Config,
+    KeyConfig,
+    ProcessConfig,
+    RawConfig,
+    Secret,
+    ServerConfig,
+    create_app,
+)
 
 EXAMPLE = Path(__file__).parents[2] / "data" / "payload.json"
 SOME_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
@@ -115,6 +124,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         backend: Backend | None = None,
         *,
         key: str = "",
+        keys: tuple[KeyConfig, ...] = (),
         limit: int = MIB,
         batch: int = 1000,
         own: bool = True,
@@ -125,7 +135,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             server=ServerConfig(max_body_bytes=limit),
             raw=RawConfig(dir=folder / "raw"),
             process=ProcessConfig(batch=batch),
-            auth=AuthConfig(api_key=Secret(key)),
+            auth=AuthConfig(api_key=Secret(key), keys=keys),
         )
         app = create_app(config, backend=backend or MemoryBackend())
         options = {"auto_decompress": False} if own else {}

@@ -790,7 +790,7 @@ async def test_client_that_has_gone_before_its_turn(service: Service):
     request.protocol.transport = None
     with pytest.raises(dropzone.DropzoneError, match="did not arrive whole") as refused:
         await dropzone.read_body(request, lambda _: None)
-    assert refused.value.code == "body_broken"
+    assert (refused.value.code, refused.value.status) == ("body_broken", 400)
 
 
 async def test_draining(service: Service):
@@ -806,6 +806,8 @@ async def test_draining(service: Service):
     answer = await first
     assert answer.status == 202
     assert service.landed() == {answer.json["raw_id"]: slow.whole}
+    async with asyncio.timeout(30):
+        await service.app[dropzone.ADMISSION].drain(60)  # of which there is nothing left
 
 
 async def test_free_space_is_a_twentieth_at_most(tmp_path: Path):
@@ -879,7 +881,7 @@ async def test_stopped_with_a_slow_body(program: Program):
         post = asyncio.create_task(session.post(server.url + "/ingest", data=slow()))
         await asyncio.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(dropzone.GRACE / 2)  # far longer than aiohttp waits
         slow.rest.set()
         async with await post as response:
             raw_id = (await response.json())["raw_id"]
@@ -954,6 +956,7 @@ async def test_large_bodies_do_not_crowd_out_small_ones(
     large = Waiting(service, 10_000, 9)
     admission = service.app[dropzone.ADMISSION]
     await until(lambda: admission.large.bytes == 2 * 9_999)  # of one caller, half of all
+    assert admission.bytes == 2 * 9_999
     for _ in range(20):
         assert (await service.post(b"[1]")).status == 202
     assert await large.statuses() == [202] * 2 + [503] * 7

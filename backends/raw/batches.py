@@ -31,8 +31,9 @@ OBJECTS = re.compile(rb"[ \t\r\n]*+\[[ \t\r\n]*+\{")  # may be an array of objec
 MOST_AT_ONCE = 200_000  # objects, at any depth, whose array is divided in one go
 LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*", re.MULTILINE)
 TRAILING = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)")
-NOT_FINITE = re.compile(
-    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|([+-]?(?:nan|inf(?:inity)?))', re.DOTALL | re.IGNORECASE
+NOT_FINITE = re.compile(  # and stands for a value, not for a name
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|([+-]?(?:nan|inf(?:inity)?))(?![ \t\r\n]*+:)',
+    re.DOTALL | re.IGNORECASE,
 )
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 NO_NUMBER = b"\x7f"  # fills the text that stands in the place of NaN and infinities

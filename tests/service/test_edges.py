@@ -234,7 +234,9 @@ HOSTILE: dict[str, tuple[int, bytes]] = {
     "a deflate bomb": (413, sent(zlib.compress(bytes(64 * MIB)), b"Content-Encoding: deflate")),
     "members without end": (400, sent(gzip.compress(b"") * 100_000, GZIP)),
     "millions of empty lines": (400, sent(b"\n" * LIMIT, NDJSON)),
-    "too many lines": (413, sent(b"1\n" * 10_001, NDJSON)),
+    "too many lines": (413, sent(b"1\n" * 100_001, NDJSON)),
+    "too many objects": (413, sent(b"[" + b",".join([b"{}"] * 100_001) + b"]")),
+    "too many documents": (413, sent(b"{}" * 100_001)),
     "a key without end": (400, sent(b"1", b"Idempotency-Key: " + b"a" * 256)),
 }
 
@@ -279,7 +281,7 @@ HARMLESS: dict[str, bytes] = {
     "a huge exponent": sent(b"1e999999999"),
     "many keys": sent(b"{" + b",".join(b'"%d":0' % n for n in range(100_000)) + b"}"),
     "one key many times": sent(b"{" + b",".join([b'"a":0'] * 100_000) + b"}"),
-    "many small values": sent(b"[" + b",".join([b'{"a":[]}'] * 300_000) + b"]"),
+    "many small values": sent(b"[1," + b",".join([b'{"a":[]}'] * 300_000) + b"]"),
     "many literals": sent(b"[" + b",".join([b"NaN"] * 300_000) + b"]"),
     "a large document that is hardly JSON": sent(b'["\\ud800", NaN, "' + b"x" * MIB + b'"]'),
 }

@@ -23,6 +23,7 @@ from uuid import UUID
 import pytest
 from aiohttp import ClientSession, web
 from aiohttp.http_exceptions import HttpProcessingError
+from test_transform import SPELLED
 from yarl import URL
 
 from backends import Backend, BackendUnavailable, Measurement
@@ -736,14 +737,16 @@ async def test_head(service: Service) -> None:
         (b"time_stamp=2019", 0),
         (b'{"a": 1,}', 8),
         (b'{"a": 1} x', 9),
-        (b'{"a": 1}{"a": 2}', 8),
-        (b'{"a": 1}\n{"a": 2}\n', 9),
+        (b'{"a": 1}{"a": 2', None),
+        (b'{"a": 1},{"a": 2}\n', 8),
         (b'{"time_stamp": "2019-05-01T10:00:00Z", "data": [1, 2', None),
         ('{"é": tru}'.encode(), 7),
         (b"{'a': 1}", 1),
         (b'{"a": "\x01"}', 7),
         (b'{"a": 01}', 7),
-        (b'{"a": -NaN}', 6),
+        (b'{"a": - NaN}', 6),
+        (b'{"a": nanny}', 9),
+        (b"{nan: 1}", 1),
         (b'{"a": "\xff"}', 7),
         (b'{"a": "\xed\xa0\x80"}', 7),
         (b"\x00", 0),
@@ -822,6 +825,25 @@ async def test_odd_document_is_rejected(service: Service, body: str, code: str) 
     assert (done["rejected"][0]["raw_id"], done["rejected"][0]["code"]) == (raw_id, code)
     assert (await service("GET", f"/raw/{raw_id}")).json["rejection"]["code"] == code
     assert (await service("GET", f"/raw/{raw_id}/payload")).body == body.encode()
+    assert (await service("GET", f"/raw/{good}")).json["state"] == "processed"
+
+
+@pytest.mark.parametrize("size", [0, 100_000], ids=["small", "large"])
+async def test_numbers_that_are_not_finite(service: Service, size: int) -> None:
+    """NaN and infinities land as C and MicroPython print them, and are rejected with a reason."""
+    landed = {}
+    for number in SPELLED:
+        noise = json.dumps({"nan": f"-inf {number}" + "x" * size})
+        body = f'{{{WHEN}, "x": {noise}, "data": [1, {number}, 2]}}'.encode()
+        landed[await service.land(body)] = body
+    good = await service.land(f'{{{WHEN}, "nan": -nan, "data": [1, 2]}}'.encode())
+    done = await service.process()
+    assert (done["processed"], done["failed"]) == (1, len(SPELLED))
+    assert [each["raw_id"] for each in done["rejected"]] == list(landed)
+    assert {each["code"] for each in done["rejected"]} == {"value_not_finite"}
+    assert all("data[1]" in each["detail"] for each in done["rejected"])
+    for raw_id, body in landed.items():
+        assert (await service("GET", f"/raw/{raw_id}/payload")).body == body
     assert (await service("GET", f"/raw/{good}")).json["state"] == "processed"
 
 

@@ -73,13 +73,38 @@ async def test_landing_is_counted(service: Service):
         assert (await service("POST", "/ingest", **lines)).status == 202
     seen = await scraped(service)
     assert value(seen, "payloads_landed_total") == 5
-    assert value(seen, "landed_bytes_total") == sum(map(len, bodies)) + 2
+    assert value(seen, "landed_bytes_total") == sum(map(len, bodies)) + 4
     assert value(seen, "land_duration_seconds_count") == 4  # groups
     assert value(seen, "group_payloads_sum") == 5
     groups = value(seen, "group_payloads_count")
     assert 1 <= groups == value(seen, "journal_sync_duration_seconds_count") <= 4
     assert 0 < value(seen, "journal_sync_duration_seconds_sum") < 60
     assert value(seen, "requests_total", "POST", "/ingest", "202") == 5
+
+
+async def test_batches_are_counted_as_what_they_hold(service: Service):
+    """Of a batch each payload is counted: landed, pending, processed, rejected by its code."""
+    good, bad = [json.dumps(reading(f"2019-05-01T10:00:0{n}Z")) for n in range(3)], "oops"
+    body = "\n".join([*good, bad])
+    kind = {"Content-Type": "application/x-ndjson"}
+    assert (await service("POST", "/ingest", data=body.encode(), headers=kind)).status == 202
+    array = f"[{good[0]}, {{}}]"
+    assert (await service("POST", "/ingest", data=array.encode())).status == 202
+    seen = await scraped(service)
+    assert value(seen, "payloads_landed_total") == value(seen, "group_payloads_sum") == 6
+    assert value(seen, "landed_bytes_total") == len(body) + len(array)
+    assert value(seen, "payloads_pending") == 6
+    status = (await service("GET", "/status")).json
+    assert (status["pending"], sum(status["landed"])) == (6, 6)
+    assert (await service("POST", "/process?limit=5")).json["remaining"] == 1
+    seen = await scraped(service)
+    assert value(seen, "payloads_processed_total") == 4
+    assert value(seen, "payloads_rejected_total", "payload_not_json") == 1
+    await service.process()
+    seen = await scraped(service)
+    assert value(seen, "payloads_processed_total") == 4
+    assert value(seen, "payloads_rejected_total", "time_stamp_missing") == 1
+    assert (await service("GET", "/status")).json["processed"] == 4
 
 
 async def test_large_groups_are_counted(service: Service):

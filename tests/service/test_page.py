@@ -24,6 +24,7 @@ import pytest_asyncio
 from aiohttp import ClientSession, web
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, async_playwright, expect
+from stores import lines, payloads_below
 
 from backends import Measurement
 from backends.raw import next_raw_id, uuid_at
@@ -495,7 +496,32 @@ async def test_a_large_ndjson_file_lands_in_parts(service: Service, visit: Visit
     page = await visit(service.url)
     await drop(page, "many.ndjson", "\n".join(f'{{"n": {n}}}' for n in range(10_500)))
     await expect(page.locator("#files li")).to_contain_text("10,500 payloads landed")
-    assert len(list((service.folder / "raw").glob("*.json"))) == 10_500
+    landed = payloads_below(service.folder / "raw")
+    assert list(landed.values()) == [b'{"n": %d}' % n for n in range(10_500)]
+    await expect(page.locator("#pending")).to_have_text("10,500")
+
+
+async def test_an_array_lands_as_what_it_holds(service: Service, visit: Visit) -> None:
+    """A file of an array of objects lands as so many payloads, each with its receipt."""
+    page = await visit(service.url)
+    await drop(page, "array.json", '[{"a": 1}, {"a": 2.0}]')
+    await expect(page.locator("#files li")).to_contain_text("2 payloads landed")
+    await expect(page.locator("#pending")).to_have_text("2")
+    await page.locator("#files a").nth(1).click()
+    await expect(page.locator("#receipt pre")).to_have_text('{"a": 2.0}')
+
+
+async def test_lines_that_are_not_json(service: Service, visit: Visit) -> None:
+    """Lines that are not JSON land with the rest, and are named as the file's own lines."""
+    page = await visit(service.url)
+    await drop(page, "bad.ndjson", "\n1\noops\n" + "1\n" * 5000 + "<b>\n" * 9)
+    row = page.locator("#files > li")
+    await expect(row).to_contain_text("5,011 payloads landed")
+    await expect(row).to_contain_text("10 lines landed without being JSON")
+    for text in ("line 3 is not JSON", "line 5004 is not JSON", "line 5008 ", "and 4 more"):
+        await expect(row).to_contain_text(text)
+    await page.get_by_role("link", name="line 5004").click()
+    await expect(page.locator("#receipt pre")).to_have_text("<b>")
 
 
 async def test_files_that_are_refused(service: Service, visit: Visit, watched: Watched) -> None:
@@ -505,7 +531,7 @@ async def test_files_that_are_refused(service: Service, visit: Visit, watched: W
     await drop(page, "bad.json", '{"a": ')
     await expect(page.locator("#files li").first).to_contain_text("refused")
     await expect(page.locator("#files li").first).to_contain_text("not JSON")
-    await drop(page, "bad.ndjson", "1\n" * 5002 + "oops")
+    await drop(page, "bad.ndjson", "1\n" * 5000 + "\n\noops")
     await expect(page.locator("#files li").first).to_contain_text("5,000 payloads landed, the rest")
     await expect(page.locator("#files li").first).to_contain_text("line 5003")
 
@@ -716,7 +742,7 @@ async def test_status_counts_what_landed(tmp_path: Path) -> None:
     store = RawStore(tmp_path / "raw")
     await store.open()
     for _ in range(3):
-        await store.land([b"1", b"2"], key="once")
+        await store.land(**lines(b"1", b"2"), key="once")
     assert store.activity().landed[-2:].count(2) == 1
     assert sum(store.activity().landed) == 2
     await store.close()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import dropzone
 from backends import Measurement
 from dropzone import (
+    LARGE_JSON,
     DataQualityError,
     PayloadNotJson,
     check_json,
@@ -132,6 +133,9 @@ def test_integers_beyond_64_bits():
 
 # ── The codes, and the order of the checks ────────────────────────────────────────────────────────
 
+# As JavaScript, Python, C and MicroPython print them, and with what printf adds.
+WORDS = ("NaN", "nan", "NAN", "Infinity", "infinity", "INFINITY", "inf", "Inf", "INF")
+SPELLED = [sign + word for sign in ("", "-", "+") for word in WORDS]
 CODES = {
     "payload_not_json": [
         b"",
@@ -140,11 +144,21 @@ CODES = {
         b"\xef\xbb\xbf",
         b"[1] x",
         b"'x'",
-        b"nan",
+        b"nan1",
         b"\0",
         b"x=1",
     ],
-    "payload_not_object": [b"null", b"[]", b"1", b'"x"', b"true", b"NaN", b"[{}]", b"1e999"],
+    "payload_not_object": [
+        b"null",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"true",
+        b"NaN",
+        b"[{}]",
+        b"1e999",
+        b"-nan",
+    ],
     "time_stamp_missing": [b"{}", b'{"data": [1]}', b'{"Time_stamp": "2019-05-01T12:00:00Z"}'],
     "time_stamp_invalid": [
         payload(time_stamp=text)
@@ -159,8 +173,7 @@ CODES = {
         payload(f"[{text}]") for text in ('"1"', '""', "true", "false", "null", "{}", "[]", "[1]")
     ],
     "value_not_finite": [
-        payload(f"[{text}]")
-        for text in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1.8e308", f"{10**400}")
+        payload(f"[{text}]") for text in (*SPELLED, "1e999", "-1e999", "1.8e308", f"{10**400}")
     ],
 }
 
@@ -200,6 +213,9 @@ def test_order_of_checks(code: str, body: bytes):
         ('[{"a": 1}]', 'data[0] is {"a": 1}'),
         ("[0, -Infinity]", "data[1] is -Infinity"),
         ("[0, NaN]", "data[1] is NaN"),
+        ("[0, -nan]", "data[1] is NaN"),
+        ('["inf", -INF]', 'data[0] is "inf"'),
+        ("[0, -inf]", "data[1] is -Infinity"),
         ('"x"', 'data is "x"'),
         ("null", "data is null"),
     ],
@@ -295,12 +311,47 @@ def test_invalid_utf8(body: bytes):
     assert refusal(body).code == "payload_not_json"
 
 
-@pytest.mark.parametrize(
-    "text", ["[1,]", "[01]", "[+1]", "[.5]", "[1.]", "[0x10]", "[1_0]", "[-NaN]"]
-)
-def test_almost_json(text: str):
+ALMOST = ["[1,]", "[01]", "[+1]", "[.5]", "[1.]", "[0x10]", "[1_0]", "[- nan]", "[--inf]", "[nan1]"]
+ALMOST += [
+    "[1nan]",
+    "[1 nan]",
+    "[nannan]",
+    "[infinit]",
+    "[nan(0x1)]",
+    "[n.an]",
+    "{nan: 1}",
+    "{inf :1}",
+]
+SPACE = b" " * LARGE_JSON
+
+
+@pytest.mark.parametrize("before", [b"", SPACE], ids=["small", "large"])
+@pytest.mark.parametrize("text", ALMOST)
+def test_almost_json(text: str, before: bytes):
     """What other languages write and JSON does not know is refused."""
-    assert refusal(payload(text)).code == "payload_not_json"
+    assert refusal(before + payload(text)).code == "payload_not_json"
+    with pytest.raises(PayloadNotJson):
+        check_json(before + payload(text))
+
+
+TEXTS = ["nan", "-inf", "Infinity nan", '\\" nan, "', "\\\\", "a\nb INF", "[nan]"]
+
+
+@pytest.mark.parametrize("before", [b"", SPACE], ids=["small", "large"])
+@pytest.mark.parametrize("number", SPELLED)
+def test_text_with_the_words_for_not_finite(number: str, before: bytes):
+    """A number that is not finite changes no text that reads like one, nor any position."""
+    texts = json.dumps({"nan": TEXTS, "inf": dict.fromkeys(TEXTS)})
+    body = before + f'{{"time_stamp": {number}, "x": {texts}, "data": [1]}}'.encode()
+    assert refusal(body).code == "time_stamp_invalid"
+    good = before + f'{{"x": {texts}, "time_stamp": "{NOON}", "y": {number}, "data": [2]}}'.encode()
+    assert transform(RAW_ID, good).mean == 2
+    document = parse_json(good)
+    assert isinstance(document, dict)
+    assert document["x"] == json.loads(texts)
+    assert repr(document["y"]) == repr(float(number))
+    bad = before + f'{{"x": {texts}, "y": {number}, "z": x}}'.encode()
+    assert f"(byte {bad.rindex(b'x')})" in refusal(bad).detail
 
 
 json_texts = st.recursive(

@@ -184,10 +184,10 @@ def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
 
 
 def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
-    """Return a new raw_id that is greater than `last`, whatever the clock says.
+    """Return a new raw_id that is greater than `last`, and than all of the batch of that.
 
-    With a `count` it is the first one of a batch of so many payloads; raises ValueError if those
-    are more than a raw_id can tell.
+    It is so whatever the clock says. With a `count` it is the first one of a batch of so many
+    payloads; raises ValueError if those are more than a raw_id can tell.
     """
     if count > MOST_IN_BATCH:
         raise ValueError(f"a batch has {MOST_IN_BATCH} payloads at most, not {count}")

@@ -239,7 +239,7 @@ class Folders(Days):
     def greatest_raw_id(self) -> UUID:
         """Return the greatest raw_id that is known, as far as it is that of a known moment.
 
-        Of a pack that cannot be read it is the end of its day.
+        Of a batch it is the first one, and of a pack that cannot be read the end of its day.
         """
         names = os.listdir(self.raw) + os.listdir(self.rejected)
         days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.processed)), reverse=True)
@@ -248,9 +248,7 @@ class Folders(Days):
             if of_day:
                 names += of_day
                 break
-        raw_ids = [
-            RawIds(first_of(n), payloads_in_name(n))[-1] for n in names if payloads_in_name(n)
-        ]
+        raw_ids = [first_of(name) for name in names if payloads_in_name(name)]
         packs = self.packs()
         raw_ids += [pack.last() for pack in packs if pack.day == packs[-1].day]
         return max(filter(arrival_of, raw_ids), default=UUID(int=0))

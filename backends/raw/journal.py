@@ -65,7 +65,7 @@ import msgspec
 from msgspec import Struct
 from uuid_utils.compat import uuid7
 
-from backends.raw import Form, RawIds, begins_batch, next_raw_id, place_of
+from backends.raw import Form, begins_batch, next_raw_id
 from backends.raw.batches import payloads_in
 from backends.raw.disk import (
     UNREADABLE,
@@ -529,7 +529,7 @@ class Journal:
             for left in logs:
                 for record in left.records():
                     self._recover(record, left)
-                    last = max(last, *map(_last_of, record.entries))
+                    last = max(last, *(entry.raw_id for entry in record.entries))
                 self._tell_damage(left)
             self._keys.drop_old()
             self._set_last(last)
@@ -585,9 +585,8 @@ class Journal:
 
             def next_id(payloads: int) -> UUID:
                 nonlocal last
-                first = next_raw_id(last, payloads)
-                last = RawIds(first, payloads)[-1] if payloads else first
-                return first
+                last = next_raw_id(last, payloads)  # which is behind all of a batch
+                return last
 
             try:
                 yield next_id
@@ -655,8 +654,3 @@ def digest_of(body: bytes, form: Form) -> bytes:
     if form == "ndjson":
         body = b"\n".join(payloads_in(body, form))
     return hashlib.sha256(body).digest()
-
-
-def _last_of(entry: Entry) -> UUID:
-    place = place_of(entry.raw_id) if entry.form else None
-    return RawIds(entry.raw_id, place.payloads)[-1] if place else entry.raw_id

@@ -187,17 +187,17 @@ def assert_once(folder: Path) -> None:
 @example([(MOST_IN_BATCH, 0), (0, 0), (1, 0), (MOST_IN_BATCH, -(10**9))], 0xFFFF)
 def test_raw_ids_of_batches(arrivals: list[tuple[int, int]], node: int):
     """raw_ids increase over payloads and batches, however the clock is set; 0 is one alone."""
-    last, now = UUID(int=0), [10**18]
+    last, greatest, now = UUID(int=0), UUID(int=0), [10**18]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: now[0])
         for payloads, step in arrivals:
             now[0] += step
             first = next_raw_id(last, payloads, node)
-            assert first > last
+            assert first > greatest
             assert first.version == 7
             assert first.variant == UUID(int=uuid_at(NOON).int).variant
             assert first.int & 0xFFFF == node
-            last = first
+            last = greatest = first
             if not payloads:
                 assert place_of(first) is None
                 continue
@@ -205,8 +205,8 @@ def test_raw_ids_of_batches(arrivals: list[tuple[int, int]], node: int):
             for at in {0, payloads // 2, payloads - 1}:
                 assert raw_ids[at].int == first.int + at * NEXT
                 assert place_of(raw_ids[at]) == (first, payloads, at)
-            last = raw_ids[-1]
-            assert last.version == 7
+            greatest = raw_ids[-1]
+            assert greatest.version == 7
 
 
 @pytest.mark.parametrize("payloads", [1, 2, 257, 70_000, MOST_IN_BATCH])
@@ -551,6 +551,25 @@ async def test_read_while_it_is_settled(kind: Kind, folders: Folders):
     assert all(states_of(folders, raw_ids, of) == expected(1, 3) for raw_ids in made)
 
 
+def test_it_leaves_its_batch_while_it_is_looked_for(
+    kind: Kind, folders: Folders, monkeypatch: pytest.MonkeyPatch
+):
+    """A payload that is rejected while it is looked for is found in the file of its own."""
+    name, raw_ids = put(folders, kind, bodies(1))
+    own, looked, real = folders.path(raw_ids[1], "pending"), list[object](), open
+
+    def open_and_reject(path: object, *others: object) -> object:
+        looked.append(path)
+        if looked.count(own) == 2:  # where the search for it alone ends
+            monkeypatch.undo()
+            folders.settle([name], [rejection_of(raw_ids[1])])
+        return real(path, *others)
+
+    monkeypatch.setattr("builtins.open", open_and_reject)
+    assert folders.read(raw_ids[1]) == ("rejected", bodies(1)[1])
+    assert looked.count(own) == 2
+
+
 # ── Interrupted ───────────────────────────────────────────────────────────────────────────────────
 
 # For each number: a copy of a data folder, in which a child process settles, and is killed when it
@@ -725,7 +744,7 @@ def test_a_damaged_batch(how: str, kind: Kind, folders: Folders):
     assert folders.find_rejections()[0] == folders.find_rejections(code=reason.code)[0] == [reason]
     assert folders.rejection(raw_ids[3]) == reason
     assert folders.retry(raw_ids[3])
-    assert folders.find_rejections() == ([], {})
+    assert folders.find_rejections(limit=0) == ([], {})
     assert folders.last_rejection(raw_ids[0]).retries == 1
     assert folders.pending() == ([name], 6)
     if how == "a folder":

@@ -2133,12 +2133,13 @@ class Processor:
         """Work in a thread until no batch is left, or other processes are ready to go on.
 
         These take their time to start, and the processor from this one. It is worth that if there
-        is much left to do, going by how long the payloads before have taken.
+        is much left to do, going by the processor time that the payloads before have taken: where
+        others have the processor, more processes would not be faster.
         """
-        begun, done = time.monotonic(), 0
+        begun, done = time.process_time(), 0
         starting: asyncio.Future[Any] | None = None
         while starting is None or not starting.done():
-            seconds_each = (time.monotonic() - begun) / done if done else 0.0
+            seconds_each = (time.process_time() - begun) / done if done else 0.0
             if starting is None and (todo - done) * seconds_each >= SHORT:
                 starting = self._workers.begin()
             batch = await asyncio.to_thread(next, batches, None)

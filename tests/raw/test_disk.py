@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -108,3 +109,27 @@ def test_what_is_no_bad_block_is_an_error(tmp_path: Path):
     finally:
         os.close(file)
         os.close(folder)
+
+
+def test_a_sync_that_fails_is_an_error(tmp_path: Path):
+    """Where the system does not sync a file system, whoever asked hears it, and why."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    disk.sync_file_system(descriptor)
+    os.close(descriptor)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        disk.sync_file_system(descriptor)
+
+
+def test_nobody_waits_for_work_that_hangs():
+    """Hands are let go while one hangs at the disk; then they take no more work."""
+    hands, goes_on = disk.Hands(1, "hand"), threading.Event()
+    hanging = hands.submit(goes_on.wait)
+    letting_go = threading.Thread(target=hands.shutdown, kwargs={"wait": False}, daemon=True)
+    letting_go.start()
+    letting_go.join(10)
+    assert not letting_go.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        hands.submit(goes_on.wait)
+    goes_on.set()
+    assert hanging.result(10) is True
+    hands.shutdown()

@@ -4793,14 +4793,17 @@ PATH_SCHEMAS = {
 }
 
 
+RARE = {(AcceptedBatch.__name__, "not_json")}  # members that are sent only if there is something
+
+
 def openapi_document(prefix: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of `ROUTES`, made of the types that the code itself uses."""
     documented = [route for route in ROUTES if route.answers]
     kinds = [kind for route in documented for kinds in route.answers.values() for kind in kinds]
     types = {Problem, *(kind for kind in kinds if isinstance(kind, type))}
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    for schema in schemas.values():
-        schema["required"] = list(schema["properties"])  # what has a default is sent as well
+    for name, schema in schemas.items():  # what has a default is sent as well
+        schema["required"] = [each for each in schema["properties"] if (name, each) not in RARE]
     paths: dict[str, dict[str, Any]] = {}
     for route in documented:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)

@@ -23,7 +23,7 @@ import psutil
 
 from backends.raw import RawIds, first_of, form_of, payloads_in_name
 from backends.raw.batches import payloads_in
-from backends.raw.notes import Notes
+from backends.raw.notes import BatchNotes
 
 REPO = Path(__file__).resolve().parent.parent
 MAKE = {"ext4": ("mkfs.ext4", "e2fsprogs", "-q", "-F"), "xfs": ("mkfs.xfs", "xfsprogs", "-q", "-f")}
@@ -313,7 +313,7 @@ async def load(
 def files_in(data: Path) -> dict[UUID, list[Path]]:
     """Return where every payload lies, alone or in a batch: one place for each, if all is well."""
     found: dict[UUID, list[Path]] = {}
-    notes = Notes(data / "journal" / "batches")
+    notes = BatchNotes(data / "journal" / "batches")
     for folder in ("raw", "processed", "rejected"):
         for path in (data / folder).rglob("*.*"):
             left = notes.left(path.name) or ()

@@ -23,13 +23,14 @@ from uuid import UUID
 import pytest
 from aiohttp import ClientSession, web
 from aiohttp.http_exceptions import HttpProcessingError
+from test_processing import Folder
 from test_transform import SPELLED
 from yarl import URL
 
 from backends import Backend, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
-from backends.raw import next_raw_id
+from backends.raw import Form, next_raw_id
 from dropzone import (
     AuthConfig,
     Config,
@@ -56,6 +57,9 @@ class Answer(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+WHEN = '"time_stamp": "2019-05-01T10:00:00Z"'
 
 
 class Service:
@@ -726,6 +730,62 @@ async def test_head(service: Service) -> None:
             assert head.headers[name] == got.headers[name] or "request_id" in got.body.decode()
 
 
+# ── Payloads of a batch ───────────────────────────────────────────────────────────────────────────
+
+
+async def look_at(service: Service, raw_id: UUID | str, body: bytes, state: str) -> Any:
+    """Be sure that a payload of a batch is known by its own raw_id; return its receipt."""
+    answer = await service("GET", f"/raw/{raw_id}/payload")
+    assert (answer.status, answer.body) == (200, body)
+    assert answer.headers["Content-Length"] == str(len(body))
+    receipt = (await service("GET", f"/raw/{raw_id}")).json
+    assert receipt["raw_id"] == str(raw_id)
+    assert (receipt["state"], receipt["bytes"]) == (state, len(body))
+    assert receipt["sha256"] == hashlib.sha256(body).hexdigest()
+    return receipt
+
+
+@pytest.mark.parametrize("form", ["ndjson", "json"])
+async def test_payloads_of_a_batch(service: Service, form: Form) -> None:
+    """Receipt and payload of a batch's payload are its own: pending, cut, processed and packed."""
+    large = f'{{{WHEN}, "data": [7],  "x": "{"é" * 200_000}"}}'.encode()
+    good = [f'{{ {WHEN.replace("10:", f"1{n}:")}, "data": [{n}] }}'.encode() for n in range(3)]
+    contents = [good[0], large, b'{"bad":  1}', good[1], good[2]]
+    raw_ids = Folder(service.folder).put_batch(0, contents, form)
+    for raw_id, body in zip(raw_ids, contents, strict=True):
+        receipt = await look_at(service, raw_id, body, "pending")
+        assert receipt["received_at"].startswith("2024-02-29T23:59:59.998")
+    assert (await service("POST", "/process?limit=3")).json["remaining"] == 2
+    states = ["processed", "processed", "rejected", "pending", "pending"]
+    for raw_id, body, state in zip(raw_ids, contents, states, strict=True):
+        receipt = await look_at(service, raw_id, body, state)
+        code = receipt["rejection"] and receipt["rejection"]["code"]
+        assert code == ("time_stamp_missing" if state == "rejected" else None)
+    await service.process()
+    for is_packed in (False, True):
+        if is_packed:
+            assert Folder(service.folder).store.compact("2024-02-29") == 4
+        rows = []
+        for at, (raw_id, body) in enumerate(zip(raw_ids, contents, strict=True)):
+            state = "rejected" if at == 2 else "processed"
+            receipt = await look_at(service, raw_id, body, state)
+            rows.append(receipt["measurement"] and receipt["measurement"]["mean"])
+            assert receipt["superseded_by"] == (str(raw_ids[1]) if at == 0 else None)
+        assert rows == [None, 7, None, 1, 2]
+
+
+async def test_raw_ids_beside_a_batch(service: Service) -> None:
+    """What is no raw_id of a batch's payload leads to nothing, though it nearly is one."""
+    kind = {"Content-Type": "application/x-ndjson"}
+    answer = await service("POST", "/ingest", data=b"1\n2", headers=kind)
+    first, last = map(UUID, answer.json["raw_ids"])
+    before, behind = UUID(int=first.int - 2**16), UUID(int=last.int + 2**16)
+    others = (before, behind, UUID(int=first.int + 1), UUID(int=first.int + 2**33))
+    for path in ("", "/payload"):
+        for other in others:
+            check_problem(await service("GET", f"/raw/{other}{path}"), 404, "raw_id_unknown")
+
+
 # ── Bad input: what is no JSON ────────────────────────────────────────────────────────────────────
 
 
@@ -774,8 +834,6 @@ async def test_nesting(service: Service, start: bytes, end: bool) -> None:
 
 
 # ── Odd documents: what lands, and what becomes of it ─────────────────────────────────────────────
-
-WHEN = '"time_stamp": "2019-05-01T10:00:00Z"'
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,8 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await ask("POST", "/ingest", data=b"1", headers={"Content-Encoding": "x-unknown"})
     found.append(("POST", "/ingest", *await other_coding(client)))
     await ask("POST", "/ingest", data=b"1", headers={"x-api-key": "wrong"})
-    await ask("POST", "/ingest", data=b"1\n2", headers={"Content-Type": "application/x-ndjson"})
+    await ask("POST", "/ingest", data=b"1\nx", headers={"Content-Type": "application/x-ndjson"})
+    await ask("POST", "/ingest", json=[{}, {}])
     for body in (b"1", b"2"):
         await ask("POST", "/ingest", data=body, headers={"Idempotency-Key": "one"})
     await ask("POST", "/ingest", data=endless())
@@ -364,4 +365,5 @@ async def test_answers_have_no_other_members(
 async def test_answers_lack_no_member(document: dict[str, Any]) -> None:
     """What an answer always holds is described as required, so that clients can count on it."""
     for name, schema in document["components"]["schemas"].items():
-        assert sorted(schema.get("required", ())) == sorted(schema["properties"]), name
+        rare = {"not_json"} if name == "AcceptedBatch" else set()
+        assert set(schema.get("required", ())) == schema["properties"].keys() - rare, name

@@ -244,6 +244,44 @@ async def test_extreme_values(book: Book):
     assert await book.findings() == []
 
 
+@pytest.mark.parametrize("limit", [None, 3, 8])
+async def test_batches(book: Book, limit: int | None):
+    """Rows of batches are proved by their own payloads: pending, cut, rejected, again, packed."""
+    contents = [b"bad" if second == 2 else payload(second, 50 + second) for second in range(6)]
+    lines = book.folder.put_batch(300, contents)
+    array = book.folder.put_batch(400, [payload(second, 70) for second in (4, 5, 90)], "json")
+    assert await book.findings() == []
+    await processor_of(book.folder.store, book.backend, 1000).process(limit)
+    assert await book.findings() == []
+    right = made(1, 51, lines[1])
+    wrong = replace(right, mean=0.5)
+    await book.overwrite(at(1), wrong)
+    await book.overwrite(at(0), None)
+    found = [Finding("missing", None, made(0, 50, lines[0])), Finding("differing", wrong, right)]
+    assert await book.findings() == found
+    assert await book.rebuild() == found
+    await book.process()
+    assert await book.findings() == []
+    (book.folder.place / "rejected" / f"{lines[2]}.json").write_bytes(payload(2, 52))  # by hand
+    assert book.folder.store.retry(lines[2])
+    assert await book.findings() == []
+    await book.process()
+    rows = [made(second, 50 + second, lines[second]) for second in range(4)]
+    rows += [made(4, 70, array[0]), made(5, 70, array[1])]
+    assert (await book.rows())[:6] == rows
+    assert (await book.rows())[-1] == made(90, 70, array[2])
+    for is_packed in (False, True):
+        if is_packed:
+            book.compact()
+            assert book.folder.files("processed") == []
+        assert await book.findings() == []
+        await book.overwrite(at(2), replace(rows[2], std_dev=9.0))
+        await book.overwrite(at(90), None)
+        kinds = [(each.kind, each.right) for each in await book.rebuild()]
+        assert kinds == [("differing", rows[2]), ("missing", made(90, 70, array[2]))]
+    assert book.folder.store.count_processed() == 2 * SECONDS + 9
+
+
 @memory
 async def test_expired(book: Book):
     """A row whose payload `keep_days` has deleted stays, unless a later one makes another."""

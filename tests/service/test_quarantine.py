@@ -260,6 +260,37 @@ async def test_retries_are_counted(serve: Serve):
     assert (await service("GET", "/rejected")).json["total"] == 0
 
 
+async def test_payloads_of_a_batch(serve: Serve):
+    """Rejected payloads of a batch are listed, counted and retried each as one of its own."""
+    backend = Relenting()
+    service = await serve(backend)
+    good = [reading(f"2019-05-01T10:00:0{second}Z", data=[second - 3]) for second in range(6)]
+    documents = [*good[:4], {}, *good[4:], reading(data=[])]
+    answer = await service("POST", "/ingest", data=json.dumps(documents).encode())
+    raw_ids = answer.json["raw_ids"]
+    assert (await service("POST", "/process?limit=6")).json["failed"] == 4
+    assert (await service.process())["failed"] == 1
+    bad = [raw_ids[at] for at in (0, 1, 2, 4, 7)]
+    page = (await service("GET", "/rejected?limit=3")).json
+    assert [each["raw_id"] for each in page["rejected"]] == bad[:3]
+    assert page["codes"] == {"backend_refused": 3, "time_stamp_missing": 1, "data_empty": 1}
+    page = (await service("GET", f"/rejected?after={page['next']}")).json
+    assert [each["raw_id"] for each in page["rejected"]] == bad[3:]
+    assert await retried(service, f"?raw_id={bad[3]}") == 1
+    assert await retried(service, f"?raw_id={raw_ids[3]}") == 0  # which is processed
+    assert await retried(service, "?code=backend_refused") == 3
+    assert (await service("GET", "/rejected")).json["codes"] == {"data_empty": 1}
+    backend.strict = False
+    done = await service.process()
+    assert (done["processed"], done["failed"]) == (3, 1)
+    assert [(each["raw_id"], each["retries"]) for each in done["rejected"]] == [(bad[3], 1)]
+    for at, raw_id in enumerate(raw_ids):
+        found = await receipt(service, raw_id)
+        assert found["state"] == ("rejected" if at in {4, 7} else "processed")
+        assert (found["rejection"] or {}).get("retries", 0) == (at in {0, 1, 2, 4})
+    assert await backend.count() == 6
+
+
 async def test_retry_without_a_reason(service: Service):
     """A payload whose reason is lost is listed as such, put back by that code, and counted."""
     raw_id = await service.land(1)

@@ -2148,7 +2148,7 @@ class Processor:
             await work(asyncio.to_thread, batch)
             done += batch.payloads()
         if starting and not starting.cancel():
-            starting.result()  # raises where they cannot start
+            await starting  # raises where they cannot start
 
     async def process_forever(self, every: float) -> NoReturn:
         """Process again and again, `every` seconds; while something is away, ever more rarely."""
@@ -3664,7 +3664,10 @@ async def receipt(request: web.Request) -> web.Response:
     size, digest = len(body), await run(hashlib.sha256, body)
     row = await row_in_place_of(app, body) if state == "processed" else None
     known = raw.rejection if state == "rejected" else raw.last_rejection
-    rejection = await run(known, raw_id)
+    try:
+        rejection = await run(known, raw_id)
+    except RawIdUnknown:  # it has just been put back
+        return await receipt(request)
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
     arrival, sha256 = arrival_of(raw_id), digest.hexdigest()

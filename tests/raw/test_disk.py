@@ -120,6 +120,15 @@ def test_a_sync_that_fails_is_an_error(tmp_path: Path):
         disk.sync_file_system(descriptor)
 
 
+@pytest.mark.linux
+def test_new_folders_are_synced(mac: Mac, tmp_path: Path):
+    """Of folders that are made all names are on the disk, from the first one that was there."""
+    disk.make_folder(tmp_path / "a" / "b")
+    assert mac.handed_over == [str(tmp_path), str(tmp_path / "a")]
+    disk.make_folder(tmp_path / "a" / "b")
+    assert len(mac.handed_over) == 2
+
+
 def test_nobody_waits_for_work_that_hangs():
     """Hands are let go while one hangs at the disk; then they take no more work."""
     hands, goes_on = disk.Hands(1, "hand"), threading.Event()

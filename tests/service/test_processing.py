@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -1208,3 +1209,28 @@ async def test_no_file_is_touched_on_the_event_loop(folder: Folder):
         await processor_of(folder.store, MemoryBackend(), 10).process()
     assert {event for event, _ in calls} >= {"open", "os.scandir", "os.rename"}
     assert not [event for event, thread in calls if thread == LOOP]
+
+
+async def test_processes_that_are_ready_when_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Processes that become ready at the very moment at which the last payload is done do no harm.
+
+    They are ready, and those who wait for all of them have not heard of it yet.
+    """
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    processor = Processor(Folder(tmp_path).store, MemoryBackend(), batch=1)
+    monkeypatch.setattr(dropzone, "SHORT", 0.05)
+    monkeypatch.setattr(processor._workers, "begin", lambda: asyncio.gather(ready))  # noqa: SLF001
+
+    def batches() -> Iterator[list[str]]:
+        yield ["one"]
+        loop.call_soon_threadsafe(time.sleep, 0.3)  # until this thread has come to its end
+        loop.call_soon_threadsafe(loop.call_soon, ready.set_result, None)
+
+    async def work(*_: object) -> None:
+        await asyncio.sleep(0.1)
+
+    await processor._process_in_thread(batches(), work)  # noqa: SLF001
+    await processor.close()

@@ -18,6 +18,7 @@ from test_http import SOME_ID, Serve, Service, check_problem, reading, refusal
 from test_processing import Folder, Picky, arrival, body
 
 from backends import Measurement
+from backends.raw.landing import RawStore
 
 serve, quiet, program = test_http.serve, test_http.quiet, test_cli.program  # fixtures
 
@@ -289,6 +290,23 @@ async def test_payloads_of_a_batch(serve: Serve):
         assert found["state"] == ("rejected" if at in {4, 7} else "processed")
         assert (found["rejection"] or {}).get("retries", 0) == (at in {0, 1, 2, 4})
     assert await backend.count() == 6
+
+
+async def test_receipt_of_what_is_just_put_back(service: Service, monkeypatch: pytest.MonkeyPatch):
+    """A payload that is put back while its receipt is made is known all the same, as pending."""
+    raw_id = await service.land([1])
+    await service.process()
+    read = RawStore.read
+
+    def read_and_put_back(store: RawStore, raw_id: UUID) -> Any:
+        found = read(store, raw_id)
+        if found[0] == "rejected":
+            store.retry(raw_id)
+        return found
+
+    monkeypatch.setattr(RawStore, "read", read_and_put_back)
+    found = await receipt(service, raw_id)
+    assert (found["state"], found["rejection"]["retries"]) == ("pending", 1)
 
 
 async def test_retry_without_a_reason(service: Service):

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from uuid import UUID
 
@@ -549,6 +550,52 @@ async def test_read_while_it_is_settled(kind: Kind, folders: Folders):
             await asyncio.to_thread(states_of, folders, raw_ids, of)
     await settling
     assert all(states_of(folders, raw_ids, of) == expected(1, 3) for raw_ids in made)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["process", "process", "put back", "process alone", "pack"]),
+        st.integers(1, 6),
+        st.sets(st.integers(0, 5), max_size=3),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(KINDS.values())), STEPS)
+def test_whatever_happens(kind: Kind, steps: list[tuple[str, int, set[int]]]):
+    """After any steps each payload of a batch is in its state, once, and every count agrees."""
+    with TemporaryDirectory() as place:
+        folders, of = folders_in(Path(place)), bodies()
+        name, raw_ids = put(folders, kind, of)
+        done, states = 0, dict.fromkeys(range(6), "pending")
+        for step, number, some in steps:
+            alone = [at for at in range(done) if states[at] == "pending"]
+            if step == "process" and done < 6:
+                end = min(6, done + number)
+                bad = [at for at in range(done, end) if at in some]
+                rejected = [rejection_of(raw_ids[at]) for at in bad]
+                folders.settle([name] if end == 6 else [], rejected, {name: end} if end < 6 else {})
+                states |= dict.fromkeys(range(done, end), "processed")
+                states |= dict.fromkeys(bad, "rejected")
+                done = end
+            elif step == "put back" and states[number - 1] == "rejected":
+                assert folders.retry(raw_ids[number - 1])
+                states[number - 1] = "pending"
+            elif step == "process alone":
+                folders.settle([f"{raw_ids[at]}.json" for at in alone], [])
+                states |= dict.fromkeys(alone, "processed")
+            elif step == "pack":
+                for day in folders.finished_days():
+                    folders.compact(day)
+            processed = [at for at, state in states.items() if state == "processed"]
+            assert states_of(folders, raw_ids, of) == list(states.values())
+            assert folders.count_pending() == list(states.values()).count("pending")
+            assert folders.count_processed() == len(processed)
+            assert proved(folders) == {raw_ids[at]: of[at] for at in processed}
+            assert len(list(folders.rejections())) == list(states.values()).count("rejected")
+            assert_once(Path(place))
 
 
 def test_it_leaves_its_batch_while_it_is_looked_for(

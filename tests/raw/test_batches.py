@@ -917,6 +917,27 @@ def journaled(folder: Path, *entries: Entry) -> None:
     log.close()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_batch_in_a_damaged_record(
+    is_there: bool, kind: Kind, store: RawStore, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    """A batch of a damaged record is told to be lost, by its first raw_id, if it is not there."""
+    body = kind.join(bodies())
+    raw_ids = await store.land(body, None, "", kind.form, 6)
+    [after] = await store.land(b"{}")
+    copy = crashed(folder)
+    [log] = (copy / "journal").glob("*.log")
+    log.write_bytes(log.read_bytes().replace(body, body[:-9] + b"x" + body[-8:]))
+    if not is_there:
+        (copy / "raw" / name_of(raw_ids[0], 6, kind.form)).unlink()
+    (copy / "raw" / f"{after}.json").unlink()
+    async with opened(copy) as again:
+        assert again.read(after) == ("pending", b"{}")
+        assert again.count_pending() == (7 if is_there else 1)
+    lost = "0 are not there" if is_there else f"1 are not there: {raw_ids[0]}"
+    assert lost in caplog.text
+
+
 @pytest.mark.parametrize("bad", [(), (1, 4), tuple(range(6))])
 async def test_packed_batches_do_not_come_back(
     bad: tuple[int, ...], kind: Kind, folders: Folders, folder: Path

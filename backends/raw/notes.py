@@ -46,7 +46,7 @@ class BatchNotes:
         """
         self.folder.mkdir(exist_ok=True)
         known = sorted(places)
-        part = self.folder / f"{name}.part"
+        part = self.folder.with_name(f"{name}.part")  # where what a kill has left is looked for
         part.write_bytes(msgspec.json.encode((_checksum(known), known)))
         return part, self.folder / f"{name}{LEFT}"
 

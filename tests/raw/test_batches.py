@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from uuid import UUID
 
@@ -551,6 +552,52 @@ async def test_read_while_it_is_settled(kind: Kind, folders: Folders):
     assert all(states_of(folders, raw_ids, of) == expected(1, 3) for raw_ids in made)
 
 
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["process", "process", "put back", "process alone", "pack"]),
+        st.integers(1, 6),
+        st.sets(st.integers(0, 5), max_size=3),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(KINDS.values())), STEPS)
+def test_whatever_happens(kind: Kind, steps: list[tuple[str, int, set[int]]]):
+    """After any steps each payload of a batch is in its state, once, and every count agrees."""
+    with TemporaryDirectory() as place:
+        folders, of = folders_in(Path(place)), bodies()
+        name, raw_ids = put(folders, kind, of)
+        done, states = 0, dict.fromkeys(range(6), "pending")
+        for step, number, some in steps:
+            alone = [at for at in range(done) if states[at] == "pending"]
+            if step == "process" and done < 6:
+                end = min(6, done + number)
+                bad = [at for at in range(done, end) if at in some]
+                rejected = [rejection_of(raw_ids[at]) for at in bad]
+                folders.settle([name] if end == 6 else [], rejected, {name: end} if end < 6 else {})
+                states |= dict.fromkeys(range(done, end), "processed")
+                states |= dict.fromkeys(bad, "rejected")
+                done = end
+            elif step == "put back" and states[number - 1] == "rejected":
+                assert folders.retry(raw_ids[number - 1])
+                states[number - 1] = "pending"
+            elif step == "process alone":
+                folders.settle([f"{raw_ids[at]}.json" for at in alone], [])
+                states |= dict.fromkeys(alone, "processed")
+            elif step == "pack":
+                for day in folders.finished_days():
+                    folders.compact(day)
+            processed = [at for at, state in states.items() if state == "processed"]
+            assert states_of(folders, raw_ids, of) == list(states.values())
+            assert folders.count_pending() == list(states.values()).count("pending")
+            assert folders.count_processed() == len(processed)
+            assert proved(folders) == {raw_ids[at]: of[at] for at in processed}
+            assert len(list(folders.rejections())) == list(states.values()).count("rejected")
+            assert_once(Path(place))
+
+
 def test_it_leaves_its_batch_while_it_is_looked_for(
     kind: Kind, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ):
@@ -838,7 +885,10 @@ def crashed(folder: Path) -> Path:
 @pytest.mark.parametrize("how", MANGLED)
 @pytest.mark.parametrize("is_settled", [False, True])
 async def test_recovered(how: str, is_settled: bool, kind: Kind, store: RawStore, folder: Path):
-    """A batch is written again from the journal, where it lies, with all that was known of it."""
+    """A batch is written again from the journal, where it lies, with all that was known of it.
+
+    One that was processed and lies nowhere any more is pending again, but for what has left it.
+    """
     of = bodies(1)
     raw_ids = await store.land(kind.join(of), None, "", kind.form, 6)
     await store.land(b"{}")
@@ -846,15 +896,17 @@ async def test_recovered(how: str, is_settled: bool, kind: Kind, store: RawStore
         process(store)
     copy = crashed(folder)
     [path] = {path for paths in files_in(copy).values() for path in paths if form_of(path.name)}
-    if how == "missing" and is_settled:
-        return  # what no folder has any more was packed, or somebody has taken it
     MANGLED[how](path)
+    states = expected(1) if is_settled else ["pending"] * 6
+    pending = 0 if is_settled else 7
+    if is_settled and how == "missing":
+        path, pending = copy / "raw" / path.name, 6
+        states = ["rejected" if at == 1 else "pending" for at in range(6)]
     for _ in range(2):
         async with opened(copy) as again:
-            states = expected(1) if is_settled else ["pending"] * 6
             assert states_of(again, raw_ids, of) == states
             assert path.read_bytes() == kind.join(of)
-            assert again.count_pending() == (0 if is_settled else 7)
+            assert again.count_pending() == pending
         assert_once(copy)
 
 
@@ -863,6 +915,27 @@ def journaled(folder: Path, *entries: Entry) -> None:
     log = Log.create(folder / "journal")
     log.append(Record(list(entries), []))
     log.close()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_batch_in_a_damaged_record(
+    is_there: bool, kind: Kind, store: RawStore, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    """A batch of a damaged record is told to be lost, by its first raw_id, if it is not there."""
+    body = kind.join(bodies())
+    raw_ids = await store.land(body, None, "", kind.form, 6)
+    [after] = await store.land(b"{}")
+    copy = crashed(folder)
+    [log] = (copy / "journal").glob("*.log")
+    log.write_bytes(log.read_bytes().replace(body, body[:-9] + b"x" + body[-8:]))
+    if not is_there:
+        (copy / "raw" / name_of(raw_ids[0], 6, kind.form)).unlink()
+    (copy / "raw" / f"{after}.json").unlink()
+    async with opened(copy) as again:
+        assert again.read(after) == ("pending", b"{}")
+        assert again.count_pending() == (7 if is_there else 1)
+    lost = "0 are not there" if is_there else f"1 are not there: {raw_ids[0]}"
+    assert lost in caplog.text
 
 
 @pytest.mark.parametrize("bad", [(), (1, 4), tuple(range(6))])

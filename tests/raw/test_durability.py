@@ -130,10 +130,9 @@ async def power_cut_by_hand(tmp_path: Path) -> None:
     finally:
         service.kill()
     journaled = b"".join(log.read_bytes() for log in (data / "journal").glob("*.log"))
-    held = [raw_id for raw_id, body in ledger.acknowledged.items() if body in journaled]
     files = files_in(data)
-    for raw_id in CHANCE.sample(held, len(held) // 2):
-        [path] = files[raw_id]
+    held = [files[raw_id] for raw_id, body in ledger.acknowledged.items() if body in journaled]
+    for path in {path for [path] in CHANCE.sample(held, len(held) // 2)}:
         if CHANCE.random() < 0.5:
             path.unlink()
         else:

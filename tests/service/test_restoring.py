@@ -67,10 +67,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 class Moments(Ledger):
     """Payloads of many moments, one in ten of which is no measurement."""
 
-    def new_body(self) -> bytes:
+    def new_body(self, *, is_bad: bool = False) -> bytes:
         number = len(self.sent)
         at = timestamp_text(datetime.fromisoformat("2019-05-01T12:00Z") + timedelta(seconds=number))
-        data = [0, number] if number % 10 else []
+        data = [0, number] if number % 10 and not is_bad else []
         body = json.dumps({"time_stamp": at, "data": data}).encode()
         self.sent.add(body)
         return body

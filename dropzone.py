@@ -3190,7 +3190,8 @@ async def receipt(request: web.Request) -> web.Response:
     try:
         rejection = await run(known, raw_id)
     except RawIdUnknown:  # it has just been put back
-        return await receipt(request)
+        again: web.Response = await receipt(request)
+        return again
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
     arrival, sha256 = arrival_of(raw_id), digest.hexdigest()

@@ -22,6 +22,7 @@ from power_cut import (
     REPO,
     Ledger,
     assert_whole,
+    bodies_in,
     children_of,
     files_in,
     state_of,
@@ -135,13 +136,15 @@ async def test_killed_workers_lose_nothing(gunicorn: Gunicorn):
             await gunicorn.kill_a_worker()
         stop.set()
         await asyncio.gather(*clients)
-        for key, (bodies, raw_ids) in list(ledger.keys.items())[::50]:
-            assert await ledger.post(session, bodies, key) == raw_ids
+        for key, (bodies, form, raw_ids) in list(ledger.keys.items())[::50]:
+            assert await ledger.post(session, bodies, key, form) == raw_ids
     assert gunicorn.stop() == 0
     assert len(ledger.acknowledged) > KILLS * CLIENTS
     assert_whole(gunicorn.data, ledger)
-    paths = [path for paths in files_in(gunicorn.data).values() for path in paths]
-    assert len(paths) == len({path.read_bytes() for path in paths}) == len(ledger.acknowledged)
+    landed = [(raw_id, path) for raw_id, paths in files_in(gunicorn.data).items() for path in paths]
+    bodies = {path: bodies_in(path) for _, path in landed}
+    different = {bodies[path][raw_id] for raw_id, path in landed}
+    assert len(landed) == len(different) == len(ledger.acknowledged)
     wait_for(lambda: not list(gunicorn.data.glob("journal/*.log")))  # recovered, and emptied
     # gunicorn's own log may trip over the signals of its workers
     assert 'dropzone.py", line' not in gunicorn.log.read_text()

@@ -161,6 +161,7 @@ from backends.raw.batches import (
     BLANK,
     LINE,
     NOT_FINITE,
+    OBJECTS,
     RECORD_SEPARATOR,
     REFUSED,
     elements_in,
@@ -1019,6 +1020,9 @@ ALONE = Contents()
 
 def _document(strict: bytes, body: bytes) -> Contents:
     check_utf8(body)
+    if not OBJECTS.match(strict):  # or else there may be millions of elements
+        RAW_JSON.decode(strict)
+        return ALONE
     count = 0
     for begin, _ in elements_in(strict):
         count += 1

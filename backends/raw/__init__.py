@@ -150,6 +150,11 @@ def begins_batch(raw_id: UUID, payloads: int) -> bool:
     return place_of(raw_id) == (raw_id, payloads, 0)
 
 
+def came_alone(raw_id: UUID) -> bool:
+    """Say whether a raw_id is one that this version gives to a payload that comes alone."""
+    return not raw_id.int >> COUNT_AT & MOST_IN_BATCH
+
+
 class RawIds(Sequence[UUID]):
     """The raw_ids of a batch: `first` + k·2¹⁶ for k = 0, 1, … below the number of payloads."""
 

@@ -85,15 +85,11 @@ def _documents(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def elements_in(text: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where the elements of an array of objects begin and end.
+    """Yield where the elements of an array begin and end; raises one of `REFUSED` if it is none.
 
-    Raises one of `REFUSED` where the text is no JSON. What is no array of objects may have none, or
-    others. It takes little memory, however many there are.
+    It takes little memory, however many objects there are.
     """
-    if not OBJECTS.match(text):
-        RAW.decode(text)
-        return iter(())
-    if text.count(b"{") > MOST_AT_ONCE:
+    if text.count(b"{") > MOST_AT_ONCE and text.lstrip().startswith(b"["):
         RAW.decode(text)
         return _one_by_one(text, text.find(b"[") + 1, len(text.rstrip()) - 1, ELEMENTS)
     return _one_after_another(text, list(map(len, ARRAY.decode(text))))

@@ -260,7 +260,11 @@ class Folders(Days):
     ) -> Settled:
         """See Payloads.settle."""
         processed, stuck = list(processed), dict[str, str]()
-        batches = {first_of(name): name for name in (*processed, *done) if form_of(name)}
+        batches = {
+            first_of(name): name
+            for name in (*processed, *done)
+            if form_of(name) and os.path.lexists(self.raw / name)
+        }
         apart = self._reject(rejected, batches, stuck)
         if apart:
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
@@ -284,7 +288,7 @@ class Folders(Days):
     ) -> list[Rejection]:
         """Move payloads to the rejected ones; return why, their retries counted.
 
-        `batches` are the names of those that are settled, by their first raw_ids.
+        `batches` are the names of those that are settled and pending, by their first raw_ids.
         """
         apart, renames = list[Rejection](), list[tuple[Path, Path]]()
         by_file = dict[str, list[Rejection]]()

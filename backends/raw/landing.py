@@ -45,6 +45,7 @@ from backends.raw import (
     StorageFull,
     StorageUnavailable,
     begins_batch,
+    came_alone,
     name_of,
     place_of,
 )
@@ -658,8 +659,10 @@ def _is_of(arrival: Arrival, use: KeyUse) -> bool:
 
     Older versions have divided lines into as many payloads, and nothing else.
     """
-    place = place_of(use.raw_ids[0])
-    if place and place.at == 0 and place.payloads != arrival.payloads:
+    first = use.raw_ids[0]
+    place, is_alone = place_of(first), len(use.raw_ids) == 1 and came_alone(first)
+    payloads = 1 if is_alone else place.payloads if place and place.at == 0 else arrival.payloads
+    if payloads != arrival.payloads:
         return False
     if arrival.form == "ndjson" and not place and len(use.raw_ids) != arrival.payloads:
         return False

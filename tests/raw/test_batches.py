@@ -993,7 +993,7 @@ async def test_keys_of_older_versions(has_landed: bool, kind: Kind, folder: Path
     """
     body, now = kind.join(bodies()), uuid_at(datetime.now(UTC) - timedelta(hours=1))
     count = 6 if kind.form == "ndjson" else 1
-    old = [UUID(int=now.int + at) for at in range(count)]
+    old = [UUID(int=now.int + (1 << 33 | 5 << 16) + at) for at in range(count)]  # random bits
     folders_in(folder)
     keys = Keys(folder / "journal" / "keys.sqlite")
     keys.open(is_expected=False)

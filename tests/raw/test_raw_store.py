@@ -289,15 +289,16 @@ async def test_a_caller_that_leaves(store: RawStore):
     assert all(store.read(raw_id)[1] in (BODY, b"1", b"2") for raw_id in pending_in(store))
 
 
-async def test_close_waits(folder: Path):
+@pytest.mark.parametrize("size", [1_000_000, LARGE + 1])
+async def test_close_waits(size: int, folder: Path):
     """`close` returns when what was handed in is on disk, even if nobody waits for it any more."""
     async with opened(folder) as store:
-        call = asyncio.ensure_future(land_each(store, [b"x" * 1_000_000] * 5))
+        calls = [asyncio.ensure_future(store.land(b"x" * size)) for _ in range(5)]
         await asyncio.sleep(0)
     sizes = [file.stat().st_size for file in (folder / "raw").iterdir()]
 
-    assert sizes == [1_000_000] * 5
-    assert len(await call) == 5
+    assert sizes == [size] * 5
+    assert len(await asyncio.gather(*calls)) == 5
 
 
 async def test_a_reader_sees_whole_files_alone(store: RawStore, folder: Path):

@@ -48,7 +48,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+from stores import payloads_below  # noqa: E402
 
 from dropzone import ROUTES, Route  # noqa: E402
 
@@ -719,13 +721,12 @@ def configure(home: Path) -> None:
 
 def lost(home: Path) -> list[str]:
     """Return the acknowledged payloads that do not lie in the data folder as they were sent."""
-    files = {file.stem: file for file in (home / "data").rglob("*.json")}
-    missing = []
+    landed, missing = payloads_below(home / "data"), list[str]()
     for ledger in home.glob("ledger-*"):
         for line in ledger.read_text().splitlines():
             raw_id, _, checksum = line.partition(" ")
-            file = files.get(str(UUID(raw_id)))
-            if file is None or (checksum and zlib.crc32(file.read_bytes()) != int(checksum)):
+            body = landed.get(UUID(raw_id))
+            if body is None or (checksum and zlib.crc32(body) != int(checksum)):
                 missing.append(f"{raw_id} was acknowledged and is not there, or is another")
     return missing
 

@@ -280,7 +280,7 @@ class RawStore(Folders):
         self._landing: set[asyncio.Task[None]] = set()
         self._large = 0  # bodies under way
         self._turns_of_large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._writing: list[Sequence[Need]] = []  # what each group under way needs
+        self._writing: dict[int, Sequence[Arrival]] = {}  # the groups under way
         self._under_way: dict[int, tuple[float, float, Answers]] = {}  # begun, patience, for whom
         self._overdue: dict[int, float] = {}  # groups that stand still, and since when
         self._watch: asyncio.TimerHandle | None = None
@@ -381,15 +381,16 @@ class RawStore(Folders):
         if not self._is_open:
             return STOPPED.result(arrival)
         if not arrival.is_large():
-            return await self._land(arrival)
+            return (await self._gather(arrival)).result(arrival)
         async with self._turns_of_large:
             self._large += 1
             try:
-                return await self._land(arrival)
+                return (await self._gather(arrival)).result(arrival)
             finally:
                 self._large -= 1
 
-    async def _land(self, arrival: Arrival) -> Sequence[UUID]:
+    def _gather(self, arrival: Arrival) -> asyncio.Future[Answer]:
+        """Let an arrival be landed with what else has gathered."""
         if self._overdue:
             raise StorageUnavailable(self._standstill())
         landed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -399,7 +400,7 @@ class RawStore(Folders):
             most = LARGE_AT_ONCE + 1
         if len(self._landing) < most:
             self._landing.add(asyncio.create_task(self._land_gathered()))
-        return (await landed).result(arrival)
+        return landed
 
     async def _land_gathered(self) -> None:
         """Land what has gathered while the groups before were landed, until nothing has.
@@ -447,8 +448,9 @@ class RawStore(Folders):
 
     def _patience(self, group: Sequence[Arrival], size: int) -> float:
         """Return the seconds that a group may take, beside those that are under way."""
-        files = len(group) + sum(map(len, self._writing))
-        total = size + sum(need.bytes for needs in self._writing for need in needs)
+        others = list(itertools.chain.from_iterable(self._writing.values()))
+        files = len(group) + len(others)
+        total = size + sum(len(arrival.body) for arrival in others)
         return LAND_PATIENCE + files / LEAST_FILES + total / LEAST_BYTES
 
     def _look(self) -> None:
@@ -483,12 +485,11 @@ class RawStore(Folders):
     async def _written(self, group: Sequence[Arrival], size: int) -> Written:
         """Land a group of `size` bytes by the writer process or by a thread, and tell of it."""
         begun = time.monotonic()
-        others = tuple(itertools.chain(*self._writing))
-        needs = tuple(arrival.needs() for arrival in group)
+        others = [arrival.needs() for other in self._writing.values() for arrival in other]
         is_large = group[0].is_large()
         is_many = WRITER_BYTES <= size < BY_THREAD * len(group)
         by_writer = is_large or (is_many and not self._large)
-        self._writing.append(needs)
+        self._writing[id(group)] = group
         try:
             written = None
             if by_writer:
@@ -496,7 +497,7 @@ class RawStore(Folders):
             if written is None:
                 written = await self._in_thread(self.write, group, others)
         finally:
-            self._writing.remove(needs)
+            del self._writing[id(group)]
         if self._observer and written.payloads:
             seconds = time.monotonic() - begun
             self._observer.landed(written.payloads, written.bytes, seconds, written.sync_seconds)

@@ -487,7 +487,7 @@ class RawStore(Folders):
         begun = time.monotonic()
         others = [arrival.needs() for other in self._writing.values() for arrival in other]
         is_large = group[0].is_large()
-        is_many = WRITER_BYTES <= size < BY_THREAD * len(group)
+        is_many = size >= WRITER_BYTES and (size < BY_THREAD * len(group) or bool(self._writing))
         by_writer = is_large or (is_many and not self._large)
         self._writing[id(group)] = group
         try:

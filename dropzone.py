@@ -727,20 +727,20 @@ class StandardError(logging.Handler):
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write([record])
+        self.write([self.format(record)])
 
-    def write(self, records: Iterable[logging.LogRecord]) -> None:
-        """Write some records together."""
-        text = "".join([f"{self.format(record)}\n" for record in records])
+    def write(self, lines: Iterable[str]) -> None:
+        """Write some lines together."""
+        text = "".join([f"{line}\n" for line in lines])
         with contextlib.suppress(OSError):  # nobody reads it any more
             write_all(self._descriptor, text.encode(errors="backslashreplace"))
 
 
 class LineQueue(logging.Handler):
-    """Hands records to a thread that writes them, so that nobody waits for a reader that stalls.
+    """Hands lines to a thread that writes them, so that nobody waits for a reader that stalls.
 
-    Lines that come together are written together: a thread that woke up for each of them would take
-    the interpreter from the event loop as often.
+    Lines that come together are written together, and it does nothing else: a thread that is at
+    work for each of them takes the interpreter from the event loop as often.
     """
 
     def __init__(self, out: StandardError) -> None:
@@ -751,32 +751,30 @@ class LineQueue(logging.Handler):
 
     def begin(self) -> None:
         """Start the thread; a process that was forked has to do it again."""
-        self._waiting = deque[logging.LogRecord]()
+        self._waiting = deque[str]()
         self._is_writing = False
         self._wake = threading.Event()
         threading.Thread(target=self._write_forever, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record over; its text is made now, as its arguments may change, unlike facts."""
-        try:
-            if record.args:
-                record.msg, record.args = record.getMessage(), None
-        except Exception:  # noqa: BLE001 (as any handler of logging does)
-            self.handleError(record)
-            return
+        """Take a record over."""
         if len(self._waiting) >= LINES_WAITING:
             self._lost += 1
             return
         if self._lost:
             self._waiting.append(self._report())
             self._lost = 0
-        self._waiting.append(record)
+        try:
+            self._waiting.append(self._out.format(record))
+        except Exception:  # noqa: BLE001 (as any handler of logging does)
+            self.handleError(record)
         if not self._wake.is_set():
             self._wake.set()
 
-    def _report(self) -> logging.LogRecord:
+    def _report(self) -> str:
         lost = f"{self._lost} lines were lost, as nobody read standard error"
-        return logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
+        report = logging.LogRecord(log.name, logging.WARNING, "", 0, lost, None, None)
+        return self._out.format(report)
 
     def _write_forever(self) -> NoReturn:
         while True:

@@ -1773,6 +1773,7 @@ def _bad_value_in(text: memoryview, rules: TransformConfig) -> DataQualityError:
 
 
 AT_ONCE = 65_536  # values whose deviations are in memory at a time
+MUCH_GREATER = 2.0**30  # times the unit in the last place of a mean
 DOWN = 2.0**-32  # a scale at which no sum of a payload leaves the range of a double
 
 
@@ -1798,11 +1799,15 @@ def _deviation(values: Sequence[float], mean: float) -> float:
     """Return the root of the mean square of the deviations from a mean that was rounded.
 
     The rounding error of the mean is the mean of the deviations from it, and is taken out of them
-    again (the corrected two-pass algorithm: Chan, Golub, LeVeque, 1983); `math.dist` scales, so
-    that squares neither overflow nor vanish.
+    again (the corrected two-pass algorithm: Chan, Golub, LeVeque, 1983), unless the deviation is so
+    much greater that it makes no difference; `math.dist` scales, so that squares neither overflow
+    nor vanish.
     """
     count = len(values)
     if count <= AT_ONCE:
+        deviation = math.dist(values, itertools.repeat(mean, count)) / math.sqrt(count)
+        if deviation > MUCH_GREATER * math.ulp(mean):
+            return deviation
         deviations = list(map(operator.sub, values, itertools.repeat(mean)))
         residual = math.fsum(deviations) / count
         return math.dist(deviations, itertools.repeat(residual, count)) / math.sqrt(count)
@@ -1825,6 +1830,7 @@ LOOK_PATIENCE = 0.5  # seconds after which a caller gets what was found before
 LOOK_PAUSE = 200  # the next look begins after so many times the duration of the last
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
+MUCH = 5000  # payloads, which a command does not process by itself alone
 SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
@@ -1975,6 +1981,19 @@ class Workers:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
+    @property
+    def are_there(self) -> bool:
+        return self._pool is not None
+
+    def fork(self) -> None:
+        """Start the processes as copies of this one, which takes milliseconds.
+
+        This one must have neither another thread nor an event loop yet.
+        """
+        copies = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(self._count, copies, _begin_worker)
+        self._pool.submit(os.getpid)  # all of them start with the first call
+
     async def run(self, call: Callable[..., T], *arguments: object) -> T:
         """Call a function of this module in one of them; raises what it raises."""
         spawn = multiprocessing.get_context("spawn")
@@ -2033,7 +2052,7 @@ def _take_note(done: asyncio.Future[Any]) -> None:
 
 def _begin_worker() -> None:
     """Let landing go first, and end with the process that started this one, however it ends."""
-    os.nice(NICE)
+    os.nice(max(0, NICE - os.nice(0)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process hears it, and closes this one
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
@@ -2084,13 +2103,14 @@ class Processor:
         batch: int,
         rules: TransformConfig = RULES,
         metrics: Metrics | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._payloads = payloads
         self._backend = backend
         self._rules = rules
         self._batch = batch
         self._metrics = metrics or Metrics()
-        self._workers = Workers()
+        self._workers = workers or Workers()
         self._turn = asyncio.Lock()
 
     async def process(
@@ -2115,7 +2135,8 @@ class Processor:
                 progress(result.checked, todo)
 
             batches = self._works(todo)
-            await self._process_in_thread(batches, work, todo)
+            if not self._workers.are_there:
+                await self._process_in_thread(batches, work, todo)
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
@@ -5249,7 +5270,12 @@ async def process_pending(config: Config, args: argparse.Namespace) -> int:
     async with opened(config) as (store, backend, metrics):
         batch = config.process.batch
         processor = Processor(
-            store.portable(), backend, batch=batch, rules=config.transform, metrics=metrics
+            store.portable(),
+            backend,
+            batch=batch,
+            rules=config.transform,
+            metrics=metrics,
+            workers=args.workers,
         )
         try:
             if args.watch:
@@ -6049,6 +6075,8 @@ def perform(args: argparse.Namespace) -> int:
         args.files = [name if name == "-" else os.path.abspath(name) for name in args.files]
         os.chdir(os.sep)
     runs_on = args.run is serve or getattr(args, "watch", False)
+    if args.run is process_pending:
+        args.workers = workers_for(config, args.limit)
     # A command reports by itself.
     log_to_stderr(config.log, "" if runs_on else "warning", queued=runs_on)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -6056,6 +6084,16 @@ def perform(args: argparse.Namespace) -> int:
         code: int = runner.run(until_stopped(command) if runs_on else command)
     sys.stdout.flush()
     return code
+
+
+def workers_for(config: Config, limit: int | None) -> Workers:
+    """Return workers for what is pending; for much of it they are forked now, before any thread."""
+    workers, pending = Workers(), 0
+    with contextlib.suppress(OSError):  # of which the command itself tells
+        pending = store_of(config).portable().count_pending()
+    if sys.platform == "linux" and min(pending, limit or pending) >= MUCH:
+        workers.fork()
+    return workers
 
 
 def told(error: Exception) -> tuple[str, int]:

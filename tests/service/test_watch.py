@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
 from power_cut import GONE, Service, children_of, state_of, wait_for
-from stores import land_each
+from stores import land_each, lines
 from test_cli import LINE, OK, PATIENCE, Program, Server
 from test_http import Outage
 from test_processing import (
@@ -567,3 +567,23 @@ def test_listing_holds_few_names(tmp_path: Path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[0] < peaks[1] / 20
+
+
+async def test_a_large_backlog_is_shared_from_the_start(folder: Folder, program: Program):
+    """For much that is pending the command forks itself, and what it has forked ends with it."""
+    count = dropzone.MUCH
+    bodies = [body(number, number) for number in range(count)]
+    for start in range(0, count, 500):
+        await folder.store.land(**lines(*bodies[start : start + 500]))
+    process = program.start("process", DROPZONE_PROCESS_BATCH=10)
+    own, forked = power_cut.command_of(process.pid), list[int]()
+    while len(forked) < dropzone.WORKERS and process.poll() is None:
+        children = children_of(process.pid)
+        forked = [pid for pid in children if power_cut.command_of(pid) == own]
+    process.kill()
+    process.wait()
+    assert len(forked) == dropzone.WORKERS
+    wait_for(lambda: all(state_of(pid) in GONE for pid in forked))
+    result = json.loads(program.run("process").stdout)
+    assert (result["failed"], result["remaining"]) == (0, 0)
+    assert folder.store.count_processed() == count

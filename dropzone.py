@@ -5630,7 +5630,7 @@ BACKUP_PATIENCE = 3600.0  # seconds that a backup waits for another run
 @contextlib.asynccontextmanager
 async def held(lock_file: Path) -> AsyncIterator[None]:
     """Hold a lock; wait for another run that has it, and say so."""
-    lock = AsyncFileLock(lock_file)
+    lock = AsyncFileLock(lock_file, poll_interval=0.005)  # others leave it free for moments only
     try:
         await lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout:

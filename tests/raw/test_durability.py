@@ -231,7 +231,7 @@ async def test_told_to_stop_as_a_whole(tmp_path: Path):
         assert [error for error in ended if not isinstance(error, aiohttp.ClientError)] == []
     finally:
         service.kill()
-    assert ledger.codes <= {"draining"}
+    assert ledger.codes <= {"draining", "storage_unavailable"}  # of what another process looked at
     assert_whole(data, ledger)
     assert logs_in(data) == set()
 

@@ -1224,13 +1224,13 @@ async def test_processes_that_are_ready_when_nothing_is_left(
     monkeypatch.setattr(dropzone, "SHORT", 0.05)
     monkeypatch.setattr(processor._workers, "begin", lambda: asyncio.gather(ready))  # noqa: SLF001
 
-    def batches() -> Iterator[list[str]]:
-        yield ["one"]
+    def batches() -> Iterator[dropzone.Work]:
+        yield dropzone.Work([f"{arrival(1)}.json"])
         loop.call_soon_threadsafe(time.sleep, 0.3)  # until this thread has come to its end
         loop.call_soon_threadsafe(loop.call_soon, ready.set_result, None)
 
     async def work(*_: object) -> None:
         await asyncio.sleep(0.1)
 
-    await processor._process_in_thread(batches(), work)  # noqa: SLF001
+    await processor._process_in_thread(batches(), work, 10**9)  # noqa: SLF001
     await processor.close()

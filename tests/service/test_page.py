@@ -252,7 +252,10 @@ async def test_an_arrival_shows_within_two_seconds(service: Service, visit: Visi
 
 
 async def test_live(service: Service, visit: Visit, shots: Path) -> None:
-    """A row appears in the chart by itself when its payload has been processed."""
+    """Rows appear in the chart by themselves when their payloads have been processed.
+
+    They are more than leave the range of the last day at its beginning meanwhile.
+    """
     await busy(service)
     page = await visit(service.url)
     await expect(page.locator("#say")).to_have_text("All is well")
@@ -261,9 +264,9 @@ async def test_live(service: Service, visit: Visit, shots: Path) -> None:
     await page.evaluate("scrollTo(0, 0)")
     await page.screenshot(path=shots / "page-light.png")
     before = await page.locator("#readout").text_content()
-    await service.land(payload(-60, 30))
+    await service.land(*(payload(-60 - number, 30) for number in range(20)))
     await service("POST", "process")
-    await expect(page.locator("#processed")).to_have_text("128,420")
+    await expect(page.locator("#processed")).to_have_text("128,439")
     await expect(page.locator("#readout")).not_to_have_text(before or "", timeout=120_000)
 
 

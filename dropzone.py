@@ -2004,6 +2004,7 @@ class Workers:
 
         This one must have neither another thread nor an event loop yet.
         """
+        gc.freeze()  # a collection would write to what they share
         copies = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(self._count, copies, _begin_worker)
         self._pool.submit(os.getpid)  # all of them start with the first call
@@ -2028,7 +2029,7 @@ class Workers:
         return begun
 
     async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
-        """Do some work for each item, one more at a time than there are processes.
+        """Do some work for each item, two more at a time than there are processes.
 
         After an error no other item is begun; it is raised when those under way are done with.
         """
@@ -2047,7 +2048,7 @@ class Workers:
                 stopped = True
                 raise
 
-        lanes = (lane() for _ in range(self._count + 1))
+        lanes = (lane() for _ in range(self._count + 2))
         for error in await asyncio.gather(*lanes, return_exceptions=True):
             if error:
                 raise error

@@ -248,8 +248,10 @@ class Folders(Days):
             if of_day:
                 names += of_day
                 break
-        raw_ids = [first_of(name) for name in names if payloads_in_name(name)]
+        names.sort(reverse=True)  # names sort as their raw_ids do, and there may be many
+        known = (first_of(name) for name in names if payloads_in_name(name))
         packs = self.packs()
+        raw_ids = [next(filter(arrival_of, known), UUID(int=0))]
         raw_ids += [pack.last() for pack in packs if pack.day == packs[-1].day]
         return max(filter(arrival_of, raw_ids), default=UUID(int=0))
 

@@ -337,6 +337,7 @@ class Folders(Discarded):
                     part = self.journal / f"{raw_id}.part"
                     part.write_bytes(payloads[raw_id])
                     renames.append((part, self.path(raw_id, "rejected")))
+            self._move(f"{raw_id}.json", self.rejected)  # it has left the batch, and was put back
         return [*renames, self.notes.prepare_left(name, left)]
 
     def _move_all(self, names: Iterable[str], stuck: dict[str, str]) -> list[str]:

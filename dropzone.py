@@ -4098,10 +4098,13 @@ async def discard(request: web.Request, query: DiscardQuery) -> web.Response:
     return answer(Discarded(count))
 
 
+NO_SERIES = "of no use while [transform] series is unset: leave it out"
+
+
 def require_series(query: DiscardQuery) -> None:
     """Raise where payloads are to be chosen by a series, and there is one alone."""
     if query.series is not None:
-        raise query_invalid("series", "of no use while [transform] series is unset: leave it out")
+        raise query_invalid("series", NO_SERIES)
 
 
 @Route(
@@ -5994,8 +5997,9 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
 
 async def discard_payloads(config: Config, args: argparse.Namespace) -> int:
     """discard payloads in any state by raw_id, or rejected ones by code and time, and their rows"""
-    query = DiscardQuery(args.code, args.since, args.until, series=args.series)
-    require_series(query)
+    query = DiscardQuery(args.code, args.since, args.until)
+    if args.series is not None:
+        raise ConfigError(f"--series is {NO_SERIES}")
     async with opened_processor(config) as (store, processor):
         store.take_stock()  # what others have done in the folder
         chosen = rejected_ids(store, query)

@@ -5847,7 +5847,7 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
-    """pack the finished days of processed payloads, delete those that are older than keep_days"""
+    """pack the finished days of processed payloads, delete what is older than keep_days"""
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):

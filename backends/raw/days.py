@@ -74,7 +74,7 @@ def earliest_names(
 
 
 class Days(Places):
-    """The days of a data folder; packs are deleted after `keep_days` days, or never if it is 0."""
+    """The days of a data folder; they are deleted after `keep_days` days, or never if it is 0."""
 
     def __init__(
         self, folder: Path, processed: Path | None, rejected: Path | None, keep_days: int

@@ -80,8 +80,8 @@ LARGE_AT_ONCE = threading.BoundedSemaphore(2)
 class Folders(Discarded):
     """The folders of a data folder: implements `backends.raw.Payloads`.
 
-    It holds nothing but paths and plain values, so that it can travel to other processes. Packs are
-    deleted `keep_days` days after their day, never where that is 0.
+    It holds nothing but paths and plain values, so that it can travel to other processes. Packs and
+    discarded payloads are deleted `keep_days` days after their day, never where that is 0.
     """
 
     def __init__(

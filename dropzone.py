@@ -2284,7 +2284,7 @@ class Processor:
             if not judged.files:
                 judged = await self._workers.run(judge_some)
             for rows in judged.rows:
-                refused = await self.upsert(ROWS_OF.decode(rows))
+                refused = await self._upsert(ROWS_OF.decode(rows))
                 judged.rejected.extend(_portions(refused))
             settle = self._workers.run if len(judged.rejected) > 1 else run
             outcome = OUTCOME.decode(await settle(settle_files, self._payloads, work, judged))
@@ -2298,7 +2298,7 @@ class Processor:
             result.rejected += outcome.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
             work = work._replace(names=work.names[judged.files :])
 
-    async def upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
+    async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
         try:
             await self._backend.upsert(rows)
@@ -2308,7 +2308,7 @@ class Processor:
         except BackendError as error:
             if len(rows) > 1:
                 half = len(rows) // 2
-                return await self.upsert(rows[:half]) + await self.upsert(rows[half:])
+                return await self._upsert(rows[:half]) + await self._upsert(rows[half:])
             [row] = rows
             return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
         await asyncio.to_thread(forget_failed_write, self._payloads.workspace)
@@ -2902,11 +2902,23 @@ class Discards:
         if rows:
             before = await self._standing_at({row.timestamp_utc for row in rows})
             await self._backend.delete(rows)
-            for refused in await self._processor.upsert(before):
-                log.error("the row of %s cannot come back: %s", refused.raw_id, refused.detail)
+            await self._bring_back(before)
         with disk_errors():
             await asyncio.to_thread(self._note.unlink, missing_ok=True)
             await asyncio.to_thread(sync_file, self._note.parent)
+
+    async def _bring_back(self, rows: Sequence[Measurement]) -> None:
+        """Upsert rows; tell which the backend refuses by now, found by halving."""
+        try:
+            await self._backend.upsert(rows)
+        except BackendUnavailable:
+            raise
+        except BackendError as error:
+            if len(rows) > 1:
+                await self._bring_back(rows[: len(rows) // 2])
+                await self._bring_back(rows[len(rows) // 2 :])
+            else:
+                log.error("the row of %s cannot come back: %s", rows[0].raw_id, error)  # noqa: TRY400
 
     async def _standing_at(self, moments: Collection[datetime]) -> list[Measurement]:
         """Return the rows that all processed payloads make at these moments."""

@@ -3093,8 +3093,7 @@ class Status(Struct, frozen=True):
     how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
     `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
-    or names the file or
-    folder that keeps payloads from being processed.
+    or names the file or folder that keeps payloads from being processed.
     """
 
     now: datetime

@@ -74,13 +74,7 @@ class Discarded(Days):
                 record = Discard(raw_id, now, self.last_rejection(raw_id))
                 self._record_of(raw_id).parent.mkdir(parents=True, exist_ok=True)
                 self.publish(self._record_of(raw_id), json_of(record))
-            notes = [
-                *(
-                    self.notes.prepare_left(path.name, left)
-                    for path, left in leaving.batches.items()
-                ),
-                *(self.notes.prepare_left(name, left) for name, left in leaving.packs.items()),
-            ]
+            notes = list(self._prepared_notes(leaving))
             sync_files_around(self.discarded)
             moved = [raw_id for raw_id, file in leaving.files.items() if self._move_in(file)]
             for raw_id, part in leaving.parts.items():

@@ -1,11 +1,12 @@
 """What a row is, what a backend promises, and how one is chosen by its name.
 
-A backend keeps one row per timestamp. Dropzone calls it from one event loop; several processes
-may use the same database at once.
+A backend keeps one row per timestamp or, with series, per series and timestamp. Dropzone calls it
+from one event loop; several processes may use the same database at once.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib import import_module
 from math import isclose, isfinite
 from sys import float_info
@@ -23,10 +24,14 @@ __all__ = [
     "Bucket",
     "Measurement",
     "MeasurementNotFound",
+    "Series",
+    "contest",
     "create_backend",
     "edges",
     "json_of",
     "paired",
+    "require_one_series",
+    "require_storable",
     "require_utc",
     "same",
     "timestamp_text",
@@ -61,21 +66,23 @@ class BackendUnavailable(BackendError):
 
 
 class MeasurementNotFound(BackendError, LookupError):
-    """No row has this timestamp."""
+    """No row has this timestamp, or none of this series has."""
 
 
-class Measurement(msgspec.Struct, frozen=True):
+class Measurement(msgspec.Struct, frozen=True, omit_defaults=True):
     """One row: the statistics of one payload.
 
     `timestamp_utc` is aware, at UTC, in years 1 to 9999, to the microsecond. `mean` and `std_dev`
     are finite and in the payload's own unit, `std_dev` not negative. `raw_id` names the payload.
-    Raises ValueError for anything else.
+    Raises ValueError for anything else. `series` names the row's series, "" where there is but one;
+    then it is left out of what msgspec makes of a row.
     """
 
     timestamp_utc: datetime
     mean: float
     std_dev: float
     raw_id: UUID
+    series: str = ""
 
     def __post_init__(self) -> None:
         require_utc(self.timestamp_utc)
@@ -83,6 +90,13 @@ class Measurement(msgspec.Struct, frozen=True):
             raise ValueError(f"mean is {self.mean}: give a finite number")
         if not (isfinite(self.std_dev) and self.std_dev >= 0):
             raise ValueError(f"std_dev is {self.std_dev}: give a finite number, 0 or greater")
+
+
+class Series(msgspec.Struct, frozen=True):
+    """A series that has at least one row, and the timestamp of its last."""
+
+    series: str
+    last: datetime
 
 
 class Bucket(msgspec.Struct, frozen=True):
@@ -115,6 +129,11 @@ class Backend(Protocol):
     BackendError (these data are refused); a driver's own exceptions are their cause and never get
     out. No message, repr or cause shows a password. Timestamps are aware and at UTC; any other
     raises ValueError.
+
+    A backend that is made with `series=True` keeps one row for each series and timestamp. Without,
+    it keeps one for each timestamp, all of the series ""; it may then do without the method
+    `series` and the arguments `series` and `after_series`, which it is not given. Series are
+    ordered by the code points of their names, as Python orders texts.
     """
 
     async def open(self) -> None:
@@ -130,58 +149,84 @@ class Backend(Protocol):
     async def ping(self) -> None:
         """Make one round trip to the database, or raise."""
 
-    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+    async def upsert(self, measurements: Sequence[Measurement]) -> int | None:
         """Write all of `measurements` or, when it raises, none; durable on return.
 
-        For each timestamp the row with the greatest `raw_id` stands, whichever call comes first.
-        The same `raw_id` again overwrites its row. A batch may be empty, in any order, and hold
-        one timestamp many times; of several with one `raw_id`, the last stands.
+        For each series and timestamp the row with the greatest `raw_id` stands, whichever call
+        comes first. The same `raw_id` again overwrites its row. A batch may be empty, in any order,
+        and hold one timestamp many times; of several with one `raw_id`, the last stands.
+
+        Returns how many of `measurements` met the row of another payload with other statistics, in
+        the table or among `measurements`, one after another, whichever of the two stands now. A row
+        that is older than Dropzone is no payload's. What another call is just writing may be
+        missed. A backend of one's own that does not count returns None.
+
+        Raises BackendError for a series that no database holds as text, see `require_storable`, and
+        BackendUnavailable for one that has a name where the backend was made without `series`.
         """
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
-        """Delete the rows that name the timestamp and the raw_id of one of `measurements`.
+        """Delete the rows that have the series, timestamp and raw_id of one of `measurements`.
 
         All of them or, when it raises, none; durable on return. A timestamp whose row names another
         raw_id by now keeps it, so that a later arrival is never deleted.
         """
 
-    async def get(self, timestamp_utc: datetime) -> Measurement:
-        """Return the row of this timestamp, or raise MeasurementNotFound."""
+    async def get(self, timestamp_utc: datetime, series: str = "") -> Measurement:
+        """Return the row of this series and timestamp, or raise MeasurementNotFound."""
 
     async def find(
         self,
         *,
+        series: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: datetime | None = None,
+        after_series: str | None = None,
         limit: int = 100,
         descending: bool = False,
     ) -> list[Measurement]:
-        """Return at most `limit` rows with `since <= timestamp_utc < until`.
+        """Return at most `limit` rows of `series`, None: of all, with `since <= timestamp < until`.
 
-        They are ordered by timestamp, the earliest first, or with `descending` the latest.
-        `after` is an exclusive cursor: only rows that follow it in that order. Pass the last
-        timestamp of one page to get the next. Raises ValueError for a negative `limit`.
+        They are ordered by timestamp, then series, the earliest first, or with `descending` the
+        other way round in both. `after` is an exclusive cursor: only rows that follow this
+        timestamp in that order or, with `after_series`, this pair. Pass those of the last row of
+        one page to get the next. Raises ValueError for a negative `limit`, and for `after_series`
+        without `after`.
         """
 
-    async def count(self) -> int:
-        """Return the number of rows."""
+    async def count(self, *, series: str | None = None) -> int:
+        """Return the number of rows of `series`, None: of all."""
 
     async def summarize(
-        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+        self,
+        *,
+        series: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        buckets: int = 100,
     ) -> list[Bucket]:
         """Return what `since <= timestamp_utc < until` holds, in `buckets` spans of equal length.
 
         They are in order of time, and those without a row are left out. Without a bound the spans
-        begin at the first row, or end at the last. Raises ValueError for less than one bucket.
+        begin at the first row of `series`, None: of all, or end at the last. Raises ValueError for
+        less than one bucket.
+        """
+
+    async def series(self, *, after: str | None = None, limit: int = 100) -> list[Series]:
+        """Return at most `limit` series that have rows, those behind `after`, ordered by name.
+
+        It takes time for each of them, and not for their rows. Raises ValueError for a negative
+        `limit`.
         """
 
 
 def create_backend(name: str, **options: object) -> Backend:
     """Make the backend `name`: memory, sqlite, postgres, or `package.module:Class` of one's own.
 
-    `options` are handed to its class. Nothing is opened; a module is imported only when it is
-    chosen. Raises ValueError with what to do where there is no such backend.
+    `options` are handed to its class; `series=True` asks for one that keeps series. Nothing is
+    opened; a module is imported only when it is chosen. Raises ValueError with what to do where
+    there is no such backend.
     """
     module, _, attribute = BUILT_IN.get(name, name).partition(":")
     if not (module and attribute):
@@ -198,7 +243,8 @@ def create_backend(name: str, **options: object) -> Backend:
         backend = factory(**options)
     except TypeError as error:
         raise ValueError(f"backend {name!r} does not accept its options: {error}") from error
-    if missing := [method for method in _METHODS if not callable(getattr(backend, method, None))]:
+    needed = [name for name in _METHODS if name != "series" or options.get("series")]
+    if missing := [method for method in needed if not callable(getattr(backend, method, None))]:
         raise ValueError(f"backend {name!r} lacks {', '.join(missing)}: see {Backend.__module__}")
     return cast("Backend", backend)
 
@@ -254,33 +300,80 @@ def unhurried(rows: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Return the row that stands for each timestamp, ordered by timestamp.
+    """Return the row that stands for each series and timestamp, ordered by both.
 
     One order for everybody keeps concurrent upserts from waiting for each other in a circle, and
     PostgreSQL refuses a statement that would touch one row twice.
     """
-    standing: dict[datetime, Measurement] = {}
+    return contest(measurements)[0]
+
+
+def contest(
+    measurements: Iterable[Measurement], table: Iterable[Measurement] = ()
+) -> tuple[list[Measurement], int]:
+    """Return the `winners` of both, and how many of `measurements` `Backend.upsert` has to count.
+
+    `table` has the rows that stood before for their series and timestamps.
+    """
+    standing = {(row.series, row.timestamp_utc): row for row in table}
+    superseded = 0
     for measurement in measurements:
-        rival = standing.get(measurement.timestamp_utc)
+        place = (measurement.series, measurement.timestamp_utc)
+        rival = standing.get(place)
+        if rival is not None:
+            superseded += _are_rivals(measurement, rival)
         if rival is None or measurement.raw_id >= rival.raw_id:
-            standing[measurement.timestamp_utc] = measurement
-    return [standing[timestamp] for timestamp in sorted(standing)]
+            standing[place] = measurement
+    return [standing[place] for place in sorted(standing)], superseded
+
+
+def _are_rivals(one: Measurement, other: Measurement) -> bool:
+    return (one.mean, one.std_dev) != (other.mean, other.std_dev) and (
+        other.raw_id not in (one.raw_id, NO_PAYLOAD)
+    )
+
+
+def require_storable(series: Iterable[str]) -> None:
+    """Raise BackendError for what a database does not hold as text: NUL, half a surrogate pair."""
+    together = "".join(series)
+    try:
+        together.encode()
+    except UnicodeEncodeError as error:
+        raise BackendError(f"the name of a series is no text: {error}") from error
+    if "\0" in together:
+        raise BackendError("the name of a series has the character NUL, which is no text")
+
+
+def require_one_series(measurements: Iterable[Measurement]) -> None:
+    """Raise BackendUnavailable where a row names a series, for a backend that keeps none."""
+    for measurement in measurements:
+        if measurement.series:
+            raise BackendUnavailable(
+                f"rows of series such as {measurement.series!r} need a backend that was made with "
+                "series=True"
+            )
 
 
 async def paired(
-    one: Backend, other: Backend, since: datetime | None = None, until: datetime | None = None
+    one: Backend,
+    other: Backend,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    *,
+    series: str | None = None,
 ) -> AsyncIterator[tuple[Measurement | None, Measurement | None]]:
-    """Yield the rows of each timestamp in two backends, None where one of them has none.
+    """Yield the rows of each timestamp and series in two backends, None where one has none.
 
-    Both are read side by side, a page at a time, in order of timestamp.
+    Both are read side by side, a page at a time, in order of timestamp, then series, or the rows
+    of one series alone.
     """
-    rows, others = (_all_rows(backend, since, until) for backend in (one, other))
+    rows, others = (_all_rows(backend, since, until, series) for backend in (one, other))
     row, rival = await anext(rows, None), await anext(others, None)
     while row or rival:
-        if rival is None or (row and row.timestamp_utc < rival.timestamp_utc):
+        if rival is None or (row and _place(row) < _place(rival)):
             yield row, None
             row = await anext(rows, None)
-        elif row is None or rival.timestamp_utc < row.timestamp_utc:
+        elif row is None or _place(rival) < _place(row):
             yield None, rival
             rival = await anext(others, None)
         else:
@@ -288,20 +381,35 @@ async def paired(
             row, rival = await anext(rows, None), await anext(others, None)
 
 
+def _place(row: Measurement) -> tuple[datetime, str]:
+    return row.timestamp_utc, row.series
+
+
 async def _all_rows(
-    backend: Backend, since: datetime | None, until: datetime | None
+    backend: Backend, since: datetime | None, until: datetime | None, series: str | None
 ) -> AsyncIterator[Measurement]:
-    after = None
-    while page := await backend.find(since=since, until=until, after=after, limit=PAGE):
+    find = partial(_find_of(backend, series), since=since, until=until, limit=PAGE)
+    knows_series = callable(getattr(backend, "series", None))
+    page = await find()
+    while page:
         for row in page:
             yield row
-        after = page[-1].timestamp_utc
+        after, after_series = _place(page[-1])
+        if knows_series:
+            page = await find(after=after, after_series=after_series)
+        else:
+            page = await find(after=after)
+
+
+def _find_of(backend: Backend, series: str | None) -> Callable[..., Awaitable[list[Measurement]]]:
+    """Return `find` of a series; a backend of one's own may not have that argument."""
+    return backend.find if series is None else partial(backend.find, series=series)
 
 
 def same(one: Measurement, other: Measurement) -> bool:
     """Say whether two rows are the same but for the rounding of another machine's arithmetic."""
     return (
-        (one.timestamp_utc, one.raw_id) == (other.timestamp_utc, other.raw_id)
+        (_place(one), one.raw_id) == (_place(other), other.raw_id)
         and isclose(one.mean, other.mean, rel_tol=ROUNDING, abs_tol=SMALLEST)
         and isclose(one.std_dev, other.std_dev, rel_tol=ROUNDING, abs_tol=SMALLEST)
     )
@@ -314,33 +422,46 @@ def window(
     limit: int,
     *,
     descending: bool,
+    after_series: str | None = None,
 ) -> tuple[datetime | None, datetime | None]:
     """Return the arguments of `find` as one half-open range, None meaning without bound.
 
-    Folding the cursor into the range lets an index start at the page, however deep it lies.
+    Folding the cursor into the range lets an index start at the page, however deep it lies. With
+    `after_series` the range begins with the rows of the cursor's timestamp, among which the caller
+    has to find those that follow.
     """
     for timestamp in filter(None, (since, until, after)):
         require_utc(timestamp)
     if limit < 0:
         raise ValueError(f"limit is {limit}: give 0 or more")
     if after is None:
+        if after_series is not None:
+            raise ValueError("after_series is one half of the cursor: give after, too")
         return since, until
+    if descending == (after_series is None):
+        edge = after
+    elif after < LATEST:
+        edge = after + RESOLUTION
+    else:
+        return (since, until) if descending else (LATEST, LATEST)
     if descending:
-        return since, after if until is None else min(until, after)
-    if after == LATEST:
-        return LATEST, LATEST
-    following = after + RESOLUTION
-    return following if since is None else max(since, following), until
+        return since, edge if until is None else min(until, edge)
+    return edge if since is None else max(since, edge), until
 
 
 async def edges(
-    backend: Backend, since: datetime | None, until: datetime | None, buckets: int
+    backend: Backend,
+    since: datetime | None,
+    until: datetime | None,
+    buckets: int,
+    series: str | None = None,
 ) -> list[tuple[datetime, datetime | None]]:
     """Return the half-open spans of `summarize`, none where there is no row; None: without end."""
     if buckets < 1:
         raise ValueError(f"buckets is {buckets}: give 1 or more")
-    first = await backend.find(since=since, until=until, limit=1)
-    last = await backend.find(since=since, until=until, limit=1, descending=True)
+    find = partial(_find_of(backend, series), since=since, until=until, limit=1)
+    first = await find()
+    last = await find(descending=True)
     if not (first and last):
         return []
     low = since or first[0].timestamp_utc

@@ -14,6 +14,7 @@ import asyncpg
 
 from backends import (
     NO_PAYLOAD,
+    Backend,
     BackendError,
     BackendUnavailable,
     Bucket,
@@ -302,7 +303,7 @@ class PostgresBackend:
         self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
     ) -> list[Bucket]:
         """See Backend.summarize."""
-        spans = await edges(self, since, until, buckets)
+        spans = await edges(cast("Backend", self), since, until, buckets)
         starts = [timestamp_text(a) for a, _ in spans]
         ends = [timestamp_text(b) if b else "infinity" for _, b in spans]
         rows = await self._read(SUMMARIZE, starts, ends, within=self._command_timeout)

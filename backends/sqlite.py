@@ -12,10 +12,11 @@ from os import PathLike
 from pathlib import Path
 from threading import Lock
 from time import monotonic, sleep
-from typing import TypeVar
+from typing import TypeVar, cast
 from uuid import UUID
 
 from backends import (
+    Backend,
     BackendError,
     BackendUnavailable,
     Bucket,
@@ -275,7 +276,7 @@ class SqliteBackend:
         """See Backend.summarize."""
         spans = [
             (timestamp_text(a), timestamp_text(b) if b else "~")
-            for a, b in await edges(self, since, until, buckets)
+            for a, b in await edges(cast("Backend", self), since, until, buckets)
         ]
 
         def sums(connection: sqlite3.Connection) -> list[Bucket]:

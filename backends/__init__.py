@@ -28,6 +28,7 @@ __all__ = [
     "contest",
     "create_backend",
     "edges",
+    "following",
     "json_of",
     "paired",
     "require_one_series",
@@ -37,6 +38,7 @@ __all__ = [
     "timestamp_text",
     "unhurried",
     "window",
+    "window_of_all",
     "winners",
 ]
 
@@ -423,30 +425,60 @@ def window(
     *,
     descending: bool,
     after_series: str | None = None,
+    series: str = "",
 ) -> tuple[datetime | None, datetime | None]:
-    """Return the arguments of `find` as one half-open range, None meaning without bound.
+    """Return the arguments of `find` for one series as one half-open range, None: without bound.
 
-    Folding the cursor into the range lets an index start at the page, however deep it lies. With
-    `after_series` the range begins with the rows of the cursor's timestamp, among which the caller
-    has to find those that follow.
+    Folding the cursor into the range lets an index start at the page, however deep it lies.
     """
     for timestamp in filter(None, (since, until, after)):
         require_utc(timestamp)
     if limit < 0:
         raise ValueError(f"limit is {limit}: give 0 or more")
+    _require_whole(after, after_series)
     if after is None:
-        if after_series is not None:
-            raise ValueError("after_series is one half of the cursor: give after, too")
         return since, until
-    if descending == (after_series is None):
-        edge = after
-    elif after < LATEST:
-        edge = after + RESOLUTION
-    else:
+    follows = after_series is not None and _follows(series, after_series, descending=descending)
+    if follows == descending and after == LATEST:
         return (since, until) if descending else (LATEST, LATEST)
+    edge = after + RESOLUTION if follows == descending else after
     if descending:
         return since, edge if until is None else min(until, edge)
     return edge if since is None else max(since, edge), until
+
+
+def _follows(series: str, other: str, *, descending: bool) -> bool:
+    return series < other if descending else series > other
+
+
+def window_of_all(
+    since: datetime | None,
+    until: datetime | None,
+    after: datetime | None,
+    limit: int,
+    *,
+    descending: bool,
+    after_series: str | None = None,
+) -> tuple[tuple[datetime | None, str], tuple[datetime | None, str]]:
+    """Do the same for the rows of all series, between two pairs of timestamp and series."""
+    _require_whole(after, after_series)
+    low, high = window(since, until, after, limit, descending=descending)
+    if after is None or after_series is None:
+        return (low, ""), (high, "")
+    if descending:  # `high` is `after`, or a bound before it
+        return (low, ""), (high, after_series if high == after else "")
+    low = after if since is None else max(since, after)
+    return (low, following(after_series) if low == after else ""), (until, "")
+
+
+def _require_whole(after: datetime | None, after_series: str | None) -> None:
+    if after is None and after_series is not None:
+        raise ValueError("after_series is one half of the cursor: give after, too")
+
+
+def following(series: str) -> str:
+    """Return the text that is next to `series` in the order of those without NUL."""
+    return f"{series}\x01"
 
 
 async def edges(

@@ -17,7 +17,7 @@ from backends import (
     require_storable,
     require_utc,
     timestamp_text,
-    window,
+    window_of_all,
 )
 
 LARGEST = 1e290  # in a sum that must not overflow
@@ -85,17 +85,12 @@ class MemoryBackend:
         descending: bool = False,
     ) -> list[Measurement]:
         """See Backend.find."""
-        low, high = window(
+        (low, low_series), (high, high_series) = window_of_all(
             since, until, after, limit, descending=descending, after_series=after_series
         )
         places = self._ordered()
-        first = 0 if low is None else bisect_left(places, (low, ""))
-        end = len(places) if high is None else bisect_left(places, (high, ""))
-        if after is not None and after_series is not None:
-            if descending:
-                end = min(end, bisect_left(places, (after, after_series)))
-            else:
-                first = max(first, bisect_left(places, (after, after_series + "\0")))
+        first = 0 if low is None else bisect_left(places, (low, low_series))
+        end = len(places) if high is None else bisect_left(places, (high, high_series))
         numbers = range(first, end)[::-1] if descending else range(first, end)
         of_series = (n for n in numbers if series is None or places[n][1] == series)
         return [self._rows[places[number]] for number in islice(of_series, limit)]

@@ -13,8 +13,7 @@ from backends import (
     Series,
     contest,
     edges,
-    require_one_series,
-    require_storable,
+    require_fitting,
     require_utc,
     timestamp_text,
     window_of_all,
@@ -46,7 +45,7 @@ class MemoryBackend:
 
     async def upsert(self, measurements: Sequence[Measurement]) -> int:
         """See Backend.upsert; durable as long as the object lives."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
         places = {_place(row) for row in measurements}
         rows = [self._rows[place] for place in places if place in self._rows]
         standing, superseded = contest(measurements, rows)
@@ -55,7 +54,7 @@ class MemoryBackend:
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
         for timestamp in [row.timestamp_utc for row in measurements]:
             require_utc(timestamp)
         for measurement in measurements:
@@ -120,12 +119,6 @@ class MemoryBackend:
         last = {series: timestamp for timestamp, series in self._ordered()}
         names = sorted(name for name in last if after is None or name > after)
         return [Series(name, last[name]) for name in names[:limit]]
-
-    def _require_fitting(self, measurements: Sequence[Measurement]) -> None:
-        if self._has_series:
-            require_storable(row.series for row in measurements)
-        else:
-            require_one_series(measurements)
 
     def _ordered(self) -> list[Place]:
         # `delete` forgets this list: equal lengths mean that nothing was added since the last sort.

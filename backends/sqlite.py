@@ -25,7 +25,7 @@ from backends import (
     contest,
     edges,
     following,
-    require_one_series,
+    require_fitting,
     require_storable,
     require_utc,
     timestamp_text,
@@ -214,6 +214,7 @@ class SqliteBackend:
         self._place = Place(self._path)
         self._has_series = series
         self._statements = MANY if series else ONE
+        self._row = _row_of_many if series else _row_of_one
         self._writes, self._reads, self._sums, self._pings = self._lanes = [
             Lane(self._place, self._statements, busy_timeout, name)
             for name in ("writes", "reads", "sums", "pings")
@@ -238,7 +239,7 @@ class SqliteBackend:
 
     async def upsert(self, measurements: Sequence[Measurement]) -> int:
         """See Backend.upsert."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
 
         def write(connection: sqlite3.Connection) -> int:
             winners, superseded = contest(measurements)
@@ -255,7 +256,7 @@ class SqliteBackend:
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
         rows = [self._row(measurement) for measurement in measurements]
 
         def write(connection: sqlite3.Connection) -> None:
@@ -414,17 +415,6 @@ class SqliteBackend:
                 f"{self._path} has a row at {text!r}, which is no timestamp: delete it ({error})"
             ) from error
 
-    def _row(self, measurement: Measurement) -> Row:
-        timestamp = timestamp_text(measurement.timestamp_utc)
-        row = timestamp, measurement.mean, measurement.std_dev, str(measurement.raw_id)
-        return (*row, measurement.series) if self._has_series else row
-
-    def _require_fitting(self, measurements: Sequence[Measurement]) -> None:
-        if self._has_series:
-            require_storable(row.series for row in measurements)
-        else:
-            require_one_series(measurements)
-
     def _bucket(self, first: str, last: str, count: int, *values: float | None) -> Bucket:
         # A sum that overflows is an infinity, or null where it went both ways.
         low, high, mean, std_dev = (0.0 if value is None else value for value in values)
@@ -448,3 +438,12 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _number(connection: sqlite3.Connection, sql: str, *parameters: str) -> int:
     return int(connection.execute(sql, parameters).fetchone()[0])
+
+
+def _row_of_one(measurement: Measurement) -> Row:
+    timestamp = timestamp_text(measurement.timestamp_utc)
+    return timestamp, measurement.mean, measurement.std_dev, str(measurement.raw_id)
+
+
+def _row_of_many(measurement: Measurement) -> Row:
+    return *_row_of_one(measurement), measurement.series

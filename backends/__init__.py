@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from math import isclose, isfinite
+from operator import attrgetter
 from sys import float_info
 from time import sleep
 from typing import Any, Protocol, TypeVar, cast
@@ -28,19 +29,27 @@ __all__ = [
     "contest",
     "create_backend",
     "edges",
+    "following",
     "json_of",
     "paired",
-    "require_one_series",
+    "require_fitting",
     "require_storable",
     "require_utc",
     "same",
     "timestamp_text",
     "unhurried",
     "window",
+    "window_of_all",
     "winners",
 ]
 
 T = TypeVar("T")
+
+_SERIES, _TIMESTAMP = attrgetter("series"), attrgetter("timestamp_utc")
+_PLACE, _TIME_AND_SERIES = (
+    attrgetter("series", "timestamp_utc"),
+    attrgetter("timestamp_utc", "series"),
+)
 
 BUILT_IN = {
     "memory": f"{__name__}.memory:MemoryBackend",
@@ -299,7 +308,7 @@ def unhurried(rows: Sequence[T]) -> Iterator[Sequence[T]]:
         yield rows[start : start + AT_A_TIME]
 
 
-def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
+def winners(measurements: Sequence[Measurement]) -> list[Measurement]:
     """Return the row that stands for each series and timestamp, ordered by both.
 
     One order for everybody keeps concurrent upserts from waiting for each other in a circle, and
@@ -309,21 +318,23 @@ def winners(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def contest(
-    measurements: Iterable[Measurement], table: Iterable[Measurement] = ()
+    measurements: Sequence[Measurement], table: Sequence[Measurement] = ()
 ) -> tuple[list[Measurement], int]:
     """Return the `winners` of both, and how many of `measurements` `Backend.upsert` has to count.
 
     `table` has the rows that stood before for their series and timestamps.
     """
-    standing = {(row.series, row.timestamp_utc): row for row in table}
+    place_of = _PLACE if any(map(_SERIES, measurements)) else _TIMESTAMP
+    places = [*map(place_of, measurements)]
+    standing = dict(zip(places, measurements, strict=True))
     superseded = 0
-    for measurement in measurements:
-        place = (measurement.series, measurement.timestamp_utc)
-        rival = standing.get(place)
-        if rival is not None:
-            superseded += _are_rivals(measurement, rival)
-        if rival is None or measurement.raw_id >= rival.raw_id:
-            standing[place] = measurement
+    if table or len(standing) < len(places):  # which is rare
+        standing = {place_of(row): row for row in table}
+        for place, measurement in zip(places, measurements, strict=True):
+            rival = standing.get(place)
+            superseded += rival is not None and _are_rivals(measurement, rival)
+            if rival is None or measurement.raw_id >= rival.raw_id:
+                standing[place] = measurement
     return [standing[place] for place in sorted(standing)], superseded
 
 
@@ -331,6 +342,20 @@ def _are_rivals(one: Measurement, other: Measurement) -> bool:
     return (one.mean, one.std_dev) != (other.mean, other.std_dev) and (
         other.raw_id not in (one.raw_id, NO_PAYLOAD)
     )
+
+
+def require_fitting(measurements: Sequence[Measurement], *, series: bool) -> None:
+    """Raise what `Backend.upsert` does where a backend, with or without series, takes no such rows.
+
+    It is the same for all of one's own that are like these.
+    """
+    if series:
+        require_storable(map(_SERIES, measurements))
+    elif any(map(_SERIES, measurements)):
+        name = next(filter(None, map(_SERIES, measurements)))
+        raise BackendUnavailable(
+            f"rows of series such as {name!r} need a backend that is made with series=True"
+        )
 
 
 def require_storable(series: Iterable[str]) -> None:
@@ -342,16 +367,6 @@ def require_storable(series: Iterable[str]) -> None:
         raise BackendError(f"the name of a series is no text: {error}") from error
     if "\0" in together:
         raise BackendError("the name of a series has the character NUL, which is no text")
-
-
-def require_one_series(measurements: Iterable[Measurement]) -> None:
-    """Raise BackendUnavailable where a row names a series, for a backend that keeps none."""
-    for measurement in measurements:
-        if measurement.series:
-            raise BackendUnavailable(
-                f"rows of series such as {measurement.series!r} need a backend that was made with "
-                "series=True"
-            )
 
 
 async def paired(
@@ -370,19 +385,15 @@ async def paired(
     rows, others = (_all_rows(backend, since, until, series) for backend in (one, other))
     row, rival = await anext(rows, None), await anext(others, None)
     while row or rival:
-        if rival is None or (row and _place(row) < _place(rival)):
+        if rival is None or (row and _TIME_AND_SERIES(row) < _TIME_AND_SERIES(rival)):
             yield row, None
             row = await anext(rows, None)
-        elif row is None or _place(rival) < _place(row):
+        elif row is None or _TIME_AND_SERIES(rival) < _TIME_AND_SERIES(row):
             yield None, rival
             rival = await anext(others, None)
         else:
             yield row, rival
             row, rival = await anext(rows, None), await anext(others, None)
-
-
-def _place(row: Measurement) -> tuple[datetime, str]:
-    return row.timestamp_utc, row.series
 
 
 async def _all_rows(
@@ -394,7 +405,7 @@ async def _all_rows(
     while page:
         for row in page:
             yield row
-        after, after_series = _place(page[-1])
+        after, after_series = _TIME_AND_SERIES(page[-1])
         if knows_series:
             page = await find(after=after, after_series=after_series)
         else:
@@ -409,7 +420,7 @@ def _find_of(backend: Backend, series: str | None) -> Callable[..., Awaitable[li
 def same(one: Measurement, other: Measurement) -> bool:
     """Say whether two rows are the same but for the rounding of another machine's arithmetic."""
     return (
-        (_place(one), one.raw_id) == (_place(other), other.raw_id)
+        (_TIME_AND_SERIES(one), one.raw_id) == (_TIME_AND_SERIES(other), other.raw_id)
         and isclose(one.mean, other.mean, rel_tol=ROUNDING, abs_tol=SMALLEST)
         and isclose(one.std_dev, other.std_dev, rel_tol=ROUNDING, abs_tol=SMALLEST)
     )
@@ -423,30 +434,60 @@ def window(
     *,
     descending: bool,
     after_series: str | None = None,
+    series: str = "",
 ) -> tuple[datetime | None, datetime | None]:
-    """Return the arguments of `find` as one half-open range, None meaning without bound.
+    """Return the arguments of `find` for one series as one half-open range, None: without bound.
 
-    Folding the cursor into the range lets an index start at the page, however deep it lies. With
-    `after_series` the range begins with the rows of the cursor's timestamp, among which the caller
-    has to find those that follow.
+    Folding the cursor into the range lets an index start at the page, however deep it lies.
     """
     for timestamp in filter(None, (since, until, after)):
         require_utc(timestamp)
     if limit < 0:
         raise ValueError(f"limit is {limit}: give 0 or more")
+    _require_whole(after, after_series)
     if after is None:
-        if after_series is not None:
-            raise ValueError("after_series is one half of the cursor: give after, too")
         return since, until
-    if descending == (after_series is None):
-        edge = after
-    elif after < LATEST:
-        edge = after + RESOLUTION
-    else:
+    follows = after_series is not None and _follows(series, after_series, descending=descending)
+    if follows == descending and after == LATEST:
         return (since, until) if descending else (LATEST, LATEST)
+    edge = after + RESOLUTION if follows == descending else after
     if descending:
         return since, edge if until is None else min(until, edge)
     return edge if since is None else max(since, edge), until
+
+
+def _follows(series: str, other: str, *, descending: bool) -> bool:
+    return series < other if descending else series > other
+
+
+def window_of_all(
+    since: datetime | None,
+    until: datetime | None,
+    after: datetime | None,
+    limit: int,
+    *,
+    descending: bool,
+    after_series: str | None = None,
+) -> tuple[tuple[datetime | None, str], tuple[datetime | None, str]]:
+    """Do the same for the rows of all series, between two pairs of timestamp and series."""
+    _require_whole(after, after_series)
+    low, high = window(since, until, after, limit, descending=descending)
+    if after is None or after_series is None:
+        return (low, ""), (high, "")
+    if descending:  # `high` is `after`, or a bound before it
+        return (low, ""), (high, after_series if high == after else "")
+    low = after if since is None else max(since, after)
+    return (low, following(after_series) if low == after else ""), (until, "")
+
+
+def _require_whole(after: datetime | None, after_series: str | None) -> None:
+    if after is None and after_series is not None:
+        raise ValueError("after_series is one half of the cursor: give after, too")
+
+
+def following(series: str) -> str:
+    """Return the text that is next to `series` in the order of those without NUL."""
+    return f"{series}\x01"
 
 
 async def edges(

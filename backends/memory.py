@@ -13,11 +13,10 @@ from backends import (
     Series,
     contest,
     edges,
-    require_one_series,
-    require_storable,
+    require_fitting,
     require_utc,
     timestamp_text,
-    window,
+    window_of_all,
 )
 
 LARGEST = 1e290  # in a sum that must not overflow
@@ -46,7 +45,7 @@ class MemoryBackend:
 
     async def upsert(self, measurements: Sequence[Measurement]) -> int:
         """See Backend.upsert; durable as long as the object lives."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
         places = {_place(row) for row in measurements}
         rows = [self._rows[place] for place in places if place in self._rows]
         standing, superseded = contest(measurements, rows)
@@ -55,7 +54,7 @@ class MemoryBackend:
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        self._require_fitting(measurements)
+        require_fitting(measurements, series=self._has_series)
         for timestamp in [row.timestamp_utc for row in measurements]:
             require_utc(timestamp)
         for measurement in measurements:
@@ -85,17 +84,12 @@ class MemoryBackend:
         descending: bool = False,
     ) -> list[Measurement]:
         """See Backend.find."""
-        low, high = window(
+        (low, low_series), (high, high_series) = window_of_all(
             since, until, after, limit, descending=descending, after_series=after_series
         )
         places = self._ordered()
-        first = 0 if low is None else bisect_left(places, (low, ""))
-        end = len(places) if high is None else bisect_left(places, (high, ""))
-        if after is not None and after_series is not None:
-            if descending:
-                end = min(end, bisect_left(places, (after, after_series)))
-            else:
-                first = max(first, bisect_left(places, (after, after_series + "\0")))
+        first = 0 if low is None else bisect_left(places, (low, low_series))
+        end = len(places) if high is None else bisect_left(places, (high, high_series))
         numbers = range(first, end)[::-1] if descending else range(first, end)
         of_series = (n for n in numbers if series is None or places[n][1] == series)
         return [self._rows[places[number]] for number in islice(of_series, limit)]
@@ -125,12 +119,6 @@ class MemoryBackend:
         last = {series: timestamp for timestamp, series in self._ordered()}
         names = sorted(name for name in last if after is None or name > after)
         return [Series(name, last[name]) for name in names[:limit]]
-
-    def _require_fitting(self, measurements: Sequence[Measurement]) -> None:
-        if self._has_series:
-            require_storable(row.series for row in measurements)
-        else:
-            require_one_series(measurements)
 
     def _ordered(self) -> list[Place]:
         # `delete` forgets this list: equal lengths mean that nothing was added since the last sort.

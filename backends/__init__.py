@@ -31,6 +31,7 @@ __all__ = [
     "edges",
     "following",
     "json_of",
+    "page_texts",
     "paired",
     "require_fitting",
     "require_storable",
@@ -483,6 +484,42 @@ def window_of_all(
 def _require_whole(after: datetime | None, after_series: str | None) -> None:
     if after is None and after_series is not None:
         raise ValueError("after_series is one half of the cursor: give after, too")
+
+
+def page_texts(
+    since: datetime | None,
+    until: datetime | None,
+    after: datetime | None,
+    limit: int,
+    *,
+    descending: bool,
+    after_series: str | None,
+    series: str | None,
+    has_series: bool,
+) -> tuple[list[str | None], list[str]]:
+    """Return the arguments of `find` as the texts that a database compares.
+
+    First the two bounds, then, in a table with series, the name of the one that is asked for, or
+    the series at the bounds where all are.
+    """
+    if has_series and series is None:
+        (low, low_series), (high, high_series) = window_of_all(
+            since, until, after, limit, descending=descending, after_series=after_series
+        )
+        names = [low_series, high_series]
+    else:
+        low, high = window(
+            since,
+            until,
+            after,
+            limit,
+            descending=descending,
+            after_series=after_series,
+            series=series or "",
+        )
+        names = [series or ""] if has_series else []
+    require_storable(names)
+    return [None if bound is None else timestamp_text(bound) for bound in (low, high)], names
 
 
 def following(series: str) -> str:

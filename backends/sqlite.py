@@ -25,13 +25,12 @@ from backends import (
     contest,
     edges,
     following,
+    page_texts,
     require_fitting,
     require_storable,
     require_utc,
     timestamp_text,
     unhurried,
-    window,
-    window_of_all,
 )
 from backends.sqlite_statements import (
     COLUMNS,
@@ -289,32 +288,20 @@ class SqliteBackend:
         descending: bool = False,
     ) -> list[Measurement]:
         """See Backend.find."""
-        find = FIND_ONE
-        names: list[str] = []
-        if self._has_series and series is None:
-            find = FIND_OF_ALL
-            (low, low_series), (high, high_series) = window_of_all(
-                since, until, after, limit, descending=descending, after_series=after_series
-            )
-            names = [low_series, high_series]
-        else:
-            if self._has_series:
-                find = FIND_OF_SERIES
-                names = [series or ""]
-            low, high = window(
-                since,
-                until,
-                after,
-                limit,
-                descending=descending,
-                after_series=after_series,
-                series=series or "",
-            )
+        bounds, names = page_texts(
+            since,
+            until,
+            after,
+            limit,
+            descending=descending,
+            after_series=after_series,
+            series=series,
+            has_series=self._has_series,
+        )
         if series and not self._has_series:
             return []
-        require_storable(names)
-        texts = [None if bound is None else timestamp_text(bound) for bound in (low, high)]
-        return await self._rows(descending_of(find) if descending else find, *texts, limit, *names)
+        sql = (FIND_ONE, FIND_OF_SERIES, FIND_OF_ALL)[len(names)]
+        return await self._rows(descending_of(sql) if descending else sql, *bounds, limit, *names)
 
     async def count(self, *, series: str | None = None) -> int:
         """See Backend.count."""

@@ -636,10 +636,10 @@ class PostgresBackend:
         return f"PostgreSQL at {self._place} cannot be reached: {reason}: {advice}"
 
     def _measurement(self, record: asyncpg.Record) -> Measurement:
-        timestamp, mean, std_dev, raw_id = record
+        timestamp, mean, std_dev, raw_id, *series = record
         number = NO_PAYLOAD.int if raw_id is None else raw_id.int
         try:
-            return Measurement(timestamp, mean, std_dev, UUID(int=number))
+            return Measurement(timestamp, mean, std_dev, UUID(int=number), *series)
         except (AttributeError, TypeError, ValueError) as error:
             raise BackendError(
                 f"PostgreSQL at {self._place} has a row {record!r} that is no measurement: "

@@ -1,5 +1,6 @@
 """Series: several devices, each with a row of measurements of its own."""
 
+import asyncio
 import json
 import pickle
 import re
@@ -15,15 +16,22 @@ import asyncpg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
+from power_cut import wait_for
 from test_cli import OK, Program, Server
+from test_processing import Folder, arrival, processor_of
 
-from backends import timestamp_text
+from backends import BackendUnavailable, Measurement, Series, timestamp_text
+from backends.memory import MemoryBackend
 from backends.raw import uuid_at
 from dropzone import (
     ConfigError,
     DataQualityError,
     PayloadNotJson,
+    Proof,
     SeriesAt,
+    SeriesCount,
+    SeriesLately,
     TransformConfig,
     load_config,
     series_in,
@@ -410,6 +418,72 @@ def test_proof_of_one_series(program: Program):
     assert "all rows are right" in program.run("verify", **SET).stdout
     refused = program.run("verify", "--series", "a")
     assert (refused.returncode, "[transform] series is not set" in refused.stderr) == (78, True)
+
+
+async def test_other_rules_begin_a_proof_anew(tmp_path: Path):
+    """A run that was stopped is not continued under another setting."""
+    folder = await Folder(tmp_path / "data").opened()
+    for number, name in enumerate("ab"):
+        folder.put(arrival(number), of_device(name, number, 1))
+    one = MemoryBackend()
+    await processor_of(folder.store, one, 10).process()
+    await one.delete(await one.find())
+    stopped = Proof(folder.store.portable(), one).findings()
+    assert (await anext(stopped)).kind == "missing"
+    await stopped.aclose()
+    rules = TransformConfig(series=SeriesAt("device"))
+    proof = Proof(folder.store.portable(), MemoryBackend(series=True), rules)
+    found = [finding.right async for finding in proof.findings()]
+    assert [row.series for row in found if row] == ["a", "b"]
+    await folder.store.close()
+
+
+class AskedForSeries(MemoryBackend):
+    """Counts how often it is asked for its series, and can be away."""
+
+    asked, is_away = 0, False
+
+    def __init__(self) -> None:
+        super().__init__(series=True)
+
+    async def series(self, *, after: str | None = None, limit: int = 100) -> list[Series]:
+        self.asked += 1
+        if self.is_away:
+            raise BackendUnavailable("the database does not answer")
+        return await super().series(after=after, limit=limit)
+
+
+async def test_the_count_of_series_is_kept_for_a_while():
+    """However often it is asked for, the backend is asked every few seconds, and may be away."""
+    backend = AskedForSeries()
+    row = Measurement(datetime.now(UTC) - timedelta(minutes=59), 1.0, 0.0, RAW_ID, "b")
+    old = replace(row, timestamp_utc=NOON)
+    await backend.upsert([row, replace(old, series="a"), replace(row, series="c"), old])
+    backend.is_away = True
+    assert await SeriesLately(backend).look() is None
+    backend.is_away = False
+    lately = SeriesLately(backend)
+    found = await asyncio.gather(*(lately.look() for _ in range(20)))
+    assert [*found, await lately.look()] == [SeriesCount(3, 1)] * 21
+    assert backend.asked == 3  # while it was away, for the series, and for what is behind them
+
+
+def test_what_other_processes_supersede(program: Program):
+    """`/status` counts what has been superseded since the server began, by whichever process."""
+    for second in range(2):
+        lines = [of_device(name, second, ord(name)) for name in "ab"]
+        (program.home / f"{second}.ndjson").write_bytes(b"\n".join(lines))
+    program.run("ingest", "0.ndjson")
+    program.run("process")
+    server = Server(program)
+    land(server, of_device("c", 5, 1))
+    server.json("POST", "/process")
+    wait_for(lambda: server.json("GET", "/status")["superseded"] == 0)
+    program.run("ingest", "1.ndjson")
+    program.run("process")
+    wait_for(lambda: server.json("GET", "/status")["superseded"] == 1)
+    assert b"dropzone_superseded_total 2.0" in server.request("GET", "/metrics")[2]
+    assert server.stop() == OK
 
 
 # ── From one series to many, and back ─────────────────────────────────────────────────────────────

@@ -126,14 +126,14 @@ class Interleavings(RuleBasedStateMachine):
 
     kind: type[InMemory | InSqlite] = InMemory
     rebuilds = 0  # that an example may do: each starts processes
-    rules = RULES
+    going_by = RULES
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.home = Path(tempfile.mkdtemp())
         self.folder = self.run(Folder(self.home / "data").opened())
-        self.backend = self.kind(self.home, series=bool(self.rules.series))
+        self.backend = self.kind(self.home, series=bool(self.going_by.series))
         self.payloads: Payloads = {}
         self.left = self.rebuilds
         self.tampered = False
@@ -142,7 +142,7 @@ class Interleavings(RuleBasedStateMachine):
         return self.runner.run(work)
 
     def processor(self, batch: int) -> Processor:
-        return processor_of(self.folder.store, self.backend, batch, self.rules)
+        return processor_of(self.folder.store, self.backend, batch, self.going_by)
 
     def arrive(self, arrivals: list[tuple[int, int, Content]]) -> None:
         """Make payloads of some days in the past, in any order of arrival, pending."""
@@ -299,7 +299,7 @@ class Interleavings(RuleBasedStateMachine):
 
         async def work() -> None:
             found = 0
-            proof = Proof(self.folder.store.portable(), self.backend, self.rules)
+            proof = Proof(self.folder.store.portable(), self.backend, self.going_by)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
@@ -329,7 +329,7 @@ class Interleavings(RuleBasedStateMachine):
             if self.tampered:
                 self.left += 1
                 self.rebuild(None, delete_orphans=True)
-            assert self.run(self.backend.find()) == computed(self.payloads, self.rules)
+            assert self.run(self.backend.find()) == computed(self.payloads, self.going_by)
             bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
@@ -361,7 +361,7 @@ class WithRebuildsInSqlite(WithRebuilds):
 class OfTwoDevices(Interleavings):
     """The same, where each device has its series."""
 
-    rules = TransformConfig(series=SeriesAt("device"))
+    going_by = TransformConfig(series=SeriesAt("device"))
 
 
 class OfTwoDevicesInSqlite(OfTwoDevices):
@@ -373,7 +373,7 @@ class OfTwoDevicesInSqlite(OfTwoDevices):
 class OfTwoDevicesWithRebuilds(WithRebuildsInSqlite):
     """The same, with rebuilds."""
 
-    rules = OfTwoDevices.rules
+    going_by = OfTwoDevices.going_by
 
 
 MANY = settings(max_examples=20, stateful_step_count=20, deadline=None)

@@ -348,12 +348,8 @@ class PostgresBackend:
         sql = self._statements
         if not sql.is_distributed:
             return await connection.fetch(sql.upsert, *columns, timeout=within)
-        async with _transaction(connection, within):
-            done = await connection.execute(sql.insert, *columns, timeout=within)
-            if done == f"INSERT 0 {len(columns[0])}":
-                return []
-            standing = await connection.fetch(sql.look, *columns, timeout=within)
-            await connection.execute(sql.upsert, *columns, timeout=within)
+        standing = await connection.fetch(sql.look, *columns, timeout=within)
+        await connection.fetch(sql.upsert, *columns, timeout=within)
         return standing
 
     async def _delete_in(self, columns: Columns, connection: Connection, within: float) -> Records:

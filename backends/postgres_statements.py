@@ -302,7 +302,7 @@ def _distributed(plain: Statements, insert: str, delete: str) -> Statements:
     return replace(
         plain,
         is_distributed=True,
-        upsert=f"{insert.rstrip()} {UPDATE.strip()}",
+        upsert=f"{insert.rstrip()} {UPDATE.strip()} RETURNING xmax = 0 AS is_new",
         delete=delete,
         summarize=DISTRIBUTED_SUMMARIZE,
         series=DISTRIBUTED_SERIES,

@@ -75,7 +75,7 @@ def test_links(page: Path):
 def test_settings_exist(page: Path):
     """Every variable that a page names is a setting."""
     named = set(re.findall(r"\bDROPZONE_[A-Z][A-Z_]*[A-Z]\b", page.read_text()))
-    assert named <= dropzone.VARIABLES.keys() | {"DROPZONE_CONFIG"}
+    assert named <= dropzone.VARIABLES.keys() | {"DROPZONE_CONFIG", "DROPZONE_TEST_DATABASE_URL"}
     keys = re.findall(r"`\[([\w.]+)\] (\w+)", page.read_text())
     assert {(*path.split("."), key) for path, key in keys} <= set(dropzone.VARIABLES.values())
 

@@ -2165,6 +2165,8 @@ class Worker:
 
     def end(self) -> None:
         """Let it end, and wait for that."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._pipe.send(None)  # a copy that was made later keeps this pipe open
         self._pipe.close()
         self._process.join()
 
@@ -2287,9 +2289,8 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of which a copy has the handler of the other
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            call, arguments = pipe.recv()
-            pipe.send(_outcome_of(call, arguments))
+        while asked := pipe.recv():
+            pipe.send(_outcome_of(*asked))
 
 
 def _outcome_of(

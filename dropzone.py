@@ -3743,7 +3743,7 @@ async def status(request: web.Request) -> web.Response:
             processing=processing or "ok",
             superseded=superseded,
             series=await app[SERIES].look() if app[CONFIG].transform.series else None,
-            series_from=app[CONFIG].transform.series or None,
+            series_from=str(app[CONFIG].transform.series) or None,
             scopes=[scope for scope in get_args(Scope) if scope in request[NOTES].scopes],
         )
     )

@@ -376,7 +376,7 @@ async def test_overwriting_devices(service: Service, visit: Visit) -> None:
 
 @pytest.mark.parametrize("width", [1366, 390], ids=["laptop", "phone"])
 async def test_what_is_seen_first(service: Service, visit: Visit, width: int) -> None:
-    """On a laptop the chart ends above the fold; on a phone nothing is kept free, or asks to drop."""
+    """A laptop shows the whole chart at once; a phone keeps nothing free, and asks for no drop."""
     await busy(service)
     page = await visit(service.url, viewport={"width": width, "height": 768})
     await expect(page.locator("#say")).to_have_text("All is well")

@@ -2736,6 +2736,12 @@ def sentence_of(error: Exception) -> str:
     return str(error)
 
 
+async def rows_at(backend: Backend, timestamp: datetime, limit: int) -> list[Measurement]:
+    """Return the rows of a timestamp, by series."""
+    until = timestamp + RESOLUTION if timestamp < LATEST else None
+    return await backend.find(since=timestamp, until=until, limit=limit)
+
+
 def series_option(rules: TransformConfig) -> dict[str, bool]:
     """Return the options of a backend for many series where there are any, and else none."""
     return {"series": True} if rules.series else {}
@@ -2794,7 +2800,10 @@ class Proof:
                 if right and row and same(right, row):
                     self.counts["right"] += 1
                     continue
-                verdict = await asyncio.to_thread(self._verdict, right, row)
+                if row and not right and await self._is_of_another_series(derived, row):
+                    verdict: Finding | str = Finding("differing", row, None)
+                else:
+                    verdict = await asyncio.to_thread(self._verdict, right, row)
                 if isinstance(verdict, Finding):
                     self.counts[verdict.kind] += 1
                     yield verdict
@@ -2894,6 +2903,17 @@ class Proof:
     def _note_damage(self, *sentences: str) -> None:
         self._damages += len(sentences)
         self.damage += sentences[: DAMAGE_SHOWN - len(self.damage)]
+
+    async def _is_of_another_series(self, derived: Backend, row: Measurement) -> bool:
+        """Say whether the payload that a row names has made one of another series.
+
+        So it is with all rows from before there were series, and what was derived says so without
+        another look at each payload.
+        """
+        if not self._rules.series:
+            return False
+        made = await rows_at(derived, row.timestamp_utc, AT_A_TIME)
+        return any(each.raw_id == row.raw_id and each.series != row.series for each in made)
 
     def _verdict(
         self, right: Measurement | None, row: Measurement | None
@@ -4053,8 +4073,7 @@ async def measurement(request: web.Request, query: MeasurementQuery) -> web.Resp
 
 async def only_series_at(backend: Backend, timestamp: datetime) -> str:
     """Return the series that has a row at a timestamp, "" for none; raises where several have."""
-    until = timestamp + RESOLUTION if timestamp < LATEST else None
-    rows = await backend.find(since=timestamp, until=until, limit=SERIES_NAMED + 1)
+    rows = await rows_at(backend, timestamp, SERIES_NAMED + 1)
     if len(rows) > 1:
         names = [row.series for row in rows]
         several = "several series have one at this timestamp"

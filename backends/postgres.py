@@ -124,6 +124,10 @@ Ask: TypeAlias = Callable[[Connection, float], Awaitable[Records]]
 Write: TypeAlias = Callable[[Columns, Connection, float], Awaitable[Records]]
 
 
+class _NotAllNew(Exception):
+    """An upsert met rows: it is taken back, to look at them first."""
+
+
 class PostgresBackend:
     """A Backend in the database at `url`, reached through at most `pool` connections.
 
@@ -348,12 +352,14 @@ class PostgresBackend:
         sql = self._statements
         if not sql.is_distributed:
             return await connection.fetch(sql.upsert, *columns, timeout=within)
-        async with _transaction(connection, within):
-            done = await connection.execute(sql.insert, *columns, timeout=within)
-            if done == f"INSERT 0 {len(columns[0])}":
-                return []
-            standing = await connection.fetch(sql.look, *columns, timeout=within)
-            await connection.execute(sql.upsert, *columns, timeout=within)
+        with suppress(_NotAllNew):
+            async with _transaction(connection, within):
+                done = await connection.fetch(sql.upsert, *columns, timeout=within)
+                if not all(is_new for (is_new,) in done) or len(done) < len(columns[0]):
+                    raise _NotAllNew
+            return []
+        standing = await connection.fetch(sql.look, *columns, timeout=within)
+        await connection.fetch(sql.upsert, *columns, timeout=within)
         return standing
 
     async def _delete_in(self, columns: Columns, connection: Connection, within: float) -> Records:
@@ -636,10 +642,10 @@ class PostgresBackend:
         return f"PostgreSQL at {self._place} cannot be reached: {reason}: {advice}"
 
     def _measurement(self, record: asyncpg.Record) -> Measurement:
-        timestamp, mean, std_dev, raw_id = record
+        timestamp, mean, std_dev, raw_id, *series = record
         number = NO_PAYLOAD.int if raw_id is None else raw_id.int
         try:
-            return Measurement(timestamp, mean, std_dev, UUID(int=number))
+            return Measurement(timestamp, mean, std_dev, UUID(int=number), *series)
         except (AttributeError, TypeError, ValueError) as error:
             raise BackendError(
                 f"PostgreSQL at {self._place} has a row {record!r} that is no measurement: "

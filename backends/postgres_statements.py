@@ -235,17 +235,20 @@ ORDER BY first ASC
 # From name to name by the index, however many rows a series has.
 SERIES = """
 WITH RECURSIVE name (series) AS (
-    SELECT min(series COLLATE "C") FROM measurements WHERE series COLLATE "C" >= $1::text
+    (
+        SELECT series COLLATE "C" FROM measurements WHERE series COLLATE "C" >= $1::text
+        ORDER BY series COLLATE "C" LIMIT 1
+    )
     UNION ALL
-    SELECT (
-        SELECT min(series COLLATE "C") FROM measurements
-        WHERE measurements.series COLLATE "C" > name.series
-    ) FROM name WHERE name.series IS NOT NULL
+    SELECT following.series COLLATE "C" FROM name CROSS JOIN LATERAL (
+        SELECT series FROM measurements WHERE series COLLATE "C" > name.series
+        ORDER BY series COLLATE "C" LIMIT 1
+    ) AS following
 )
-SELECT name.series, (
-    SELECT max(timestamp_utc) FROM measurements WHERE measurements.series = name.series
-) AS last
-FROM name WHERE name.series IS NOT NULL LIMIT $2
+SELECT name.series, latest.timestamp_utc AS last FROM name CROSS JOIN LATERAL (
+    SELECT timestamp_utc FROM measurements WHERE measurements.series = name.series
+    ORDER BY timestamp_utc DESC LIMIT 1
+) AS latest LIMIT $2
 """
 DISTRIBUTED_SERIES = """
 SELECT series, max(timestamp_utc) AS last FROM measurements
@@ -282,8 +285,7 @@ class Statements:
     create: tuple[str, ...]
     columns: str
     types: list[str]
-    insert: str  # what is new; distributed alone
-    look: str
+    look: str  # before an upsert, distributed alone
     upsert: str
     delete: str
     get: str
@@ -300,7 +302,7 @@ def _distributed(plain: Statements, insert: str, delete: str) -> Statements:
     return replace(
         plain,
         is_distributed=True,
-        upsert=f"{insert.rstrip()} {UPDATE.strip()}",
+        upsert=f"{insert.rstrip()} {UPDATE.strip()} RETURNING xmax = 0 AS is_new",
         delete=delete,
         summarize=DISTRIBUTED_SUMMARIZE,
         series=DISTRIBUTED_SERIES,
@@ -312,7 +314,6 @@ ONE = Statements(
     create=(CREATE_ONE,),
     columns=COLUMNS_OF_ONE,
     types=TYPES_OF_ONE,
-    insert=f"{INSERT_ONE.rstrip()} NOTHING",
     look=f"{ROWS_OF_ONE}{BATCH_OF_ONE}{OTHERS}",
     upsert=UPSERT.format(
         upsert=f"{INSERT_ONE.rstrip()} {UPDATE.strip()}",
@@ -328,7 +329,6 @@ MANY = Statements(
     create=(CREATE_MANY, CREATE_INDEX),
     columns=COLUMNS_OF_MANY,
     types=TYPES_OF_MANY,
-    insert=f"{INSERT_MANY.rstrip()} NOTHING",
     look=f"{ROWS_OF_MANY}{BATCH_OF_MANY}{OTHERS}",
     upsert=UPSERT.format(
         upsert=f"{INSERT_MANY.rstrip()} {UPDATE.strip()}",

@@ -37,7 +37,7 @@ from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.raw import Form, Rejection, place_of
 from backends.sqlite import SqliteBackend
-from dropzone import Proof
+from dropzone import RULES, Processor, Proof, SeriesAt, TransformConfig
 
 T = TypeVar("T")
 DAY = 86_400_000  # milliseconds
@@ -47,7 +47,14 @@ RUN_SECONDS = 7.0
 
 def payload(second: int, value: int | None) -> bytes:
     """Return a payload; with None, one that is rejected."""
-    return b"bad" if value is None else body(second, value - 1, value + 1)
+    if value is None:
+        return b"bad"
+    return body(second, value - 1, value + 1)[:-1] + b', "device": "%s"}' % device(value).encode()
+
+
+def device(value: int) -> str:
+    """Return which of two devices sends a value."""
+    return "odd" if value % 2 else "even"
 
 
 FORMS: tuple[Form, ...] = ("ndjson", "json")
@@ -64,13 +71,13 @@ Content = tuple[int, int | None]  # second and value
 Payloads = dict[UUID, Content]
 
 
-def computed(payloads: Payloads) -> list[Measurement]:
+def computed(payloads: Payloads, rules: TransformConfig = RULES) -> list[Measurement]:
     """Return the table that the payloads make one after another, in order of arrival."""
     table = {}
     for raw_id, (second, value) in sorted(payloads.items()):
         if value is not None:
-            at = NOON + timedelta(seconds=second)
-            table[at] = Measurement(at, float(value), 1.0, raw_id)
+            at, series = NOON + timedelta(seconds=second), device(value) if rules.series else ""
+            table[at, series] = Measurement(at, float(value), 1.0, raw_id, series)
     return [row for _, row in sorted(table.items())]
 
 
@@ -97,15 +104,15 @@ class Fragile:
 class InMemory(Fragile, MemoryBackend):
     """Takes the folder that it has no need of."""
 
-    def __init__(self, _: Path) -> None:
-        super().__init__()
+    def __init__(self, _: Path, *, series: bool) -> None:
+        super().__init__(series=series)
 
 
 class InSqlite(Fragile, SqliteBackend):
     """Keeps its file in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "rows.sqlite")
+    def __init__(self, folder: Path, *, series: bool) -> None:
+        super().__init__(folder / "rows.sqlite", series=series)
 
 
 contents = st.tuples(st.integers(0, SECONDS - 1), st.sampled_from([1, 2, 3, -1, None]))
@@ -119,19 +126,23 @@ class Interleavings(RuleBasedStateMachine):
 
     kind: type[InMemory | InSqlite] = InMemory
     rebuilds = 0  # that an example may do: each starts processes
+    going_by = RULES
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.home = Path(tempfile.mkdtemp())
         self.folder = self.run(Folder(self.home / "data").opened())
-        self.backend = self.kind(self.home)
+        self.backend = self.kind(self.home, series=bool(self.going_by.series))
         self.payloads: Payloads = {}
         self.left = self.rebuilds
         self.tampered = False
 
     def run(self, work: Coroutine[None, None, T]) -> T:
         return self.runner.run(work)
+
+    def processor(self, batch: int) -> Processor:
+        return processor_of(self.folder.store, self.backend, batch, self.going_by)
 
     def arrive(self, arrivals: list[tuple[int, int, Content]]) -> None:
         """Make payloads of some days in the past, in any order of arrival, pending."""
@@ -177,7 +188,7 @@ class Interleavings(RuleBasedStateMachine):
         self.arrive(arrivals)
 
         async def work() -> None:
-            processors = [processor_of(self.folder.store, self.backend, batch) for _ in limits]
+            processors = [self.processor(batch) for _ in limits]
             await asyncio.gather(
                 *(one.process(limit) for one, limit in zip(processors, limits, strict=True))
             )
@@ -195,7 +206,7 @@ class Interleavings(RuleBasedStateMachine):
         self.arrive(arrivals)
         self.backend.dies, self.backend.stored = when, ()
         with suppress(BackendUnavailable):
-            self.run(processor_of(self.folder.store, self.backend, 4).process())
+            self.run(self.processor(4).process())
         self.folder.store.settle(self.wholly_stored()[:moved], [])
         self.backend.dies = ""
 
@@ -288,7 +299,7 @@ class Interleavings(RuleBasedStateMachine):
 
         async def work() -> None:
             found = 0
-            proof = Proof(self.folder.store.portable(), self.backend)
+            proof = Proof(self.folder.store.portable(), self.backend, self.going_by)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
@@ -318,7 +329,7 @@ class Interleavings(RuleBasedStateMachine):
             if self.tampered:
                 self.left += 1
                 self.rebuild(None, delete_orphans=True)
-            assert self.run(self.backend.find()) == computed(self.payloads)
+            assert self.run(self.backend.find()) == computed(self.payloads, self.going_by)
             bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
@@ -347,17 +358,37 @@ class WithRebuildsInSqlite(WithRebuilds):
     kind = InSqlite
 
 
+class OfTwoDevices(Interleavings):
+    """The same, where each device has its series."""
+
+    going_by = TransformConfig(series=SeriesAt("device"))
+
+
+class OfTwoDevicesInSqlite(OfTwoDevices):
+    """The same, on a database that is a file."""
+
+    kind = InSqlite
+
+
+class OfTwoDevicesWithRebuilds(WithRebuildsInSqlite):
+    """The same, with rebuilds."""
+
+    going_by = OfTwoDevices.going_by
+
+
 MANY = settings(max_examples=20, stateful_step_count=20, deadline=None)
 FEW = settings(max_examples=8, stateful_step_count=25, deadline=None)
 
 
-@pytest.mark.parametrize("machine", [Interleavings, InterleavingsInSqlite])
+@pytest.mark.parametrize(
+    "machine", [Interleavings, InterleavingsInSqlite, OfTwoDevices, OfTwoDevicesInSqlite]
+)
 def test_any_interleaving(machine: type[Interleavings]):
     """Landing, processing, kills, retries and packing in any order end in the computed table."""
     run_state_machine_as_test(machine, settings=MANY)
 
 
-@pytest.mark.parametrize("machine", [WithRebuilds, WithRebuildsInSqlite])
+@pytest.mark.parametrize("machine", [WithRebuilds, WithRebuildsInSqlite, OfTwoDevicesWithRebuilds])
 def test_any_interleaving_with_rebuilds(machine: type[Interleavings]):
     """So they do with rows that were tampered with, and rebuilds that may be killed halfway."""
     run_state_machine_as_test(machine, settings=FEW)

@@ -34,8 +34,8 @@ from postgres_server import PostgresServer  # noqa: E402
 
 from backends import Backend, Measurement  # noqa: E402
 from backends.postgres import PostgresBackend  # noqa: E402
+from backends.raw import next_raw_id, uuid_at  # noqa: E402
 from backends.sqlite import SqliteBackend  # noqa: E402
-from dropzone import next_raw_id, uuid_at  # noqa: E402
 
 PENDING = 100_000
 SERIES = 10_000
@@ -144,7 +144,8 @@ async def measure_series(name: str, page: Page) -> None:
     for n in range(5):
         charts.append(await first_paint(page))
         paints.append(await page.evaluate(first))
-        await page.wait_for_function("document.querySelectorAll('#multiples polyline').length > 11")
+        last = page.locator("#multiples polyline").nth(11)
+        await last.wait_for(state="attached")
         field = page.locator("#series")
         await field.fill(f"r-0{n}12")
         typed = "document.querySelector('#series').dispatchEvent(new Event('input'))"

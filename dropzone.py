@@ -594,8 +594,8 @@ def hand_on(config: Config) -> None:
     """
     if config.raw.archive and config.dotenv:
         for name, value in _read_dotenv(config.dotenv).items():
-            if name.startswith(OF_STORES) and value:
-                os.environ.setdefault(name, value)
+            if name.startswith(OF_STORES) and value and not os.environ.get(name):
+                os.environ[name] = value
 
 
 OF_STORES = ("AWS_", "AZURE_", "GOOGLE_")
@@ -3427,6 +3427,7 @@ RECEIPTS = web.AppKey("RECEIPTS", Turns)  # each of which holds a payload, howev
 FAR = web.AppKey("FAR", Turns)  # of payloads in the archive
 SUMMARIES = web.AppKey("SUMMARIES", Turns)  # of all rows of a range, which may take seconds
 RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
+TURNS = web.RequestKey("TURNS", Turns)  # those in which a request is answered
 
 ROUTES: list[Route] = []
 NDJSON = {
@@ -3480,8 +3481,17 @@ class Route:
         arguments = (query_in(request, self.query),) if self.query else ()
         if self.turns is None:
             return await self.handler(request, *arguments)
-        async with app[self.turns].turn(request):
+        turns = app[self.turns]
+        if app[RAW].has_archive and "raw_id" in request.match_info:
+            turns = await way_to(app, raw_id_in(request), turns)
+        request[TURNS] = turns
+        async with turns.turn(request):
             return await self.handler(request, *arguments)
+
+
+async def way_to(app: web.Application, raw_id: UUID, turns: Turns) -> Turns:
+    """Return the turns in which to read a payload; those of the archive may take their time."""
+    return app[FAR] if await turns.run(app[RAW].is_archived, raw_id) else turns
 
 
 @Route("GET", "/health", None, {200: (Health,)}, limited=False)
@@ -3816,8 +3826,8 @@ async def measurement(request: web.Request) -> web.Response:
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
     app, raw_id = request.app, raw_id_in(request)
-    raw, run = app[RAW], app[RECEIPTS].run
-    state, body = await (await way_to(app, raw_id, app[RECEIPTS])).run(raw.read, raw_id)
+    raw, run = app[RAW], request[TURNS].run
+    state, body = await run(raw.read, raw_id)
     size, digest = len(body), await run(hashlib.sha256, body)
     row = await row_in_place_of(app, body) if state == "processed" else None
     known = raw.rejection if state == "rejected" else raw.last_rejection
@@ -3843,9 +3853,8 @@ async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | No
 @Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
 async def payload(request: web.Request) -> web.StreamResponse:
     """Return the exact bytes that arrived."""
-    app, raw_id = request.app, raw_id_in(request)
-    reads = await way_to(app, raw_id, app[READS])
-    found = await reads.run(app[RAW].open_payload, raw_id)
+    reads, raw = request[TURNS], request.app[RAW]
+    found = await reads.run(raw.open_payload, raw_id_in(request))
     if found.size <= PIECE_BYTES:
         with contextlib.closing(found):
             body = await reads.run(b"".join, found.pieces)
@@ -3853,12 +3862,6 @@ async def payload(request: web.Request) -> web.StreamResponse:
     headers = {"Content-Type": "application/json", "Content-Length": str(found.size)}
     portions = payload_portions(reads, found)
     return WhileRead(portions, "payload", "bytes", close=found.close, headers=headers)
-
-
-async def way_to(app: web.Application, raw_id: UUID, turns: Turns) -> Turns:
-    """Return the threads in which to read a payload: those of the archive may wait for it."""
-    raw = app[RAW]
-    return app[FAR] if raw.has_archive and await turns.run(raw.is_archived, raw_id) else turns
 
 
 async def payload_portions(reads: Turns, found: OpenPayload) -> Portions:
@@ -5095,7 +5098,7 @@ def add_threads(app: web.Application, payloads: Payloads) -> None:
     app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
     app[RECEIPTS], app[RETRIES] = Turns("receipts", 2, threads=2), Turns("retries", 1)
     is_far = payloads.has_archive
-    app[FAR] = Turns("archive", 4, threads=4, may_hang=True) if is_far else app[READS]
+    app[FAR] = Turns("archive", 8, threads=4, may_hang=True) if is_far else app[READS]
 
 
 def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:

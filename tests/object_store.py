@@ -21,6 +21,7 @@ from pathlib import Path
 BUCKET = "packs"
 START_SECONDS = 60
 INSTALL = "no SeaweedFS was found: `pip install -r tests/requirements.txt` brings one"
+SOCKETS = Path("/tmp")  # in which it leaves some, by their ports, whatever it is told
 PORTS = ("master", "volume", "filer", "s3")
 
 
@@ -59,9 +60,9 @@ def supervise() -> None:
     """Start the server, say where it is, and wait until the pipe closes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = Path(tempfile.mkdtemp(prefix="dropzone-s3-"))
-    process = None
+    process, ports = None, free_ports(2 * len(PORTS))
     try:
-        process, variables = started(folder)
+        process, variables = started(folder, ports)
         print(json.dumps({"process": process.pid, "variables": variables}), flush=True)
         sys.stdin.read()
     except Exception as error:
@@ -72,14 +73,16 @@ def supervise() -> None:
         if process:
             process.kill()
             process.wait()
+            for path in SOCKETS.glob("seaweedfs-*.sock"):
+                if int(path.stem.rpartition("-")[2]) in ports:
+                    path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def started(folder: Path) -> "tuple[subprocess.Popen[bytes], dict[str, str]]":
+def started(folder: Path, ports: list[int]) -> "tuple[subprocess.Popen[bytes], dict[str, str]]":
     program = Path(sys.executable).with_name("weed")
     if not program.exists():
         raise RuntimeError(INSTALL)
-    ports = free_ports(2 * len(PORTS))
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     credentials = [{"accessKey": key, "secretKey": secret}]
     rights = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -87,7 +90,8 @@ def started(folder: Path) -> "tuple[subprocess.Popen[bytes], dict[str, str]]":
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     options = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
     options += [f"-s3.config={folder / 's3.json'}"]
-    options += ["-master.volumeSizeLimitMB=64", "-volume.max=40"]
+    options += ["-master.volumeSizeLimitMB=64", "-volume.max=40", "-master.telemetry=false"]
+    options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     for name, port, grpc in zip(PORTS, ports[::2], ports[1::2], strict=True):
         options += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc}"]
     with (folder / "log").open("wb") as log:

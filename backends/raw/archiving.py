@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -180,7 +181,7 @@ def _read_back(archive: Archive, key: str) -> bytes:
 
 def _publish(path: Path, body: bytes) -> None:
     """Make a file appear whole, and synced."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     part.write_bytes(body)
     sync_file(part)
     os.rename(part, path)

@@ -518,8 +518,6 @@ def _see_that_they_agree(config: Config) -> None:
         raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
     if config.raw.archive and url_trouble(config.raw.archive):
         raise ConfigError(f"raw.archive: {url_trouble(config.raw.archive)}")
-    if config.raw.keep_local_days and not config.raw.archive:
-        raise ConfigError("raw.keep_local_days needs raw.archive: else it would delete payloads")
 
 
 CONFIG_FILE: Setting = ("DROPZONE_CONFIG",)
@@ -6003,6 +6001,8 @@ async def check(config: Config, _: argparse.Namespace) -> int:
         lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
         print("\n".join(lines) or f"ok     {name}")
     print(f"note   settings are read from {settings_source(config)}")
+    if config.raw.keep_local_days and not config.raw.archive:
+        print("note   raw.keep_local_days deletes nothing, as no raw.archive is set")
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK

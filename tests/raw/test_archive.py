@@ -22,7 +22,17 @@ import psutil
 import pytest
 import test_processing
 from object_store import ObjectStore
-from test_cli import OK, PATIENCE, TRY_AGAIN, Program, Server, assert_explained, closed_port
+from test_cli import (
+    DROPZONE,
+    OK,
+    PATIENCE,
+    TRY_AGAIN,
+    Program,
+    Server,
+    assert_explained,
+    closed_port,
+)
+from test_docs import REPO, blocks, section
 from test_packs import ODD, all_of, compact, days_ago, found, journaled, processed_in
 from test_processing import arrival, body
 
@@ -38,6 +48,7 @@ LEAP_DAY, DAY = "2024-02-29", "2024-03-01"  # of the first two arrivals, and of 
 GZIPPED = ".ndjson.gz"
 PREFIXES = count()
 CONFIGURATION = 78
+ARCHIVE = REPO / "docs" / "archive.md"
 
 
 class Place:
@@ -630,6 +641,79 @@ def test_proof_says_nothing_while_it_is_away(program: Program, s3: Place):
     assert done.stdout == ""
 
 
+def shell(program: Program, commands: str, **variables: object) -> str:
+    """Run commands of the documentation as they stand there; return what they print."""
+    commands = commands.replace("/rescued", str(program.home / "rescued"))
+    commands = commands.replace("python dropzone.py", f"{sys.executable} {DROPZONE}")
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("DROPZONE_")}
+    done = subprocess.run(
+        ["sh", "-eu", "-c", commands],
+        cwd=program.home,
+        env=clean | {name: str(text) for name, text in variables.items()},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == OK, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_restoring_a_lost_node(program: Program, s3: Place, is_left: bool, has_rows: bool):
+    """After the loss of a disk the documented commands bring back all that is not lost."""
+    settings = {
+        **s3.settings,
+        "DROPZONE_RAW_KEEP_LOCAL_DAYS": 1,
+        "DROPZONE_STORAGE_SQLITE_PATH": program.home / "rows.sqlite",
+    }
+    archived = processed_by(program, [body(n) for n in range(30)])
+    server = Server(program, "--port", 0, **settings)
+    [processed, rejected] = (
+        server.json("POST", "/ingest", text)["raw_id"] for text in (body(100), b"{}")
+    )
+    server.json("POST", "/process")
+    pending = server.json("POST", "/ingest", body(101))["raw_id"]
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert program.run("compact", **settings).returncode == OK
+    assert program.run("rebuild", **settings).returncode == OK
+    left = program.home / "rescued"
+    left.mkdir()
+    if is_left:
+        for name in ("raw", "rejected", "journal"):
+            shutil.copytree(program.home / "data" / name, left / name)
+        shutil.copytree(
+            program.home / "data" / "processed",
+            left / "processed",
+            ignore=lambda _, names: [name for name in names if GZIPPED in name],
+        )
+    shutil.rmtree(program.home / "data")
+    if not has_rows:
+        (program.home / "rows.sqlite").unlink()
+
+    back, prove, make = blocks(section(ARCHIVE, "After the loss of a disk"), "sh")
+    assert "1 packs" in shell(program, back, **settings)
+    if has_rows and not is_left:
+        done = program.run("verify", **settings)
+        assert "1 orphaned" in done.stdout
+        assert f"{len(archived)} right, 0 wrong" in done.stdout
+    else:
+        assert "all rows are right" in shell(program, prove if has_rows else make, **settings)
+    server = Server(program, "--port", 0, **settings)
+    for raw_id, text in archived.items():
+        assert server.request("GET", f"/raw/{raw_id}/payload")[2] == text
+    states = {processed: "processed", rejected: "rejected", pending: "processed"}
+    for raw_id, state in states.items():
+        if is_left:
+            assert server.json("GET", f"/raw/{raw_id}")["state"] == state
+        else:
+            assert server.request("GET", f"/raw/{raw_id}")[0] == 404
+    rows = len(archived) + 2 * is_left + (has_rows and not is_left)
+    assert len(server.json("GET", "/measurements?limit=100")["measurements"]) == rows
+    assert server.stop() == OK
+
+
 def test_adopt_again(tmp_path: Path, place: Place):
     """`adopt` takes over this node's packs alone, each once, whatever the disk has kept."""
     other = folders_at(tmp_path / "other", place.archive(7))
@@ -754,10 +838,14 @@ def test_wrong_urls(url: str, text: str):
     assert "hidden" not in str(caught.value)
 
 
-def test_keep_local_days_needs_an_archive():
-    """`keep_local_days` alone, which would be taken for `keep_days`, is refused."""
-    with pytest.raises(ConfigError, match=r"raw\.keep_local_days needs raw\.archive"):
-        load_config(environ={"DROPZONE_RAW_KEEP_LOCAL_DAYS": "3"})
+def test_keep_local_days_needs_an_archive(program: Program):
+    """`keep_local_days` without an archive deletes nothing, and `check` says so."""
+    payloads = processed_by(program, [body()])
+    assert program.run("compact", DROPZONE_RAW_KEEP_LOCAL_DAYS=1).returncode == OK
+    folders = folders_at(program.home / "data", None)
+    assert all_of(folders, payloads) == payloads
+    text = "note   raw.keep_local_days deletes nothing, as no raw.archive is set"
+    assert text in program.run("check", DROPZONE_RAW_KEEP_LOCAL_DAYS=1).stdout
 
 
 def test_credentials_are_never_told(program: Program, s3: Place):

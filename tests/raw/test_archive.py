@@ -41,6 +41,7 @@ from backends.raw import archive as rooms
 from backends.raw.archive import Archive, _client
 from backends.raw.archiving import PART_BYTES
 from backends.raw.folders import Folders
+from backends.raw.landing import RawStore
 from dropzone import ConfigError, load_config
 
 program = test_processing.program  # a fixture
@@ -473,6 +474,23 @@ def test_away(tmp_path: Path, away: Place, monkeypatch: pytest.MonkeyPatch):
     assert trouble.startswith(f"the archive {away.url} is away: ")
 
 
+async def test_a_start_asks_it_for_nothing(tmp_path: Path, place: Place):
+    """Opening a store asks the archive for nothing, also where the journal was lost or left."""
+    payloads = processed_in(tmp_path, [body(n) for n in range(5)], 2)
+    folders = folders_at(tmp_path, place.archive(), keep_local_days=1)
+    compact(folders)
+    put_away(folders)
+    journaled(tmp_path, payloads)
+    heard = Heard()
+    store = RawStore(tmp_path / "raw", archive=Archive(place.url, observer=heard))
+    await store.open()
+    assert store.activity().processed == len(payloads)
+    [raw_id] = await store.land(body())
+    assert raw_id > max(payloads)
+    assert heard.requests == {}
+    await store.close()
+
+
 def test_a_start_does_not_wait_for_it(
     program: Program, tmp_path: Path, s3: Place, object_store: ObjectStore
 ):
@@ -497,6 +515,18 @@ def test_a_start_does_not_wait_for_it(
         f"{DAY}: 0 payloads packed\n"
     )
     assert folders.count_processed() == len(payloads) + 1
+
+
+def test_one_try_is_enough(program: Program, s3: Place):
+    """A `compact` that has found the store away asks it for no other pack."""
+    processed_by(program, [body()])
+    processed_in(program.home / "data", [body()])  # of the day before
+    with closed_port() as port:
+        wrong = s3.settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        done = program.run("compact", **wrong)
+    assert done.returncode == TRY_AGAIN
+    assert done.stderr.startswith(f"{LEAP_DAY}{GZIPPED}: not archived, it stays: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_it_comes_back(program: Program, tmp_path: Path, s3: Place, object_store: ObjectStore):

@@ -141,6 +141,8 @@ from backends.raw import (
     DISCARDING,
     PIECE_BYTES,
     Activity,
+    ArchiveAway,
+    Archiving,
     Copied,
     FolderTaken,
     Form,
@@ -166,6 +168,7 @@ from backends.raw import (
     raw_id_of,
     texts_of,
 )
+from backends.raw.archive import Archive, needs_obstore, url_trouble
 from backends.raw.batches import (
     BLANK,
     LINE,
@@ -182,6 +185,7 @@ from backends.raw.batches import RAW as RAW_JSON
 from backends.raw.disk import (
     FILE,
     FOLDER,
+    Hands,
     access_trouble,
     denied,
     disk_errors,
@@ -383,6 +387,8 @@ class RawConfig(Section, frozen=True):
     min_free_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
     keep_days: Annotated[int, Meta(ge=0)] = 0
     compact: bool = False
+    archive: str = ""
+    keep_local_days: Annotated[int, Meta(ge=0)] = 0
 
 
 class ProcessConfig(Section, frozen=True):
@@ -535,8 +541,7 @@ def load_config(
         given.append(Given("the command line", here, setting, value))
     defaults = Given("the defaults", file.parent if file else here, (), {})
     config = _with_all(Config(), [defaults, *given])
-    if config.storage.backend == "postgres" and not config.storage.postgres.url:
-        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    _see_that_they_agree(config)
     if not any(each.setting == AUTH_KEYS and isinstance(each.value, str) for each in given):
         config.__dict__["keys_file"] = keys_file_of(config)
     config.__dict__["source"], config.__dict__["dotenv"] = file, dotenv
@@ -546,6 +551,14 @@ def load_config(
         load_config, file, environ=environ, overrides=overrides
     )
     return config
+
+
+def _see_that_they_agree(config: Config) -> None:
+    """Raise `ConfigError` where one setting needs another, or is no address."""
+    if config.storage.backend == "postgres" and not config.storage.postgres.url:
+        raise ConfigError("the postgres backend needs an address: set DROPZONE_DATABASE_URL")
+    if config.raw.archive and url_trouble(config.raw.archive):
+        raise ConfigError(f"raw.archive: {url_trouble(config.raw.archive)}")
 
 
 CONFIG_FILE: Setting = ("DROPZONE_CONFIG",)
@@ -611,6 +624,20 @@ def _read_dotenv(file: Path) -> Mapping[str, str | None]:
         from dotenv import dotenv_values  # noqa: PLC0415 (see TYPE_CHECKING)
 
         return dotenv_values(stream=io.StringIO(file.read_text("utf-8")))
+
+
+def hand_on(config: Config) -> None:
+    """Have the libraries of an archive see what `.env` says of credentials, as this program does.
+
+    The environment goes before it.
+    """
+    if config.raw.archive and config.dotenv:
+        for name, value in _read_dotenv(config.dotenv).items():
+            if name.startswith(OF_STORES) and value and not os.environ.get(name):
+                os.environ[name] = value
+
+
+OF_STORES = ("AWS_", "AZURE_", "GOOGLE_")
 
 
 @contextlib.contextmanager
@@ -1281,6 +1308,8 @@ class Metrics:
         of = ["operation"]
         self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
+        self._archive = seconds("dropzone_archive_duration_seconds", "Time that requests took", of)
+        self._archive_errors = count("dropzone_archive_errors", "Requests that failed", of)
         self._begin_at_zero()
         self._add_gauges()
 
@@ -1299,6 +1328,7 @@ class Metrics:
         self.backend_up = gauge("dropzone_backend_up", "1 if the backend answers, 0 if not")
         self.series = gauge("dropzone_series", "Series that have rows")
         self.silent = gauge("dropzone_series_silent", "Those whose last row is an hour old")
+        self.to_archive = gauge("dropzone_packs_to_archive", "Packs that the archive lacks")
         gauge("dropzone_build_info", "What runs here", ["version"]).labels(__version__).set(1)
         prometheus.ProcessCollector(registry=self._gauges)  # of the process that answers
 
@@ -1317,6 +1347,8 @@ class Metrics:
         for name, call in vars(Backend).items():
             if inspect.iscoroutinefunction(call):
                 self.backend_errors.labels(name)
+        for operation in ("list", "get", "put", "delete"):
+            self._archive_errors.labels(operation)
 
     def landed(self, payloads: int, size: int, seconds: float, sync_seconds: float) -> None:
         """Count a group: see `backends.raw.Observer`."""
@@ -1325,6 +1357,12 @@ class Metrics:
         self._group.observe(payloads)
         self._land.observe(seconds)
         self._sync.observe(sync_seconds)
+
+    def asked_archive(self, operation: str, seconds: float, is_wrong: bool) -> None:  # noqa: FBT001
+        """Count a request to the archive: see `backends.raw.Observer`."""
+        self._archive.labels(operation).observe(seconds)
+        if is_wrong:
+            self._archive_errors.labels(operation).inc()
 
     def collect(self) -> Iterator[prometheus.Metric]:
         """Yield what all processes have counted, as a Prometheus registry does. Blocks on disk."""
@@ -2053,7 +2091,7 @@ def judge(
             if isinstance(body, PayloadStoreError):
                 raise body
             judged.rows.append(transform(raw_id, body, rules))
-        except NoAccess as error:
+        except (NoAccess, PackDamaged) as error:
             judged.unread.append(str(error))
         except (DataQualityError, PayloadUnreadable) as error:
             rejection = Rejection(raw_id, error.code, str(error), datetime.now(UTC))
@@ -2564,7 +2602,7 @@ class Processor:
 
 
 class FailedWrite(Struct, frozen=True):
-    """Rows that could not be written, by whichever process: since when, when last, and why.
+    """What could not be written, by whichever process: since when, when last, and why.
 
     The next success takes it away.
     """
@@ -2574,31 +2612,32 @@ class FailedWrite(Struct, frozen=True):
     detail: str
 
 
-FAILED_WRITE = "failed_write.json"
+FAILED_WRITE = "failed_write.json"  # of rows
+FAILED_ARCHIVING = "failed_archiving.json"  # of packs
 
 
-def failed_write(workspace: Path) -> FailedWrite | None:
+def failed_write(workspace: Path, name: str = FAILED_WRITE) -> FailedWrite | None:
     """Return the write that has failed, None where the last one succeeded."""
     with contextlib.suppress(OSError, ValueError):
-        return msgspec.json.decode((workspace / FAILED_WRITE).read_bytes(), type=FailedWrite)
+        return msgspec.json.decode((workspace / name).read_bytes(), type=FailedWrite)
     return None
 
 
-def note_failed_write(workspace: Path, detail: str) -> None:
+def note_failed_write(workspace: Path, detail: str, name: str = FAILED_WRITE) -> None:
     """Note a failure for every process that shows the state of the service."""
     now = datetime.now(UTC)
-    before = failed_write(workspace)
+    before = failed_write(workspace, name)
     note = FailedWrite(before.since if before else now, now, detail)
-    part = workspace / f"{FAILED_WRITE}.{os.getpid()}.part"
+    part = workspace / f"{name}.{os.getpid()}.part"
     with contextlib.suppress(OSError):  # the error itself is raised all the same
         part.write_bytes(msgspec.json.encode(note))
-        part.rename(workspace / FAILED_WRITE)
+        part.rename(workspace / name)
 
 
-def forget_failed_write(workspace: Path) -> None:
-    """Take the note away: rows were written again."""
+def forget_failed_write(workspace: Path, name: str = FAILED_WRITE) -> None:
+    """Take the note away: it was written again."""
     with contextlib.suppress(OSError):
-        (workspace / FAILED_WRITE).unlink(missing_ok=True)
+        (workspace / name).unlink(missing_ok=True)
 
 
 class Measured:
@@ -3038,6 +3077,8 @@ class Proof:
             own = self._made_by_its_payload(row, state, body)
         except RawIdUnknown:
             return self._unproved(right, row, is_later=is_later)
+        except ArchiveAway:  # which says nothing of the payload
+            raise
         except (OSError, StorageUnavailable, PayloadUnreadable, DataQualityError):
             return Finding("superseded" if is_later else "unreadable", row, right)
         best = right if is_later or own is None else own
@@ -3324,6 +3365,51 @@ def upkeep_lock(payloads: Payloads) -> FileLock:
     return FileLock(payloads.workspace / "upkeep.lock", timeout=0)
 
 
+def archive_lock(payloads: Payloads) -> FileLock:
+    """Return what one run at a time holds that changes the archive; verify and backup go on."""
+    return FileLock(payloads.workspace / "archive.lock", timeout=0)
+
+
+def expire(payloads: Payloads) -> list[str]:
+    """Delete what is older than keep_days, in the archive, too; return the names of the packs."""
+    with archive_lock(payloads) if payloads.has_archive else contextlib.nullcontext():
+        return payloads.expire()
+
+
+async def archive_packs(
+    payloads: Payloads, caller: str
+) -> AsyncIterator[tuple[str, Archiving | Exception]]:
+    """Put packs into the archive, and yield what became of each.
+
+    One that is damaged does not stop the others; where the archive is away, it ends, and the next
+    run goes on there. That it is away is noted, for every process that shows the state.
+    """
+    if not payloads.has_archive:
+        return
+    hands, trouble = Hands(1, "archive"), ""  # the end of the program waits for no upload
+    try:
+        with archive_lock(payloads):
+            for name in await asyncio.to_thread(payloads.to_archive):
+                try:
+                    with audited("archive", caller, pack=name) as facts:
+                        work = hands.submit(payloads.archive_pack, name)
+                        done = await asyncio.wrap_future(work)
+                        facts.update(made=done.made, is_local=done.is_local)
+                    if done.objects:
+                        yield name, done
+                except (OSError, StorageUnavailable) as error:
+                    trouble = trouble or sentence_of(error)
+                    yield name, error
+                    if isinstance(error, ArchiveAway):
+                        break
+            if trouble:
+                note_failed_write(payloads.workspace, trouble, FAILED_ARCHIVING)
+            else:
+                forget_failed_write(payloads.workspace, FAILED_ARCHIVING)
+    finally:
+        hands.shutdown(wait=False)
+
+
 async def compact_daily(payloads: Payloads) -> NoReturn:
     """Pack finished days once a day (UTC): soon after the start, then within an hour of midnight.
 
@@ -3351,7 +3437,8 @@ async def compact_daily(payloads: Payloads) -> NoReturn:
 async def compact_by_itself(payloads: Payloads) -> None:
     """Pack finished days, and delete what has expired, in a process that gives way to landing.
 
-    One bad day does not stop the rest; it is raised at the end.
+    Then put into the archive what it lacks. One bad day does not stop the rest; it is raised at the
+    end.
     """
     workers, bad = Workers(1), list[Exception]()
     with upkeep_lock(payloads):
@@ -3364,8 +3451,11 @@ async def compact_by_itself(payloads: Payloads) -> None:
                         facts["packed"] = await workers.run(payloads.compact, day)
                 except (OSError, StorageUnavailable) as error:
                     bad.append(error)
-            for pack in await asyncio.to_thread(payloads.expire):
-                audit("expire", "timer", pack=pack)
+            try:
+                for pack in await asyncio.to_thread(expire, payloads):
+                    audit("expire", "timer", pack=pack)
+            except ArchiveAway as error:
+                bad.append(error)
         except asyncio.CancelledError:  # a pack may take minutes, and stands a kill
             if process:
                 with contextlib.suppress(ProcessLookupError):
@@ -3373,8 +3463,18 @@ async def compact_by_itself(payloads: Payloads) -> None:
             raise
         finally:
             await workers.close()
+    async for name, done in archive_packs(payloads, "timer"):
+        if isinstance(done, Exception):
+            bad.append(done)
+        else:
+            log_damage(name, done)
     if bad:
         raise bad[0]
+
+
+def log_damage(pack: str, done: Archiving) -> None:
+    for damage in done.damage:
+        log.error("%s: %s was put into the archive again, as %s", damage, pack, done.objects)
 
 
 # ── HTTP: what travels ────────────────────────────────────────────────────────────────────────────
@@ -3390,7 +3490,7 @@ class Readiness(Struct, frozen=True):
     """Whether payloads can be landed; each check is `ok` or says what is wrong.
 
     `raw` alone decides. While the `backend` does not answer, or `processing` has no right to a file
-    or a folder, payloads go on landing and wait.
+    or a folder, payloads go on landing and wait; so do packs while the `archive` is away.
     """
 
     status: Literal["ok", "unavailable"]
@@ -3433,8 +3533,9 @@ class Status(Struct, frozen=True):
     how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
     `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
-    or names the file or folder that keeps payloads from being processed. `superseded` counts, since
-    this process began, the payloads that met the row of another payload. `series` is null where
+    or names the file or folder that keeps payloads from being processed. `archive` is `ok` or says
+    since when packs do not get there, and why; null without one. `superseded` counts, since this
+    process began, the payloads that met the row of another payload. `series` is null where
     `[transform] series` is not set, and as long as the backend has not been asked; `series_from` is
     that setting, null where it is not set. `scopes` are what the key of this request may do.
     """
@@ -3452,6 +3553,7 @@ class Status(Struct, frozen=True):
     backend: str
     failed_write: FailedWrite | None
     processing: str
+    archive: str | None
     superseded: int
     series: SeriesCount | None
     series_from: str | None
@@ -3963,11 +4065,13 @@ class Turns:
     those of one caller no other caller. A client that has gone when its turn comes is passed over.
     """
 
-    def __init__(self, name: str, at_once: int, threads: int = 1) -> None:
+    def __init__(
+        self, name: str, at_once: int, threads: int = 1, *, may_hang: bool = False
+    ) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._share = max(1, at_once // 2)
         self._shares = WeakValueDictionary[str, asyncio.Semaphore]()  # of callers who wait or work
-        self.threads = ThreadPoolExecutor(threads, name)
+        self.threads = Hands(threads, name) if may_hang else ThreadPoolExecutor(threads, name)
 
     @contextlib.asynccontextmanager
     async def turn(self, request: web.Request) -> AsyncIterator[None]:
@@ -3985,8 +4089,10 @@ class Turns:
 
 READS = web.AppKey("READS", Turns)  # of rows and payloads
 RECEIPTS = web.AppKey("RECEIPTS", Turns)  # each of which holds a payload, however large
+FAR = web.AppKey("FAR", Turns)  # of payloads in the archive
 SUMMARIES = web.AppKey("SUMMARIES", Turns)  # of all rows of a range, which may take seconds
 RETRIES = web.AppKey("RETRIES", Turns)  # of whole quarantines
+TURNS = web.RequestKey("TURNS", Turns)  # those in which a request is answered
 
 ROUTES: list[Route] = []
 NDJSON = {
@@ -4050,7 +4156,11 @@ class Route:
         arguments = (self.query_of(request),) if self.query else ()
         if self.turns is None:
             return await self.handler(request, *arguments)
-        async with app[self.turns].turn(request):
+        turns = app[self.turns]
+        if app[RAW].has_archive and "raw_id" in request.match_info:
+            turns = await way_to(app, raw_id_in(request), turns)
+        request[TURNS] = turns
+        async with turns.turn(request):
             return await self.handler(request, *arguments)
 
 
@@ -4067,6 +4177,11 @@ def require_series(app: web.Application, status: int = 400) -> None:
         raise DropzoneError(f"{wrong} says when to set it", "series_unset", status)
 
 
+async def way_to(app: web.Application, raw_id: UUID, turns: Turns) -> Turns:
+    """Return the turns in which to read a payload; those of the archive may take their time."""
+    return app[FAR] if await turns.run(app[RAW].is_archived, raw_id) else turns
+
+
 @Route("GET", "/health", None, {200: (Health,)}, limited=False)
 async def health(_: web.Request) -> web.Response:
     """Say that the process lives."""
@@ -4081,6 +4196,9 @@ async def ready(request: web.Request) -> web.Response:
         app[RAW].landing_trouble(), app[PROCESSING_TROUBLE].look(), app[BACKEND_TROUBLE].look()
     )
     checks = {"raw": raw or "ok", "processing": processing or "ok", "backend": backend or "ok"}
+    archive = await archive_state(app)
+    if archive:
+        checks["archive"] = archive
     return answer(Readiness("unavailable" if raw else "ok", checks), 503 if raw else 200)
 
 
@@ -4125,12 +4243,21 @@ async def status(request: web.Request) -> web.Response:
             backend=await app[BACKEND_TROUBLE].look() or "ok",
             failed_write=failed,
             processing=processing or "ok",
+            archive=await archive_state(app),
             superseded=superseded,
             series=await app[SERIES].look() if app[CONFIG].transform.series else None,
             series_from=str(app[CONFIG].transform.series) or None,
             scopes=[scope for scope in get_args(Scope) if scope in request[NOTES].scopes],
         )
     )
+
+
+async def archive_state(app: web.Application) -> str | None:
+    """Return `ok`, or what the last run said that put packs into the archive; None without one."""
+    if not app[RAW].has_archive:
+        return None
+    failed = await in_glance(app, failed_write, app[RAW].workspace, FAILED_ARCHIVING)
+    return f"since {timestamp_text(failed.since)}: {failed.detail}" if failed else "ok"
 
 
 async def glance(app: web.Application) -> tuple[Activity, tuple[int, int], FailedWrite | None]:
@@ -4474,7 +4601,7 @@ async def series(request: web.Request, query: SeriesQuery) -> web.Response:
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it."""
     app, raw_id = request.app, raw_id_in(request)
-    raw, run = app[RAW], app[RECEIPTS].run
+    raw, run = app[RAW], request[TURNS].run
     state, body = await run(raw.read, raw_id)
     size, digest = len(body), await run(hashlib.sha256, body)
     row = await row_in_place_of(app, body) if state == "processed" else None
@@ -4517,7 +4644,7 @@ async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | No
 @Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
 async def payload(request: web.Request) -> web.StreamResponse:
     """Return the exact bytes that arrived."""
-    reads, raw = request.app[READS], request.app[RAW]
+    reads, raw = request[TURNS], request.app[RAW]
     found = await reads.run(raw.open_payload, raw_id_in(request))
     if found.size <= PIECE_BYTES:
         with contextlib.closing(found):
@@ -4668,6 +4795,7 @@ async def metrics(request: web.Request) -> web.Response:
     if counted:
         shown.series.set(counted.count)
         shown.silent.set(counted.silent_for_an_hour)
+    shown.to_archive.set(len(await app[READS].run(app[RAW].to_archive)))
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await app[READS].run(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -5812,6 +5940,7 @@ def create_app(config: Config | None = None, *, backend: Backend | None = None) 
     """
     if config is None:
         config = load_config()
+        hand_on(config)
         log_to_stderr(config.log)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         # A router of one's own is deprecated, and the only way to an Expect without a route.
@@ -5856,6 +5985,8 @@ def add_threads(app: web.Application, payloads: Payloads) -> None:
     app[PROCESSING_TROUBLE] = Shared(lambda: processing_trouble(app))
     app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
     app[RECEIPTS], app[RETRIES] = Turns("receipts", 2, threads=2), Turns("retries", 1)
+    is_far = payloads.has_archive
+    app[FAR] = Turns("archive", 8, threads=4, may_hang=True) if is_far else app[READS]
 
 
 def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
@@ -5866,9 +5997,21 @@ def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
         processed=raw.processed_dir,
         rejected=raw.rejected_dir,
         keep_days=raw.keep_days,
+        archive=archive_of(config, observer),
+        keep_local_days=raw.keep_local_days,
         min_free_bytes=raw.min_free_bytes,
         observer=observer,
     )
+
+
+def archive_of(config: Config, observer: Observer | None) -> Archive | None:
+    """Return the configured archive; raises `ConfigError` where its library is not installed."""
+    if not config.raw.archive:
+        return None
+    missing = needs_obstore()
+    if missing:
+        raise ConfigError(missing)
+    return Archive(config.raw.archive, observer=observer)
 
 
 def backend_of(config: Config) -> Backend:
@@ -5926,7 +6069,7 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
             await app[BACKEND].close()
             for threads in (app[ARRIVALS], app[GLANCES]):
                 threads.shutdown(wait=False)
-            for turns in (app[READS], app[RECEIPTS], app[SUMMARIES], app[RETRIES]):
+            for turns in (app[READS], app[RECEIPTS], app[SUMMARIES], app[RETRIES], app[FAR]):
                 turns.threads.shutdown(wait=False)
 
 
@@ -6448,27 +6591,64 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
-    """pack the finished days of processed payloads, delete what is older than keep_days"""
-    code = os.EX_OK
+    """pack finished days, archive packs, delete what is older than keep_days"""
+    code, caller = os.EX_OK, operator_name()
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
             days = store.finished_days()
             for day in tqdm(days, unit=" days", disable=None):
                 try:
-                    with audited("compact", operator_name(), day=day) as facts:
+                    with audited("compact", caller, day=day) as facts:
                         count = await asyncio.to_thread(store.compact, day)
                         facts["packed"] = count
                     tqdm.write(f"{day}: {count} payloads packed")
                 except (OSError, StorageUnavailable) as error:  # one bad day never stops the rest
                     code = os.EX_TEMPFAIL
                     tqdm.write(f"{day}: not packed, its payloads stay: {error}", sys.stderr)
-            expired = await asyncio.to_thread(store.expire)
+            try:
+                expired = await asyncio.to_thread(expire, store)
+            except ArchiveAway as error:
+                code, expired = os.EX_TEMPFAIL, []
+                tqdm.write(f"not deleted after keep_days, the next run does: {error}", sys.stderr)
             for pack in expired:
-                audit("expire", operator_name(), pack=pack)
+                audit("expire", caller, pack=pack)
                 print(f"{pack}: deleted, its day is more than {config.raw.keep_days} days ago")
-            if not (days or expired):
-                print("nothing to do: no day before today (UTC) has processed payloads to pack")
-    return code
+        is_archived, is_done = await tell_archived(store, caller)
+        if not (days or expired or is_archived):
+            print("nothing to do: no day before today (UTC) has processed payloads to pack")
+    return code if is_done else os.EX_TEMPFAIL
+
+
+async def tell_archived(store: PayloadStore, caller: str) -> tuple[bool, bool]:
+    """Put packs into the archive, and print that; return whether any was to be, and all are."""
+    is_any, is_done = False, True
+    async for name, done in archive_packs(store, caller):
+        is_any = True
+        if isinstance(done, Exception):
+            is_done = False
+            print(f"{name}: not archived, it stays: {sentence_of(done)}", file=sys.stderr)
+            continue
+        for damage in done.damage:
+            print(f"{damage}: {name} was put there again", file=sys.stderr)
+        rest = "" if done.is_local else ", and deleted on this disk"
+        print(f"{name}: in the archive as {', '.join(done.objects)}{rest}")
+    return is_any, is_done
+
+
+async def adopt(config: Config, _: argparse.Namespace) -> int:
+    """take over the packs of this node that are in the archive alone, after the loss of a disk"""
+    if not config.raw.archive:
+        raise ConfigError("adopt takes over what is in an archive: set raw.archive")
+    count = 0
+    async with opened_store(config) as (store, _metrics):
+        with upkeep_lock(store), archive_lock(store):
+            packs = store.adopt()
+            while pack := await asyncio.to_thread(next, packs, ""):
+                audit("adopt", operator_name(), pack=pack)
+                print(f"{pack}: taken over")
+                count += 1
+    print(f"{count} packs of {config.raw.archive} were taken over")
+    return os.EX_OK
 
 
 async def backup(config: Config, args: argparse.Namespace) -> int:
@@ -6515,6 +6695,8 @@ class BackupSummary:
             f"{count['rejected']} rejected, {count['discarded']} discarded and {count['pending']} "
             f"pending payloads; {self.rows}"
         )
+        if count["archived"]:
+            text += f"\nnot in it, as they are in the archive alone: {count['archived']} packs"
         if self.has_links:
             text += "\nits payloads are hard links: keep a copy of it on another disk, too"
         return text
@@ -6771,11 +6953,15 @@ async def check(config: Config, _: argparse.Namespace) -> int:
         "keys": [await key_trouble(config)],
         "TLS": [config_trouble(tls_context, config.server)],
     }
+    if "archive" in problems:
+        troubles[f"archive {config.raw.archive}"] = problems["archive"]
     await backend.close()
     for name, found in troubles.items():
         lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
         print("\n".join(lines) or f"ok     {name}")
     print(f"note   settings are read from {settings_source(config)}")
+    if config.raw.keep_local_days and not config.raw.archive:
+        print("note   raw.keep_local_days deletes nothing, as no raw.archive is set")
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
@@ -6885,7 +7071,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
-    runs |= {"discard": discard_payloads, "undiscard": undiscard_payloads}
+    runs |= {"discard": discard_payloads, "undiscard": undiscard_payloads, "adopt": adopt}
     runs |= {"backup": backup, "key": list_keys, "ready": ask_ready}
     added = _added(commands, runs, common)
     _add_options(added)
@@ -6926,6 +7112,7 @@ def _add_options(added: Parsers) -> None:
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
     )
+    added["compact"].description = COMPACT
     added["backup"].add_argument("folder", type=absolute, metavar="DIR", help="which is made")
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
@@ -6937,6 +7124,14 @@ def _add_options(added: Parsers) -> None:
     added["discard"].add_argument("--series", help="rejected, of this series")
     added["discard"].add_argument("--all", action="store_true", help="all that is rejected")
     added["undiscard"].add_argument("raw_ids", nargs="+", type=UUID, metavar="RAW_ID")
+
+
+COMPACT = (
+    "Pack each finished day of processed payloads into one file. Delete packs that are older than "
+    "raw.keep_days, from the archive, too. Where raw.archive is set, put there what it lacks, read "
+    "it back and compare it, then delete the copies here that are older than raw.keep_local_days. "
+    "What fails keeps what it was about, and is tried again by the next run (exit code 75)."
+)
 
 
 def _add_key_options(added: Parsers) -> None:
@@ -7056,6 +7251,7 @@ def perform(args: argparse.Namespace) -> int:
         ("server", n): getattr(args, n) for n in ("host", "port") if n in args
     }
     config = load_config(getattr(args, "config", None), overrides=given)
+    hand_on(config)
     if args.run is not ask_ready:  # which opens nothing
         work_as_owner(config)
     if not os.access(os.curdir, os.X_OK):  # root's home, say: other processes could not start there

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import asyncpg
 import pytest
+from object_store import ObjectStore
 from postgres_server import PostgresServer
 
 # A shell starts what runs in the background deaf to Ctrl-C, which programs under test inherit.
@@ -62,6 +63,14 @@ def postgres_server() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """One S3 server for the whole run; a test that pauses it lets it go on again."""
+    store = ObjectStore()
+    yield store
+    store.close()
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ rooms of this house, the upper ones knowing the lower ones only:
 - `rejections.py`: an index of the quarantine;
 - `discarded.py`: payloads that a person has discarded, and the way back;
 - `packs.py`: finished days of processed payloads, each in one file;
+- `archive.py`: packs in an object store;
+- `archiving.py`: their way there, and back to a new disk;
 - `unpacking.py`: large payloads of these, piece by piece;
 - `tally.py`: how many landed and were processed, for all processes together;
 - `backup.py`: a copy of all of it, made while payloads land;
@@ -91,6 +93,10 @@ class PackDamaged(StorageUnavailable):
 
 class NoAccess(StorageUnavailable):
     """This user has no right to a file or a folder: another user has worked there, say."""
+
+
+class ArchiveAway(StorageUnavailable):
+    """The archive does not answer, or not as it should: what is there can be had later."""
 
 
 class StorageFull(StorageUnavailable):
@@ -362,11 +368,26 @@ class Activity(Struct, frozen=True):
     landed: list[int]
 
 
-Kind = Literal["packs", "processed", "rejected", "discarded", "pending", "besides"]
+class Archiving(Struct, frozen=True):
+    """What became of a pack: its objects in the archive, and how many of these are new.
+
+    `damage` names objects that were not, or no longer, what was put there, and were put there again
+    under other names. `is_local` says whether the pack still lies on this disk, too.
+    """
+
+    objects: list[str]
+    made: int
+    damage: list[str]
+    is_local: bool
+
+
+Kind = Literal["packs", "archived", "processed", "rejected", "discarded", "pending", "besides"]
 
 
 class Copied(Struct, frozen=True):
     """A file that a backup has copied: a pack, a payload by its state, or what lies besides.
+
+    `archived` is a pack that is in the archive alone, of which the backup has the index.
 
     It may be a hard link. `trouble` says why it could not be read, and so is not in the backup.
     """
@@ -388,6 +409,9 @@ class Observer(Protocol):
         `seconds` is the time from its beginning to its acknowledgement, `sync_seconds` the part of
         it in which the journal was appended to and synced.
         """
+
+    def asked_archive(self, operation: str, seconds: float, is_wrong: bool) -> None:  # noqa: FBT001
+        """Hear of a request to the archive, `list`, `get`, `put` or `delete`; from any thread."""
 
 
 class Portion(Protocol):
@@ -552,7 +576,31 @@ class Payloads(Protocol):
     def expire(self) -> list[str]:
         """Delete the packs whose day is more than `keep_days` days ago; return their names.
 
-        Discarded payloads of these days go, too, and the names of their folders are returned.
+        They are deleted from the archive, too, and first. Discarded payloads of these days go with
+        them, and the names of their folders are returned, too. Raises `ArchiveAway`.
+        """
+
+    @property
+    def has_archive(self) -> bool:
+        """Whether packs are put into an archive."""
+
+    def is_archived(self, raw_id: UUID) -> bool:
+        """Say whether a payload may have to be fetched from the archive, which takes its time."""
+
+    def to_archive(self) -> list[str]:
+        """Return the packs that the archive lacks, or whose copy on this disk is to go."""
+
+    def archive_pack(self, name: str) -> Archiving:
+        """Put a pack into the archive, read it back, and delete it here where that is asked for.
+
+        What is there already is recognised. Raises `ArchiveAway`, and `PackDamaged` where the pack
+        is not what was written: nothing is deleted then.
+        """
+
+    def adopt(self) -> Iterator[str]:
+        """Take over the packs of this node that are in the archive alone; yield their names.
+
+        It is for the new disk of a node whose old one was lost. Raises `ArchiveAway`.
         """
 
 
@@ -608,7 +656,8 @@ class PayloadStore(Payloads, Protocol):
     def problems(self) -> Mapping[str, Sequence[str]]:
         """Return what is wrong around, by subject, without making or changing anything.
 
-        Subjects are `data folder` and `clock`; each has a sentence for each thing that is wrong.
+        Subjects are `data folder`, `clock` and, where there is one, `archive`; each has a sentence
+        for each thing that is wrong.
         """
 
     def new_backup(self, folder: Path) -> AbstractContextManager[Path]:

@@ -50,6 +50,7 @@ from backends.raw.disk import (
     write_all,
 )
 from backends.raw.folders import Folders
+from backends.raw.packs import NOTE
 
 # What a file system answers that is another one, that has no links, or not for this user.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP}
@@ -108,6 +109,9 @@ class Backup:
             copy = target / pack.path.name
             yield from _copied("besides", f"{pack.path}.index", f"{copy}.index")
             yield from _copied("packs", str(pack.path), str(copy))
+            # Behind the pack, which is put into the archive and goes meanwhile, but not before.
+            kind: Kind = "besides" if copy.exists() else "archived"
+            yield from _copied(kind, str(pack.note_path), f"{copy}{NOTE}")
         for entry in os.scandir(self._source.processed):
             if entry.is_dir():
                 yield from _payloads("processed", Path(entry.path), _made(target / entry.name))

@@ -19,6 +19,8 @@ from uuid import UUID
 from backends.raw import (
     PAYLOAD_NAME,
     STATES,
+    ArchiveAway,
+    Archiving,
     Form,
     NoAccess,
     PayloadStoreError,
@@ -33,10 +35,12 @@ from backends.raw import (
     payloads_in_name,
     place_of,
 )
+from backends.raw.archive import Archive
+from backends.raw.archiving import adopt, delete_from, free_path, put_away, troubles_in
 from backends.raw.batches import REFUSED, payloads_in
 from backends.raw.disk import denied, read_file, sync_file, tell_once
 from backends.raw.notes import LEFT, BatchNotes
-from backends.raw.packs import INDEX, PACK, PACK_NAME, Pack
+from backends.raw.packs import INDEX, NOTE, PACK, PACK_NAME, Pack
 from backends.raw.places import Places
 
 T = TypeVar("T")
@@ -74,13 +78,25 @@ def earliest_names(
 
 
 class Days(Places):
-    """The days of a data folder; they are deleted after `keep_days` days, or never if it is 0."""
+    """The days of a data folder; they are deleted after `keep_days` days, or never if it is 0.
+
+    With an `archive`, their packs are put there, too, and deleted on this disk alone after
+    `keep_local_days` days, or never if that is 0.
+    """
 
     def __init__(
-        self, folder: Path, processed: Path | None, rejected: Path | None, keep_days: int
+        self,
+        folder: Path,
+        processed: Path | None,
+        rejected: Path | None,
+        keep_days: int,
+        archive: Archive | None = None,
+        keep_local_days: int = 0,
     ) -> None:
         super().__init__(folder, processed, rejected)
         self.keep_days = keep_days
+        self.archive = archive
+        self.keep_local_days = keep_local_days
         self.notes = BatchNotes(self.journal / "batches")
         self._expired = self.journal / "expired"
 
@@ -172,19 +188,23 @@ class Days(Places):
     def packs(self, day: str = "") -> list[Pack]:
         """Return the packs of a day, or all; a day has a second one if payloads came late.
 
-        One that was lost is among them, as far as its index is there to tell.
+        One that is in the archive alone is among them, and one that was lost, as far as its index
+        is there to tell.
         """
         with os.scandir(self.processed) as entries:
-            found = {e.name: e for e in entries if e.name.startswith(day) and PACK in e.name}
-        packs = []
-        for name, entry in found.items():
-            with contextlib.suppress(FileNotFoundError):  # it has just expired
-                if PACK_NAME.fullmatch(name):
-                    packs.append(Pack(Path(entry.path), entry.stat().st_mtime_ns))
-                elif name.endswith(INDEX) and name.removesuffix(INDEX) not in found:
-                    lost = Pack(Path(entry.path.removesuffix(INDEX)), 0, is_lost=True)
-                    packs += [lost] if self._is_lost(lost) else []
-        return sorted(packs, key=lambda pack: pack.path)
+            names = {e.name for e in entries if e.name.startswith(day) and PACK in e.name}
+        ends = {name.partition(PACK)[0] + PACK for name in names}
+        found = (self._pack(name) for name in ends if PACK_NAME.fullmatch(name))
+        return sorted(filter(None, found), key=lambda pack: pack.path)
+
+    def _pack(self, name: str) -> Pack | None:
+        path = self.processed / name
+        for end in ("", NOTE):  # in this order: the note is there before the pack goes
+            with contextlib.suppress(FileNotFoundError):
+                written = os.stat(f"{path}{end}").st_mtime_ns
+                return Pack(path, written, archive=self.archive, is_far=bool(end))
+        lost = Pack(path, 0, is_lost=True, archive=self.archive)
+        return lost if os.path.exists(f"{path}{INDEX}") and self._is_lost(lost) else None
 
     def _is_lost(self, pack: Pack) -> bool:
         """Say whether an index that lies alone is one of a pack that was lost.
@@ -192,7 +212,7 @@ class Days(Places):
         It may also be left of a pack that has expired, or that was never finished; in that case
         the files of its payloads are still there.
         """
-        if not PACK_NAME.fullmatch(pack.path.name) or pack.day < self.first_kept_day():
+        if pack.day < self.first_kept_day():
             return False
         try:
             [first, _], *_ = pack.index().members
@@ -261,8 +281,7 @@ class Days(Places):
                     yield raw_id, body  # the others are left of a run that was stopped
 
         if any(True for _ in fresh()):
-            paths = (self.processed / name for name in _names_of_packs(day))
-            path = next(path for path in paths if not path.exists())
+            path = free_path(self.processed, day)
             self.notes.forget_left(path.name)  # it is of a pack of that name which is no more
             count = Pack.write(path, fresh)
         for name in names:
@@ -317,20 +336,67 @@ class Days(Places):
             day = max(self.first_kept_day(), first)
             self.publish(self._expired, f"{day} {zlib.crc32(day.encode()):08x}".encode())
             sync_file(self._expired)
+        done = list[str]()
         for pack in expired:
+            try:
+                if self.archive:
+                    delete_from(self.archive, pack)
+            except ArchiveAway:
+                if not done:
+                    raise
+                break  # the next run goes on here
             pack.remove()
             self.notes.forget_left(pack.path.name)
+            done.append(pack.path.name)
         for folder in discarded:
             shutil.rmtree(folder)
-        return [pack.path.name for pack in expired] + [
-            f"{self.discarded.name}/{folder.name}" for folder in discarded
-        ]
+        return done + [f"{self.discarded.name}/{folder.name}" for folder in discarded]
 
     def _discarded_before(self, day: str) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):  # nothing was ever discarded
             days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.discarded)))
             return [self.discarded / each for each in days if each < day]
         return []
+
+    # The archive
+
+    @property
+    def has_archive(self) -> bool:
+        """See Payloads.has_archive."""
+        return self.archive is not None
+
+    def is_archived(self, raw_id: UUID) -> bool:
+        """See Payloads.is_archived."""
+        if self.archive is None or self.has_own_file(raw_id):
+            return False
+        return any(pack.is_far for pack in self.packs(day_of(raw_id)))
+
+    def to_archive(self) -> list[str]:
+        """See Payloads.to_archive."""
+        if self.archive is None:
+            return []
+        packs = [pack for pack in self.packs() if not (pack.is_lost or pack.is_far)]
+        return [p.path.name for p in packs if not p.note_path.exists() or self._is_to_go(p)]
+
+    def _is_to_go(self, pack: Pack) -> bool:
+        first = f"{datetime.now(UTC) - timedelta(days=self.keep_local_days):%Y-%m-%d}"
+        return bool(self.keep_local_days) and pack.day < first
+
+    def archive_pack(self, name: str) -> Archiving:
+        """See Payloads.archive_pack."""
+        pack = self._pack(name)
+        if self.archive is None or pack is None or pack.is_far or pack.is_lost:
+            return Archiving([], 0, [], is_local=False)  # it has just gone
+        return put_away(pack, self.archive, keep=not self._is_to_go(pack))
+
+    def adopt(self) -> Iterator[str]:
+        """See Payloads.adopt."""
+        if self.archive:
+            yield from adopt(self.archive, self.processed, self.packs())
+
+    def archive_troubles(self) -> list[str]:
+        """Name what is wrong in the archive, as far as that shows without reading it all."""
+        return troubles_in(self.archive, self.packs()) if self.archive else []
 
     def first_kept_day(self) -> str:
         """See Payloads.first_kept_day.
@@ -363,7 +429,11 @@ class Days(Places):
         return next(filter(os.path.lexists, (folder / place.name(form) for form in FORMS)), own)
 
     def is_elsewhere(self, raw_id: UUID) -> bool:
-        """Say whether a payload has a file of its own, or is packed, or has expired."""
+        """Say whether a payload has a file of its own, or is packed, or has expired.
+
+        The archive is not asked, as a start does not wait for it: what is there alone counts as
+        not there, and what is then brought back from the journal is recognised when it is packed.
+        """
         return self.has_own_file(raw_id) or self.is_packed_or_expired(raw_id)
 
     def has_own_file(self, raw_id: UUID) -> bool:
@@ -371,15 +441,22 @@ class Days(Places):
 
     def is_packed_or_expired(self, raw_id: UUID) -> bool:
         with contextlib.suppress(StorageUnavailable):  # what is damaged is as good as not there
-            return day_of(raw_id) < self.first_kept_day() or self.packed(raw_id) is not None
+            near = [pack for pack in self.packs(day_of(raw_id)) if not pack.is_far]
+            is_packed = self.look_in_packs(raw_id, Pack.read, near) is not None
+            return is_packed or day_of(raw_id) < self.first_kept_day()
         return False
 
     def packed(self, raw_id: UUID) -> bytes | None:
         return self.look_in_packs(raw_id, Pack.read)
 
-    def look_in_packs(self, raw_id: UUID, look: Callable[[Pack, UUID], T | None]) -> T | None:
+    def look_in_packs(
+        self,
+        raw_id: UUID,
+        look: Callable[[Pack, UUID], T | None],
+        packs: Sequence[Pack] | None = None,
+    ) -> T | None:
         damage = None
-        for pack in self.packs(day_of(raw_id)):
+        for pack in self.packs(day_of(raw_id)) if packs is None else packs:
             try:
                 found = None if raw_id in self.left_pack(pack) else look(pack, raw_id)
             except FileNotFoundError:
@@ -392,10 +469,6 @@ class Days(Places):
         if damage:
             raise damage
         return None
-
-
-def _names_of_packs(day: str) -> Iterator[str]:
-    return (f"{day}.{n}{PACK}" if n > 1 else f"{day}{PACK}" for n in itertools.count(1))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from backends.raw import (
     payloads_in_name,
     place_of,
 )
+from backends.raw.archive import Archive
 from backends.raw.batches import REFUSED, stretch_of
 from backends.raw.days import DAY_NAME, FORMS, earliest_names
 from backends.raw.discarded import Discarded
@@ -81,7 +82,8 @@ class Folders(Discarded):
     """The folders of a data folder: implements `backends.raw.Payloads`.
 
     It holds nothing but paths and plain values, so that it can travel to other processes. Packs and
-    discarded payloads are deleted `keep_days` days after their day, never where that is 0.
+    discarded payloads are deleted `keep_days` days after their day, never where that is 0; packs in
+    an `archive` also there, and `keep_local_days` days after their day on this disk alone.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Folders(Discarded):
         processed: Path | None = None,
         rejected: Path | None = None,
         keep_days: int = 0,
+        archive: Archive | None = None,
+        keep_local_days: int = 0,
     ) -> None:
-        super().__init__(folder, processed, rejected, keep_days)
+        super().__init__(folder, processed, rejected, keep_days, archive, keep_local_days)
         self._index = RejectionIndex(self.journal / "rejected.sqlite")
 
     # Looking for one payload
@@ -459,7 +463,12 @@ class Folders(Discarded):
         if self.processed.is_dir() and os.access(self.processed, os.R_OK | os.X_OK):
             troubles += filter(None, (pack.trouble() for pack in self.packs()))
         behind = self.clock_trouble()
-        return {"data folder": list(dict.fromkeys(troubles)), "clock": [behind] if behind else []}
+        found = {"data folder": list(dict.fromkeys(troubles)), "clock": [behind] if behind else []}
+        if self.archive:
+            is_there = self.processed.is_dir()
+            wrong = self.archive_troubles() if is_there else [self.archive.trouble()]
+            found["archive"] = list(filter(None, wrong))
+        return found
 
 
 def _opened(path: Path, form: Form = "", index: int = 0) -> OpenPayload:

@@ -49,6 +49,7 @@ from backends.raw import (
     name_of,
     place_of,
 )
+from backends.raw.archive import Archive
 from backends.raw.backup import Backup, new_folder
 from backends.raw.disk import (
     DISK_FULL,
@@ -252,9 +253,9 @@ def write_forever(settings: str) -> None:
 class RawStore(Folders):
     """The folders and the way into them: implements `backends.raw.PayloadStore`.
 
-    `folder`, `processed`, `rejected` and `keep_days` are those of `Folders`. Where fewer than
-    `min_free_bytes` are free on the disk, or a twentieth of it if that is less, nothing is landed.
-    `observer` hears of each group that has landed.
+    `folder`, `processed`, `rejected`, `archive` and the days are those of `Folders`. Where fewer
+    than `min_free_bytes` are free on the disk, or a twentieth of it if that is less, nothing is
+    landed. `observer` hears of each group that has landed.
     """
 
     def __init__(
@@ -264,6 +265,8 @@ class RawStore(Folders):
         processed: str | os.PathLike[str] | None = None,
         rejected: str | os.PathLike[str] | None = None,
         keep_days: int = 0,
+        archive: Archive | None = None,
+        keep_local_days: int = 0,
         min_free_bytes: int = MIN_FREE_BYTES,
         observer: Observer | None = None,
     ) -> None:
@@ -272,6 +275,8 @@ class RawStore(Folders):
             processed=Path(processed) if processed else None,
             rejected=Path(rejected) if rejected else None,
             keep_days=keep_days,
+            archive=archive,
+            keep_local_days=keep_local_days,
         )
         self._min_free = min_free_bytes
         self._observer = observer
@@ -286,20 +291,20 @@ class RawStore(Folders):
         self._watch: asyncio.TimerHandle | None = None
         self._probing: asyncio.Future[str | None] | None = None
         self._closing: asyncio.Future[None] | None = None
-        self._writer = Writer(
-            {
-                "folder": str(self.raw),
-                "processed": str(self.processed),
-                "rejected": str(self.rejected),
-                "min_free_bytes": min_free_bytes,
-            }
-        )
+        folders = {"folder": self.raw, "processed": self.processed, "rejected": self.rejected}
+        places = {name: str(each) for name, each in folders.items()}
+        self._writer = Writer({**places, "min_free_bytes": min_free_bytes})
         self._journal = Journal(self.journal, self)
 
     def portable(self) -> Folders:
         """See PayloadStore.portable."""
         return Folders(
-            self.raw, processed=self.processed, rejected=self.rejected, keep_days=self.keep_days
+            self.raw,
+            processed=self.processed,
+            rejected=self.rejected,
+            keep_days=self.keep_days,
+            archive=self.archive,
+            keep_local_days=self.keep_local_days,
         )
 
     async def open(self) -> None:

@@ -2,6 +2,9 @@
 
 A pack is NDJSON in gzip members (RFC 1952), ordered by raw_id: zcat and jq read it. Its index leads
 to the one member that a payload is in; one that is lost or damaged is made again from its pack.
+
+A pack may lie in the archive, too, or there alone: then `<pack>.archived` beside its index names
+the objects that it is in, and each read falls back to them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import OpenPayload, PackDamaged, PayloadStoreError, StorageUnavailable, uuid_at
+from backends.raw import (
+    PIECE_BYTES,
+    ArchiveAway,
+    OpenPayload,
+    PackDamaged,
+    PayloadStoreError,
+    StorageUnavailable,
+    uuid_at,
+)
+from backends.raw.archive import Archive, Archived, ObjectMissing
 from backends.raw.disk import sync_file
 from backends.raw.unpacking import open_packed
 
@@ -35,10 +47,13 @@ log = logging.getLogger("dropzone")
 PACK_NAME = re.compile(r"\d{4}-\d\d-\d\d(\.\d+)?\.ndjson\.gz")
 PACK = ".ndjson.gz"
 INDEX = ".index"
+NOTE = ".archived"
 MEMBER_BEGINS = gzip.compress(b"", 6, mtime=0)[:8]
+ADOPT = "delete it and its .archived, and `adopt` makes both again from the archive"
 CHUNK = 1024 * 1024
 MEMBER_BYTES = 256 * 1024  # of payloads in one gzip member, which is what a look-up has to read
 LARGE_MEMBER = 4 * MEMBER_BYTES  # bytes of text, beyond which one is read piece by piece
+AT_ONCE = 8  # members that are fetched from the archive by one request where all are wanted
 
 
 class PackLine(Struct, frozen=True, omit_defaults=True):
@@ -85,6 +100,21 @@ class PackIndex(Struct, frozen=True):
         return zlib.crc32(msgspec.json.encode(above))
 
 
+class ArchiveNote(Struct, frozen=True):
+    """Where a pack lies in the archive: the names of its objects, and where each begins in it."""
+
+    objects: list[tuple[str, int]]
+    bytes: int  # of the whole pack
+    checksum: int  # CRC-32 of the above
+
+    @classmethod
+    def of(cls, objects: list[tuple[str, int]], size: int) -> ArchiveNote:
+        return cls(objects, size, zlib.crc32(msgspec.json.encode((objects, size))))
+
+    def is_whole(self) -> bool:
+        return self == self.of(self.objects, self.bytes)
+
+
 @dataclass(frozen=True)
 class Pack:
     """A pack, by its path and the moment at which it was written."""
@@ -92,6 +122,8 @@ class Pack:
     path: Path
     written: int  # nanoseconds since 1970: a name may be used again
     is_lost: bool = False  # only its index is there
+    archive: Archive | None = None
+    is_far: bool = False  # it was in the archive alone
 
     @property
     def day(self) -> str:
@@ -100,13 +132,17 @@ class Pack:
     @functools.lru_cache(maxsize=32)  # noqa: B019 (a pack is but its name)
     def index(self) -> PackIndex:
         try:
-            return self._read_index()
+            return self.read_index()
         except (OSError, ValueError) as error:
-            if not self.path.exists():  # it has just expired
+            if not self.path.exists():
+                if self.note_path.exists():
+                    wrong = f"the index of {self.path} is damaged or lost, {ADOPT}: {error}"
+                    raise PackDamaged(wrong) from error
+                # it has just expired
                 raise FileNotFoundError(errno.ENOENT, "no such pack", str(self.path)) from error
             return self._mend_index(error)
 
-    def _read_index(self) -> PackIndex:
+    def read_index(self) -> PackIndex:
         """Return the index as it lies there; raises OSError, or ValueError if it is damaged."""
         index = msgspec.json.decode(Path(f"{self.path}{INDEX}").read_bytes(), type=PackIndex)
         if not index.is_whole():
@@ -115,17 +151,17 @@ class Pack:
 
     def _mend_index(self, reason: Exception) -> PackIndex:
         """Make the index again, and write it if the whole pack can be read."""
-        index, is_whole = _index_of(self.path)
+        index, is_whole = index_of(self.path)
         if not index.members:
             wrong = f"{self.path} and its index are damaged, restore both from a copy: {reason}"
             raise PackDamaged(wrong) from reason
         with contextlib.suppress(OSError):  # a disk that is read-only, say: it is made each time
             if is_whole:
-                self._write_index(index)
+                self.write_index(index)
         log.error("the index of %s was damaged or lost, and made again: %s", self.path, reason)
         return index
 
-    def _write_index(self, index: PackIndex) -> None:
+    def write_index(self, index: PackIndex) -> None:
         part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(msgspec.json.encode(index.with_checksum()))
         sync_file(part)
@@ -136,7 +172,10 @@ class Pack:
         if self.is_lost:
             return str(self._lost())
         try:
-            index, size = self._read_index(), self.path.stat().st_size
+            index = self.read_index()
+            size = self.archived().objects[-1][2] if self.is_far else self.path.stat().st_size
+        except PayloadStoreError as error:
+            return str(error)
         except (OSError, ValueError) as error:
             return (
                 f"the index of {self.path} is damaged or lost, the next look-up mends it: {error}"
@@ -148,7 +187,8 @@ class Pack:
     def last(self) -> UUID:
         """Return the greatest raw_id, or the end of its day where it cannot be read."""
         with contextlib.suppress(StorageUnavailable, OSError):
-            return max(self.member(len(self.index().members) - 1))
+            if not self.is_far:  # or else a start would wait for the archive
+                return max(self.member(len(self.index().members) - 1))
         with contextlib.suppress(ValueError, OverflowError):  # a day that there never was
             return uuid_at(datetime.fromisoformat(f"{self.day}T00:00:00Z") + timedelta(days=1))
         return UUID(int=0)
@@ -157,7 +197,15 @@ class Pack:
     def member(self, number: int) -> dict[UUID, bytes]:
         if self.is_lost:
             raise self._lost()
-        return _read_member(self.path, self.index(), number)
+        start, end = self._place_of(number)
+        with self._damage_at(start):
+            packed = b"".join(self._pieces(start, end))
+        return self.unpack(number, packed)
+
+    def unpack(self, number: int, packed: bytes) -> dict[UUID, bytes]:
+        """Return the payloads of a member by its bytes; raises `PackDamaged`."""
+        with self._damage_at(self._place_of(number)[0]):
+            return _read_member(packed, self.index(), number)
 
     def _lost(self) -> PackDamaged:
         return PackDamaged(
@@ -186,21 +234,77 @@ class Pack:
             body = self.member(number).get(raw_id)
             return None if body is None else OpenPayload(len(body), iter([body]))
         start, end = self._place_of(number)
-        with _damage_at(self.path, start):
-            return open_packed(self.path, start, end, raw_id)
+        with self._damage_at(start):
+            return open_packed(functools.partial(self._pieces, start, end), raw_id)
 
     def _place_of(self, number: int) -> tuple[int, int]:
         index = self.index()
         starts = [start for _, start in index.members[number : number + 2]] + [index.bytes]
         return starts[0], starts[1]
 
+    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes between two places; raises FileNotFoundError if it has just expired."""
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            yield from self._far_pieces(start, end)
+            return
+        with file:
+            file.seek(start)
+            while start < end and (piece := file.read(min(PIECE_BYTES, end - start))):
+                yield piece
+                start += len(piece)
+
+    def _far_pieces(self, start: int, end: int) -> Iterator[bytes]:
+        archived = self.archived()
+        try:
+            yield from archived.pieces(start, end)
+        except ObjectMissing as error:
+            self.archived()  # it may have expired meanwhile
+            wrong = f"{archived.archive.place(str(error))} is missing, a part of {self.path.name}"
+            others = [place for place in archived.places() if not place.endswith(str(error))]
+            rest = f", of which {', '.join(others)} are still there" if others else ""
+            raise PackDamaged(f"{wrong}{rest}: restore it from a copy") from None
+
+    @property
+    def note_path(self) -> Path:
+        """The file that tells where it lies in the archive."""
+        return Path(f"{self.path}{NOTE}")
+
+    def archived(self) -> Archived:
+        """Return it as it lies in the archive; raises FileNotFoundError where it does not."""
+        try:
+            note = msgspec.json.decode(self.note_path.read_bytes(), type=ArchiveNote)
+        except msgspec.DecodeError:
+            note = ArchiveNote([], 0, -1)
+        if not (note.objects and note.is_whole()):
+            raise PackDamaged(f"{self.note_path} is damaged; with the index beside it, {ADOPT}")
+        if self.archive is None:
+            raise ArchiveAway(f"{self.path.name} is in the archive alone: set raw.archive")
+        begins = [begin for _, begin in note.objects]
+        ends = [*begins[1:], note.bytes]
+        keys = (key for key, _ in note.objects)
+        return Archived(self.archive, tuple(zip(keys, begins, ends, strict=True)))
+
+    @contextlib.contextmanager
+    def _damage_at(self, start: int) -> Iterator[None]:
+        with _damage_at(functools.partial(self._named, start)):
+            yield
+
+    def _named(self, start: int) -> str:
+        """Return where a byte lies, on this disk or in the archive."""
+        if self.path.exists() or not self.archive:
+            return f"{self.path} is damaged at byte {start}"
+        objects = self.archived().objects
+        key, begin, _ = next(each for each in reversed(objects) if each[1] <= start)
+        return f"{self.archive.place(key)} is damaged at byte {start - begin}"
+
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _text_bytes(self, number: int) -> int:
         """Return the size of a member's text, which stands at its end (RFC 1952, ISIZE)."""
         start, end = self._place_of(number)
-        with _damage_at(self.path, start), open(self.path, "rb") as file:
-            file.seek(end - 4)
-            return int.from_bytes(file.read(4), "little")
+        with self._damage_at(start):
+            return int.from_bytes(b"".join(self._pieces(end - 4, end)), "little")
 
     @classmethod
     def write(cls, path: Path, payloads: Callable[[], Iterator[tuple[UUID, bytes]]]) -> int:
@@ -235,33 +339,62 @@ class Pack:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        self.note_path.unlink(missing_ok=True)
         Path(f"{self.path}{INDEX}").unlink(missing_ok=True)
 
     def portions(self, left: frozenset[UUID] = frozenset()) -> Iterator[PackPortion]:
-        """Yield the members of this pack, each to be read by itself, without what has `left` it."""
+        """Yield the members of this pack, without what has `left` it.
+
+        Where they have a long way, some of them travel together.
+        """
         if self.is_lost:
             raise self._lost()
+        step = AT_ONCE if self.is_far else 1
         firsts = [first for first, _ in self.index().members]
-        by_member = dict[int, set[UUID]]()
+        by_portion = dict[int, set[UUID]]()
         for raw_id in left:
-            by_member.setdefault(bisect.bisect(firsts, raw_id) - 1, set()).add(raw_id)
-        for number in range(len(firsts)):
-            yield PackPortion(self, number, frozenset(by_member.get(number, ())))
+            number = bisect.bisect(firsts, raw_id) - 1
+            by_portion.setdefault(number - number % step, set()).add(raw_id)
+        for number in range(0, len(firsts), step):
+            yield PackPortion(self, number, step, frozenset(by_portion.get(number, ())))
+
+    def fetch(self, first: int, count: int) -> Iterator[tuple[int, bytes]]:
+        """Yield so many members, as far as there are any, and their bytes; by one request."""
+        behind = min(first + count, len(self.index().members))
+        places = [self._place_of(number) for number in range(first, behind)]
+        begin, end = places[0][0], places[-1][1]
+        is_small = end - begin <= AT_ONCE * LARGE_MEMBER
+        with self._damage_at(begin):
+            packed = b"".join(self._pieces(begin, end)) if is_small else b""
+            for number, (start, stop) in enumerate(places, first):
+                one = packed[start - begin : stop - begin]
+                yield number, one if is_small else b"".join(self._pieces(start, stop))
 
 
 @dataclass(frozen=True)
 class PackPortion:
-    """One member of a pack: a `Portion`."""
+    """Members of a pack: a `Portion`."""
 
     pack: Pack
     number: int
+    count: int = 1
     left: frozenset[UUID] = frozenset()  # of its payloads, which are passed over
 
     def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
         """See Portion.payloads."""
-        for raw_id, body in self.pack.member(self.number).items():
-            if raw_id not in self.left:
-                yield raw_id, body
+        return ((raw_id, body) for raw_id, body in self._all() if raw_id not in self.left)
+
+    def _all(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        if self.count == 1:
+            yield from self.pack.member(self.number).items()
+            return
+        for number, packed in self.pack.fetch(self.number, self.count):
+            try:
+                found = self.pack.unpack(number, packed)
+            except PackDamaged as error:  # the members behind it are whole
+                yield self.pack.index().members[number][0], error
+            else:
+                yield from found.items()
 
 
 def _write_member(file: BinaryIO, lines: Sequence[PackLine]) -> tuple[UUID, int]:
@@ -272,27 +405,21 @@ def _write_member(file: BinaryIO, lines: Sequence[PackLine]) -> tuple[UUID, int]
     return lines[0].raw_id, begin
 
 
-def _read_member(path: Path, index: PackIndex, number: int) -> dict[UUID, bytes]:
-    starts = [start for _, start in index.members] + [index.bytes]
-    with _damage_at(path, starts[number]):
-        with open(path, "rb") as file:
-            file.seek(starts[number])
-            packed = file.read(starts[number + 1] - starts[number])
-        payloads = _payloads_in(gzip.decompress(packed))
-        if index.members[number][0] not in payloads:
-            raise ValueError("it has other payloads than its index says")
-        return payloads
-
-
 @contextlib.contextmanager
-def _damage_at(path: Path, start: int) -> Iterator[None]:
+def _damage_at(place: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         raise  # it has just expired
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        wrong = f"{path} is damaged at byte {start}, restore it from a copy: {error}"
-        raise PackDamaged(wrong) from error
+        raise PackDamaged(f"{place()}, restore it from a copy: {error}") from error
+
+
+def _read_member(packed: bytes, index: PackIndex, number: int) -> dict[UUID, bytes]:
+    payloads = _payloads_in(gzip.decompress(packed))
+    if index.members[number][0] not in payloads:
+        raise ValueError("it has other payloads than its index says")
+    return payloads
 
 
 def _payloads_in(text: bytes) -> dict[UUID, bytes]:
@@ -300,7 +427,7 @@ def _payloads_in(text: bytes) -> dict[UUID, bytes]:
     return {line.raw_id: line.body() for line in lines}
 
 
-def _index_of(path: Path) -> tuple[PackIndex, bool]:
+def index_of(path: Path) -> tuple[PackIndex, bool]:
     """Return the index of a pack, and whether all of it could be read.
 
     What is damaged stands in it as a member of its own, so that a look-up hears of the damage.
@@ -360,9 +487,14 @@ def _next_member(file: BinaryIO, begin: int, size: int) -> int:
 def _check_pack(path: Path, index: PackIndex, payloads: Iterator[tuple[UUID, bytes]]) -> None:
     """Raise `StorageUnavailable` unless a pack gives back each payload, byte for byte."""
     kept = "what was to be packed was kept"
-    for number in range(len(index.members)):
-        for found in _read_member(path, index, number).items():
-            if next(payloads, None) != found:
-                raise StorageUnavailable(f"{path} is not what was written; {kept}")
+    starts = [start for _, start in index.members] + [index.bytes]
+    with open(path, "rb") as file:
+        for number, start in enumerate(starts[:-1]):
+            packed = file.read(starts[number + 1] - start)
+            with _damage_at(lambda: f"{path} is damaged"):
+                payloads_there = _read_member(packed, index, number)
+            for found in payloads_there.items():
+                if next(payloads, None) != found:
+                    raise StorageUnavailable(f"{path} is not what was written; {kept}")
     if next(payloads, None) is not None:
         raise StorageUnavailable(f"{path} is not whole; {kept}")

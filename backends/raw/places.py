@@ -4,6 +4,7 @@ data/raw/<raw_id>.json                  pending
 data/raw/<raw_id>.<count>.ndjson        pending, a batch, by its first raw_id; or .json
 data/processed/<day>/…                  processed, by the UTC day of arrival; names stay the same
 data/processed/<day>.ndjson.gz          a finished day, packed
+data/processed/<day>.ndjson.gz.archived where that is in the archive, if so there alone
 data/rejected/<raw_id>.json             rejected, beside <raw_id>.reason.json
 data/discarded/<day>/<raw_id>.json      discarded, by the same day, beside <raw_id>.reason.json
 data/journal/                           what makes payloads durable, and notes about them

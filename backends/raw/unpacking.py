@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from uuid import UUID
 
 import msgspec
@@ -26,13 +26,16 @@ WHOLE = re.compile(
 LONGEST_CHARACTER = 6  # bytes
 
 
-def open_packed(path: Path, start: int, end: int, raw_id: UUID) -> OpenPayload | None:
-    """Return a payload of the member that lies from byte `start` to `end`, None if it has none.
+Member = Callable[[], Iterator[bytes]]  # gives the pieces of a member, from its beginning
+
+
+def open_packed(member: Member, raw_id: UUID) -> OpenPayload | None:
+    """Return a payload of a member, None if it has none.
 
     It is gone through first, so that what is handed out is known to be what arrived. Raises
     ValueError, EOFError or zlib.error where the member is damaged.
     """
-    sha256, pieces = _payload_in(path, start, end, raw_id)
+    sha256, pieces = _payload_in(member, raw_id)
     if not sha256:
         return None
     size, digest = 0, hashlib.sha256()
@@ -41,13 +44,13 @@ def open_packed(path: Path, start: int, end: int, raw_id: UUID) -> OpenPayload |
         digest.update(piece)
     if digest.hexdigest() != sha256:
         raise ValueError(f"{raw_id} in a pack is not what its sha256 says")
-    _, pieces = _payload_in(path, start, end, raw_id)
+    _, pieces = _payload_in(member, raw_id)
     return OpenPayload(size, pieces)
 
 
-def _payload_in(path: Path, start: int, end: int, raw_id: UUID) -> tuple[str, Iterator[bytes]]:
+def _payload_in(member: Member, raw_id: UUID) -> tuple[str, Iterator[bytes]]:
     """Return the SHA-256 of a payload, and the payload; the former is empty if it is not there."""
-    line = _line_of(_text_of(path, start, end), raw_id)
+    line = _line_of(_text_of(member()), raw_id)
     begun, head = b"", None
     while head is None:
         more = next(line, b"")
@@ -61,12 +64,11 @@ def _payload_in(path: Path, start: int, end: int, raw_id: UUID) -> tuple[str, It
     return head[1].decode(), _string(chain([begun[head.end() :]], line), decoded)
 
 
-def _text_of(path: Path, start: int, end: int) -> Iterator[bytes]:
+def _text_of(member: Iterator[bytes]) -> Iterator[bytes]:
     unpacker = zlib.decompressobj(wbits=31)
-    with open(path, "rb") as file:
-        file.seek(start)
+    with contextlib.closing(member) as pieces:  # type: ignore[type-var]
         while not unpacker.eof:
-            packed = file.read(min(PIECE_BYTES, end - file.tell()))
+            packed = next(pieces, b"")
             if not packed:
                 raise EOFError("the member ends too early")
             while text := unpacker.decompress(packed, PIECE_BYTES):

@@ -67,6 +67,8 @@ PARTS = {
         "backends/raw/folders.py", (*STORE, "tests/raw/test_packs.py", "tests/raw/test_damage.py")
     ),
     "packs": Part("backends/raw/packs.py", ("tests/raw/test_packs.py", "tests/raw/test_damage.py")),
+    "archive": Part("backends/raw/archive.py", ("tests/raw/test_archive.py",)),
+    "archiving": Part("backends/raw/archiving.py", ("tests/raw/test_archive.py",)),
     "disk": Part("backends/raw/disk.py", ("tests/raw/test_disk.py", *STORE)),
     "proof": Part("dropzone.py", ("tests/service/test_proof.py",), ("derive", "Proof")),
     "keys and tokens": Part(

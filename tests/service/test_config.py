@@ -111,6 +111,7 @@ SPECIAL = {
     "log.format": "json",
     "log.level": "debug",
     "log.requests": "true",
+    "raw.archive": "file:///mnt/archive",
     "raw.compact": "true",
     "server.cors_origins": "https://one.example,http://two.example:8080",
     "storage.backend": "memory",

@@ -168,7 +168,11 @@ def test_operating_commands(program: Program):
             watching.terminate()
             assert watching.wait(PATIENCE) == OK
         else:
-            done = program.run(*arguments, DROPZONE_SERVER_PORT=port)
+            variables = {"DROPZONE_SERVER_PORT": port}
+            if arguments == ["adopt"]:  # for which there has to be an archive
+                (program.home / "archive").mkdir()
+                variables["DROPZONE_RAW_ARCHIVE"] = f"file://{program.home}/archive"
+            done = program.run(*arguments, **variables)
             assert done.returncode == OK, f"{line}: {done.stdout}{done.stderr}"
     assert len(program.payloads("processed")) == 1
 

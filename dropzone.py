@@ -131,6 +131,7 @@ from backends import (
     unhurried,
 )
 from backends.raw import (
+    NODE_BITS,
     PIECE_BYTES,
     Activity,
     Copied,
@@ -138,6 +139,7 @@ from backends.raw import (
     Form,
     KeyReused,
     NoAccess,
+    Nodes,
     Observer,
     OpenPayload,
     PackDamaged,
@@ -146,6 +148,7 @@ from backends.raw import (
     PayloadStoreError,
     PayloadUnreadable,
     Portion,
+    RawIdElsewhere,
     RawIdUnknown,
     Rejection,
     State,
@@ -345,6 +348,10 @@ class RawConfig(Section, frozen=True):
     compact: bool = False
 
 
+class NodeConfig(Section, frozen=True):
+    id: Annotated[int, Meta(ge=0, le=(1 << NODE_BITS) - 1)] | None = None  # 0 unless set
+
+
 class ProcessConfig(Section, frozen=True):
     batch: Annotated[int, Meta(ge=1, le=100_000)] = 1000
     every: Annotated[float, Meta(ge=0)] = 0.0
@@ -424,6 +431,7 @@ class Config(Section, frozen=True, dict=True):
 
     server: ServerConfig = ServerConfig()
     raw: RawConfig = RawConfig()
+    node: NodeConfig = NodeConfig()
     process: ProcessConfig = ProcessConfig()
     transform: TransformConfig = TransformConfig()
     storage: StorageConfig = StorageConfig()
@@ -2127,6 +2135,7 @@ class Processor:
         self._metrics = metrics or Metrics()
         self._workers = workers or Workers()
         self._turn = asyncio.Lock()
+        self._next_look = 0.0  # for a twin
 
     async def process(
         self, limit: int | None = None, progress: Callable[[int, int], object] = tell_nobody
@@ -2161,6 +2170,9 @@ class Processor:
                 result.failed,
                 result.remaining,
             )
+        if result.processed and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + TWIN_PAUSE
+            await note_twin(self._payloads, self._backend)
         if stuck.count:
             rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
             raise NoAccess(f"{stuck.why}. {rest}")
@@ -2332,10 +2344,15 @@ def note_failed_write(workspace: Path, detail: str) -> None:
     now = datetime.now(UTC)
     before = failed_write(workspace)
     note = FailedWrite(before.since if before else now, now, detail)
-    part = workspace / f"{FAILED_WRITE}.{os.getpid()}.part"
-    with contextlib.suppress(OSError):  # the error itself is raised all the same
+    write_note(workspace, FAILED_WRITE, note)  # the error itself is raised all the same
+
+
+def write_note(workspace: Path, name: str, note: Struct) -> None:
+    """Let a file appear whole, unless the disk refuses."""
+    part = workspace / f"{name}.{os.getpid()}.part"
+    with contextlib.suppress(OSError):
         part.write_bytes(msgspec.json.encode(note))
-        part.rename(workspace / FAILED_WRITE)
+        part.rename(workspace / name)
 
 
 def forget_failed_write(workspace: Path) -> None:
@@ -2529,9 +2546,10 @@ class Proof:
     those to which payloads were added since.
 
     `counts` has how many rows are `right` by now, how many of each kind of finding, and how many
-    cannot be checked because their payload has `expired` or because they are `older` than Dropzone
-    (their raw_id is the nil UUID). `set_right` has how many of each kind a rebuild has mended, and
-    `damage` the first sentences on what cannot be read, or makes no row any more.
+    cannot be checked because their payload lies on another node (`elsewhere`), because it has
+    `expired`, or because they are `older` than Dropzone (their raw_id is the nil UUID). `set_right`
+    has how many of each kind a rebuild has mended, and `damage` the first sentences on what cannot
+    be read, or makes no row any more.
     """
 
     def __init__(
@@ -2562,6 +2580,7 @@ class Proof:
         where no payload makes a row.
         """
         self.counts.clear()
+        nodes = await asyncio.to_thread(self._payloads.nodes)
         derived = create_backend("sqlite", path=self._scratch / "rows.sqlite")
         try:
             await self._derive(derived, progress)
@@ -2571,6 +2590,9 @@ class Proof:
             async for right, row in paired(derived, self._backend, since, until):
                 if right and row and same(right, row):
                     self.counts["right"] += 1
+                    continue
+                if row and lies_elsewhere(nodes, right, row):
+                    self.counts["elsewhere"] += 1
                     continue
                 verdict = await asyncio.to_thread(self._verdict, right, row)
                 if isinstance(verdict, Finding):
@@ -2711,6 +2733,85 @@ class Proof:
         return Finding("orphaned", row, right)
 
 
+def lies_elsewhere(nodes: Nodes, right: Measurement | None, row: Measurement) -> bool:
+    """Say whether a row is for another node to prove, and none of this node's takes its place.
+
+    `right` is the row that the payloads of this node make. No payload is looked for: in a table of
+    many nodes most rows are of this kind. One that is here, whatever its raw_id says, has made
+    `right` or a row that has lost against it.
+    """
+    return (right is None or right.raw_id < row.raw_id) and nodes.is_others(row.raw_id)
+
+
+# ── Nodes: two with one number on one database ────────────────────────────────────────────────────
+
+TWIN = "twin.json"
+TWIN_SHOWN = timedelta(hours=1)  # after its last payload arrived
+TWIN_PAUSE = 60.0  # seconds between two looks at the rows of a processor
+
+
+class Twin(Struct, frozen=True):
+    """A payload that another Dropzone on the same database has landed as this node's."""
+
+    node: int
+    raw_id: UUID
+
+    def text(self) -> str:
+        """Say what is wrong, and what to do."""
+        return (
+            f"another Dropzone writes to this database as node {self.node}, too, as the row of "
+            f"{self.raw_id} shows, a payload that was not landed here: give each its own [node] id"
+        )
+
+    def is_recent(self) -> bool:
+        arrival = arrival_of(self.raw_id)
+        return arrival is not None and arrival > datetime.now(UTC) - TWIN_SHOWN
+
+
+async def find_twin(payloads: Payloads, backend: Backend) -> Twin | None:
+    """Look for the row of a twin among the thousand with the latest timestamps.
+
+    A row with this node's number is another folder's if that has marked its raw_id, and the payload
+    is not here. One that this folder has made is never taken for it, whatever became of its
+    payload, and wherever the folder was restored. Raises `BackendError`.
+    """
+    rows = await backend.find(limit=AT_A_TIME, descending=True)
+    return await asyncio.to_thread(_twin_among, payloads, rows)
+
+
+def _twin_among(payloads: Payloads, rows: Iterable[Measurement]) -> Twin | None:
+    nodes = payloads.nodes()
+    for raw_id in sorted((row.raw_id for row in rows), reverse=True):
+        twin = Twin(nodes.number, raw_id)
+        if nodes.is_doubtful(raw_id) and twin.is_recent():
+            try:
+                payloads.read(raw_id)  # as an older version may have landed it here
+            except RawIdUnknown:
+                return twin
+            except (OSError, PayloadStoreError):
+                continue
+    return None
+
+
+def noted_twin(payloads: Payloads) -> Twin | None:
+    """Return the twin that a processor has noted, for as long as it was seen lately."""
+    with contextlib.suppress(OSError, ValueError):
+        text = (payloads.workspace / TWIN).read_bytes()
+        twin = msgspec.json.decode(text, type=Twin)
+        if twin.is_recent() and twin.node == payloads.nodes().number:
+            return twin
+    return None
+
+
+async def note_twin(payloads: Payloads, backend: Backend) -> None:
+    """Look for a twin; log one, and note it for every process that shows how the service is."""
+    with contextlib.suppress(BackendError):
+        twin = await find_twin(payloads, backend)
+        if twin:
+            log.error("%s", twin.text())
+            await asyncio.to_thread(write_note, payloads.workspace, TWIN, twin)
+
+
 # ── Upkeep: finished days become packs ────────────────────────────────────────────────────────────
 
 UPKEEP_FIRST = 5.0  # seconds after the start
@@ -2834,7 +2935,8 @@ class Status(Struct, frozen=True):
     how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
     `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
     so of rows that could not be written, until some can. `processing` is `ok` or names the file or
-    folder that keeps payloads from being processed.
+    folder that keeps payloads from being processed. `node` is the number of this node, null where
+    it has none; `node_trouble` says what is wrong with it, null where nothing is.
     """
 
     now: datetime
@@ -2849,6 +2951,8 @@ class Status(Struct, frozen=True):
     backend: str
     failed_write: FailedWrite | None
     processing: str
+    node: int | None
+    node_trouble: str | None
 
 
 class Summary(Struct, frozen=True):
@@ -2909,6 +3013,7 @@ class Problem(Struct, frozen=True):
     code: str
     request_id: str
     type: str = "about:blank"
+    node: int | msgspec.UnsetType = msgspec.UNSET  # where a payload is not here, but on that node
 
 
 class ProcessQuery(Struct, frozen=True):
@@ -3418,6 +3523,7 @@ async def status(request: web.Request) -> web.Response:
     processing, rejected = await in_glance(app, app[RAW].processing_trouble, oldest), Counter[str]()
     with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
         rejected = await app[REJECTED].look()
+    twin = await in_glance(app, noted_twin, app[RAW])
     return answer(
         Status(
             now=datetime.now(UTC),
@@ -3432,6 +3538,8 @@ async def status(request: web.Request) -> web.Response:
             backend=await app[BACKEND_TROUBLE].look() or "ok",
             failed_write=failed,
             processing=processing or "ok",
+            node=app[CONFIG].node.id,
+            node_trouble=twin.text() if twin else None,
         )
     )
 
@@ -3696,7 +3804,10 @@ async def measurement(request: web.Request) -> web.Response:
 
 @Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503), turns=RECEIPTS)
 async def receipt(request: web.Request) -> web.Response:
-    """Return where a payload is and what became of it."""
+    """Return where a payload is and what became of it.
+
+    For a payload of another node it is 404 `raw_id_elsewhere`, with the number of that `node`.
+    """
     app, raw_id = request.app, raw_id_in(request)
     raw, run = app[RAW], app[RECEIPTS].run
     state, body = await run(raw.read, raw_id)
@@ -3724,7 +3835,7 @@ async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | No
 
 @Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
 async def payload(request: web.Request) -> web.StreamResponse:
-    """Return the exact bytes that arrived."""
+    """Return the exact bytes that arrived; for a payload of another node see its receipt."""
     reads, raw = request.app[READS], request.app[RAW]
     found = await reads.run(raw.open_payload, raw_id_in(request))
     if found.size <= PIECE_BYTES:
@@ -4507,7 +4618,7 @@ def problem(request: web.Request, error: Exception) -> web.Response:
         log.error("request %s failed", notes.request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
     document = Problem(title, known.status, known.detail, known.code, notes.request_id)
-    response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
+    response = answer(msgspec.to_builtins(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = error.headers["Allow"]
@@ -4527,7 +4638,7 @@ REFUSAL_CODES = (  # of problem documents
     *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
     *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
     *("not_found", "method_not_allowed", "expectation_failed"),
-    *("raw_id_unknown", "measurement_not_found"),
+    *("raw_id_unknown", "raw_id_elsewhere", "measurement_not_found"),
     *("draining", "overloaded", "processor_busy", "storage_full", "storage_unavailable"),
     *("backend_unavailable", "backend_error", "internal_error"),
 )
@@ -4550,6 +4661,8 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     if isinstance(error, web.HTTPException):
         code = HTTPStatus(error.status).name.lower()
         return DropzoneError(error.reason, code, error.status)
+    if isinstance(error, RawIdElsewhere):
+        return DropzoneError(str(error), error.code, 404, node=error.node)
     for kind, (code, status) in ERRORS_BELOW.items():
         if isinstance(error, kind):
             return DropzoneError(str(error), code, status)
@@ -4837,7 +4950,8 @@ PATH_SCHEMAS = {
 }
 
 
-RARE = {(AcceptedBatch.__name__, "not_json")}  # members that are sent only if there is something
+# Members that are sent only if there is something.
+RARE = {(AcceptedBatch.__name__, "not_json"), (Problem.__name__, "node")}
 
 
 def openapi_document(prefix: str) -> dict[str, Any]:
@@ -4978,6 +5092,7 @@ def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
         rejected=raw.rejected_dir,
         keep_days=raw.keep_days,
         min_free_bytes=raw.min_free_bytes,
+        node=config.node.id,
         observer=observer,
     )
 
@@ -5420,6 +5535,7 @@ async def prove(
     summary = ProofSummary(
         folder=str(config.raw.dir.parent),
         backend=place_of_rows(config, backend),
+        node=config.node.id,
         right=proof.counts["right"],
         wrong={kind: proof.counts[kind] for kind in WRONG if proof.counts[kind]},
         unprovable={kind: proof.counts[kind] for kind in UNPROVABLE if proof.counts[kind]},
@@ -5467,10 +5583,12 @@ UNPROVABLE = {  # the same for rows that stand, as no payload says anything abou
     "rebuild --delete-orphans deletes them",
     "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
     "restore it from a copy",
+    "elsewhere": "cannot be checked here, as their payload is on another node, whose verify does; "
+    "they stay",
     "expired": "cannot be checked, as their payload was deleted after keep_days; they stay",
     "older": "cannot be checked, as they are older than Dropzone and name no payload; they stay",
 }
-HARMLESS = {"expired", "older"}
+HARMLESS = {"elsewhere", "expired", "older"}
 
 
 class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
@@ -5482,6 +5600,7 @@ class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
 
     folder: str
     backend: str
+    node: int | None
     right: int
     wrong: dict[str, int]
     unprovable: dict[str, int]
@@ -5510,6 +5629,8 @@ class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
             )
         elif self.is_all and self.right and not (wrong or unprovable or self.damage):
             lines.append("all rows are right")
+        elif self.is_all and self.unprovable.keys() == {"elsewhere"} and not (wrong or self.damage):
+            lines.append("all rows of this node are right")
         return "\n".join(lines)
 
 
@@ -5807,7 +5928,9 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     problems = await asyncio.to_thread(store_of(config).problems)
     troubles: dict[str, Sequence[str | None]] = {
         f"data folder {config.raw.dir}": problems["data folder"],
-        f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
+        f"backend {config.storage.backend}": [
+            await storage_trouble(config, backend) or await twin_trouble(config, backend)
+        ],
         "clock": problems["clock"],
         "file descriptors": [descriptor_trouble()],
         "keys": [await key_trouble(config)],
@@ -5818,6 +5941,11 @@ async def check(config: Config, _: argparse.Namespace) -> int:
         lines = [f"wrong  {name}: {trouble}" for trouble in found if trouble]
         print("\n".join(lines) or f"ok     {name}")
     print(f"note   settings are read from {settings_source(config)}")
+    number = store_of(config).nodes().number
+    if config.node.id is not None:
+        print(f"note   this is node {number}")
+    elif number:
+        print(f"note   [node] id is not set here, and this folder was that of node {number}")
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
@@ -5900,6 +6028,15 @@ async def storage_trouble(config: Config, backend: Backend) -> str | None:
     ]
     trouble = next(filter(None, itertools.starmap(access_trouble, places)), None)
     return trouble or await trouble_of(backend)
+
+
+async def twin_trouble(config: Config, backend: Backend) -> str | None:
+    """Say it where another Dropzone has the same number; nothing is made for that."""
+    with contextlib.suppress(BackendError):
+        if config.storage.backend != "sqlite" or os.path.exists(config.storage.sqlite.path):
+            twin = await find_twin(store_of(config).portable(), backend)
+            return twin.text() if twin else None
+    return None
 
 
 def descriptor_trouble() -> str | None:

@@ -13,6 +13,7 @@ rooms of this house, the upper ones knowing the lower ones only:
 - `rejections.py`: an index of the quarantine;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `unpacking.py`: large payloads of these, piece by piece;
+- `nodes.py`: whose payloads are that are not here, where several Dropzones share a database;
 - `tally.py`: how many landed and were processed, for all processes together;
 - `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
@@ -71,6 +72,19 @@ class KeyReused(PayloadStoreError):
     code = "idempotency_key_reused"
 
 
+class RawIdElsewhere(RawIdUnknown):
+    """The payload of this raw_id is not here; its raw_id names another `node`."""
+
+    code = "raw_id_elsewhere"
+
+    def __init__(self, detail: str, node: int) -> None:
+        super().__init__(detail, node)
+        self.node = node
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PayloadUnreadable(PayloadStoreError):
     """The file of one payload cannot be read, whatever is tried; the others can."""
 
@@ -109,7 +123,7 @@ class FolderTaken(PayloadStoreError):
 #
 # A UUIDv7 (RFC 9562). Behind its milliseconds are 12 bits of their fraction (method 3), then:
 #
-#     12 bits   random, so that ids of one moment differ
+#     12 bits   the mark of the folder that gave it out; see `nodes.py`
 #     17 bits   how many payloads came in its batch; 0 for a payload that came alone
 #     17 bits   its place in the batch, from 0; random for a payload that came alone
 #     16 bits   the number of the node
@@ -117,8 +131,8 @@ class FolderTaken(PayloadStoreError):
 # So a raw_id leads to the file of its batch, whose name has the first raw_id and the count. Those
 # of older versions have random bits there, and lead to no file.
 
-NODE_BITS, PLACE_BITS, COUNT_BITS, REST_BITS = 16, 17, 17, 12
-COUNT_AT, REST_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
+NODE_BITS, PLACE_BITS, COUNT_BITS, MARK_BITS = 16, 17, 17, 12
+COUNT_AT, MARK_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
 MOST_IN_BATCH = (1 << COUNT_BITS) - 1  # payloads
 VARIANT = 2 << 62  # of every UUID of RFC 9562
 NEXT = 1 << NODE_BITS  # from a raw_id to that of the next payload of a batch
@@ -188,32 +202,42 @@ def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
     return raw_ids.texts() if isinstance(raw_ids, RawIds) else list(map(str, raw_ids))
 
 
-def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
+def node_in(raw_id: UUID) -> int:
+    """Return the number of the node that a raw_id of this version names."""
+    return raw_id.int & (1 << NODE_BITS) - 1
+
+
+def mark_of(raw_id: UUID) -> int:
+    """Return the mark of the folder that has given out a raw_id of this version."""
+    return raw_id.int >> MARK_AT & (1 << MARK_BITS) - 1
+
+
+def next_raw_id(last: UUID, count: int = 0, node: int = 0, mark: int | None = None) -> UUID:
     """Return a new raw_id that is greater than `last`, and than all of the batch of that.
 
     It is so whatever the clock says. With a `count` it is the first one of a batch of so many
-    payloads; raises ValueError if those are more than a raw_id can tell.
+    payloads; raises ValueError if those are more than a raw_id can tell. `node` is the number of
+    the node, and `mark` that of the folder, random unless given.
     """
     if count > MOST_IN_BATCH:
         raise ValueError(f"a batch has {MOST_IN_BATCH} payloads at most, not {count}")
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
-    random = getrandbits(REST_BITS + PLACE_BITS)
-    head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | random >> PLACE_BITS
-    head = max(head, _head_of(last) + 1)
-    tail = (count << PLACE_BITS if count else random & MOST_IN_BATCH) << NODE_BITS | node
+    moment = max(milliseconds << 12 | (rest << 12) // 1_000_000, _moment_of(last) + 1)
+    random = getrandbits(MARK_BITS + PLACE_BITS)
+    place = 0 if count else random & MOST_IN_BATCH
     return UUID(
-        int=head >> 24 << 80
-        | (7 << 12 | head >> 12 & 0xFFF) << 64
+        int=moment >> 12 << 80
+        | (7 << 12 | moment & 0xFFF) << 64
         | VARIANT
-        | (head & 0xFFF) << REST_AT
-        | tail
+        | (random >> PLACE_BITS if mark is None else mark) << MARK_AT
+        | (count << PLACE_BITS | place) << NODE_BITS
+        | node
     )
 
 
-def _head_of(raw_id: UUID) -> int:
-    """Return the bits by which raw_ids of one store differ and are ordered."""
-    value = raw_id.int
-    return value >> 80 << 24 | (value >> 64 & 0xFFF) << 12 | value >> REST_AT & 0xFFF
+def _moment_of(raw_id: UUID) -> int:
+    """Return the bits by which raw_ids of one store differ and are ordered: 2¹² a millisecond."""
+    return raw_id.int >> 80 << 12 | raw_id.int >> 64 & 0xFFF
 
 
 # ── Names of files ────────────────────────────────────────────────────────────────────────────────
@@ -383,6 +407,23 @@ class Portion(Protocol):
         """
 
 
+class Nodes(Protocol):
+    """Tells whose a payload is that is not here, as far as its raw_id can; see `nodes.py`."""
+
+    @property
+    def number(self) -> int:
+        """The number of this node, from 0 to 65,535."""
+
+    def elsewhere(self, raw_id: UUID) -> int | None:
+        """Return the number of the other node whose payload this is, None if it names none."""
+
+    def is_others(self, raw_id: UUID) -> bool:
+        """Say whether it is another node's, also where nobody knows the number of that."""
+
+    def is_doubtful(self, raw_id: UUID) -> bool:
+        """Say whether it names this node, and another folder than this one has given it out."""
+
+
 class Payloads(Protocol):
     """Payloads in their states. It can be pickled, so that other processes can work on it, too.
 
@@ -398,8 +439,14 @@ class Payloads(Protocol):
     def process_lock(self) -> Path:
         """The file that a processor locks, so that one at a time is at work."""
 
+    def nodes(self) -> Nodes:
+        """Return what is known now of the nodes that share a database with this one."""
+
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`.
+
+        That is `RawIdElsewhere` where the payload lies on another node.
+        """
 
     def open_payload(self, raw_id: UUID) -> OpenPayload:
         """Return the same bytes to be read piece by piece; raises the same."""

@@ -49,6 +49,7 @@ from backends.raw.disk import (
     write_all,
 )
 from backends.raw.folders import Folders
+from backends.raw.nodes import FILE as NUMBERS
 
 # What a file system answers that is another one, that has no links, or not for this user.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP}
@@ -123,7 +124,8 @@ class Backup:
         yield from _payloads("pending", self._source.raw, raw)
         yield from self._settle_rejected(raw, rejected)
         yield from self._copy_notes(ours / self._source.notes.folder.name)
-        yield from _copied("besides", f"{theirs}/expired", f"{ours}/expired")
+        for name in ("expired", NUMBERS):
+            yield from _copied("besides", f"{theirs}/{name}", f"{ours}/{name}")
         for name in ("tally", "last_raw_id"):
             _copy_locked(theirs / name, ours / name)
 

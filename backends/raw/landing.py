@@ -254,7 +254,8 @@ class RawStore(Folders):
 
     `folder`, `processed`, `rejected` and `keep_days` are those of `Folders`. Where fewer than
     `min_free_bytes` are free on the disk, or a twentieth of it if that is less, nothing is landed.
-    `observer` hears of each group that has landed.
+    All raw_ids name the `node`, 0 where it has no number. `observer` hears of each group that has
+    landed.
     """
 
     def __init__(
@@ -265,6 +266,7 @@ class RawStore(Folders):
         rejected: str | os.PathLike[str] | None = None,
         keep_days: int = 0,
         min_free_bytes: int = MIN_FREE_BYTES,
+        node: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         super().__init__(
@@ -272,6 +274,7 @@ class RawStore(Folders):
             processed=Path(processed) if processed else None,
             rejected=Path(rejected) if rejected else None,
             keep_days=keep_days,
+            node=node,
         )
         self._min_free = min_free_bytes
         self._observer = observer
@@ -286,20 +289,26 @@ class RawStore(Folders):
         self._watch: asyncio.TimerHandle | None = None
         self._probing: asyncio.Future[str | None] | None = None
         self._closing: asyncio.Future[None] | None = None
-        self._writer = Writer(
-            {
-                "folder": str(self.raw),
-                "processed": str(self.processed),
-                "rejected": str(self.rejected),
-                "min_free_bytes": min_free_bytes,
-            }
-        )
-        self._journal = Journal(self.journal, self)
+        self._writer = Writer(self._settings_of_writer())
+        self._journal = Journal(self.journal, self, node or 0)
+
+    def _settings_of_writer(self) -> dict[str, object]:
+        return {
+            "folder": str(self.raw),
+            "processed": str(self.processed),
+            "rejected": str(self.rejected),
+            "min_free_bytes": self._min_free,
+            "node": self.node,
+        }
 
     def portable(self) -> Folders:
         """See PayloadStore.portable."""
         return Folders(
-            self.raw, processed=self.processed, rejected=self.rejected, keep_days=self.keep_days
+            self.raw,
+            processed=self.processed,
+            rejected=self.rejected,
+            keep_days=self.keep_days,
+            node=self.node,
         )
 
     async def open(self) -> None:

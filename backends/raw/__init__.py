@@ -135,6 +135,7 @@ NODE_BITS, PLACE_BITS, COUNT_BITS, MARK_BITS = 16, 17, 17, 12
 COUNT_AT, MARK_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
 MOST_IN_BATCH = (1 << COUNT_BITS) - 1  # payloads
 VARIANT = 2 << 62  # of every UUID of RFC 9562
+SAME_MOMENT = (1 << 62) - 1  # the bits of a raw_id that say nothing about when it was given out
 NEXT = 1 << NODE_BITS  # from a raw_id to that of the next payload of a batch
 
 

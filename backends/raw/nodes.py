@@ -31,7 +31,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from backends.raw import MARK_BITS, came_alone, mark_of, node_in, place_of, uuid_at
+from backends.raw import MARK_BITS, SAME_MOMENT, came_alone, mark_of, node_in, place_of, uuid_at
 from backends.raw.disk import sync_file
 
 FILE = "node"  # in the journal
@@ -123,7 +123,8 @@ def note_number(
     """
     known = read_numbers(journal)
     if known is None:
-        since = last if last.int else uuid_at(datetime.now(UTC))
+        behind_its_batch = UUID(int=last.int | SAME_MOMENT)
+        since = behind_its_batch if last.int else uuid_at(datetime.now(UTC))
         known = Numbers(getrandbits(MARK_BITS), since, was_empty=not last.int)
     if number not in known.numbers:
         known = msgspec.structs.replace(known, numbers=(*known.numbers, number))

@@ -3013,7 +3013,12 @@ class Problem(Struct, frozen=True):
     code: str
     request_id: str
     type: str = "about:blank"
-    node: int | msgspec.UnsetType = msgspec.UNSET  # where a payload is not here, but on that node
+
+
+class Elsewhere(Problem, frozen=True, kw_only=True):
+    """The problem `raw_id_elsewhere`: the payload is not here, its raw_id names another `node`."""
+
+    node: int
 
 
 class ProcessQuery(Struct, frozen=True):
@@ -3802,7 +3807,14 @@ async def measurement(request: web.Request) -> web.Response:
     return answer(await request.app[BACKEND].get(timestamp))
 
 
-@Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503), turns=RECEIPTS)
+@Route(
+    "GET",
+    "/raw/{raw_id}",
+    "read",
+    {200: (Receipt,), 404: (Problem, Elsewhere)},
+    (503,),
+    turns=RECEIPTS,
+)
 async def receipt(request: web.Request) -> web.Response:
     """Return where a payload is and what became of it.
 
@@ -3833,7 +3845,13 @@ async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | No
     return None
 
 
-@Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
+@Route(
+    "GET",
+    "/raw/{raw_id}/payload",
+    "read",
+    {200: ("application/json",), 404: (Problem, Elsewhere)},
+    turns=READS,
+)
 async def payload(request: web.Request) -> web.StreamResponse:
     """Return the exact bytes that arrived; for a payload of another node see its receipt."""
     reads, raw = request.app[READS], request.app[RAW]
@@ -4618,7 +4636,7 @@ def problem(request: web.Request, error: Exception) -> web.Response:
         log.error("request %s failed", notes.request_id, exc_info=error)
     title = HTTPStatus(known.status).phrase
     document = Problem(title, known.status, known.detail, known.code, notes.request_id)
-    response = answer(msgspec.to_builtins(document) | known.extra, known.status)
+    response = answer(msgspec.structs.asdict(document) | known.extra, known.status)
     response.content_type = "application/problem+json"
     if isinstance(error, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = error.headers["Allow"]
@@ -4646,6 +4664,7 @@ ERRORS_BELOW: dict[type[Exception], tuple[str, int]] = {  # the first that fits 
     BackendUnavailable: ("backend_unavailable", 503),
     MeasurementNotFound: ("measurement_not_found", 404),
     BackendError: ("backend_error", 500),
+    RawIdElsewhere: (RawIdElsewhere.code, 404),
     RawIdUnknown: (RawIdUnknown.code, 404),
     KeyReused: (KeyReused.code, 422),
     StorageFull: (StorageFull.code, 503),
@@ -4661,11 +4680,10 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     if isinstance(error, web.HTTPException):
         code = HTTPStatus(error.status).name.lower()
         return DropzoneError(error.reason, code, error.status)
-    if isinstance(error, RawIdElsewhere):
-        return DropzoneError(str(error), error.code, 404, node=error.node)
+    extra = {"node": error.node} if isinstance(error, RawIdElsewhere) else {}
     for kind, (code, status) in ERRORS_BELOW.items():
         if isinstance(error, kind):
-            return DropzoneError(str(error), code, status)
+            return DropzoneError(str(error), code, status, **extra)
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
@@ -4950,8 +4968,7 @@ PATH_SCHEMAS = {
 }
 
 
-# Members that are sent only if there is something.
-RARE = {(AcceptedBatch.__name__, "not_json"), (Problem.__name__, "node")}
+RARE = {(AcceptedBatch.__name__, "not_json")}  # members that are sent only if there is something
 
 
 def openapi_document(prefix: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ there were nodes, so that nothing hides a payload that is lost.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from msgspec import Struct
 
 from backends.raw import MARK_BITS, SAME_MOMENT, came_alone, mark_of, node_in, place_of, uuid_at
 from backends.raw.disk import sync_file
+
+log = logging.getLogger("dropzone")
 
 FILE = "node"  # in the journal
 LATEST = UUID(int=(1 << 128) - 1)
@@ -123,6 +126,8 @@ def note_number(
     """
     known = read_numbers(journal)
     if known is None:
+        if (journal / FILE).exists():
+            log.warning("%s is damaged: the folder gets another mark", journal / FILE)
         behind_its_batch = UUID(int=last.int | SAME_MOMENT)
         since = behind_its_batch if last.int else uuid_at(datetime.now(UTC))
         known = Numbers(getrandbits(MARK_BITS), since, was_empty=not last.int)

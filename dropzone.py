@@ -5596,7 +5596,8 @@ WRONG = {  # what each kind of wrong row is, and what to do about it
 }
 UNPROVABLE = {  # the same for rows that stand, as no payload says anything about them
     "orphaned": "cannot be checked, as their payload is not in this folder: look for a pack that "
-    "is lost, a disk that is not mounted, or another Dropzone on the same table; "
+    "is lost, a disk that is not mounted, or another Dropzone on the same table with the same "
+    "[node] id; "
     "rebuild --delete-orphans deletes them",
     "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
     "restore it from a copy",

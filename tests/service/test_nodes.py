@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from backends.raw import uuid_at
 from backends.raw.landing import RawStore
 from backends.raw.nodes import FILE, Numbers, read_numbers
 from backends.sqlite import SqliteBackend
-from dropzone import Config, NodeConfig, Processor, ProofSummary, RawConfig, create_app
+from dropzone import Config, NodeConfig, Processor, ProofSummary, RawConfig, Twin, create_app
 
 
 class Node:
@@ -317,6 +318,10 @@ async def test_two_with_one_number(
     service = await serve(one)
     trouble = (await service("GET", "/status")).json["node_trouble"]
     assert said + str(last) in trouble
+    hour_ago = uuid_at(datetime.now(UTC) - timedelta(hours=1))
+    for past in (Twin(number or 0, hour_ago), Twin(99, last)):
+        (one.folder / "journal" / "twin.json").write_bytes(msgspec.json.encode(past))
+        assert (await service("GET", "/status")).json["node_trouble"] is None
 
 
 async def test_no_false_alarm(table: Table, caplog: pytest.LogCaptureFixture):

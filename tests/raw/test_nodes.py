@@ -179,8 +179,8 @@ async def test_notes_are_in_a_backup(tmp_path: Path):
 @given(node=numbers, other=numbers, mark=st.integers(0, 0xFFF), count=counts)
 def test_of_other_nodes(node: int, other: int, mark: int, count: int):
     """A payload that is not here and has another number is another node's, alone or in a batch."""
-    for at in (EARLIER, LATER):
-        for raw_id in given_out(at, other, mark, count):
+    for at, its_mark in ((EARLIER, mark), (LATER, mark), (LATER, MARK)):
+        for raw_id in given_out(at, other, its_mark, count):
             expected = None if other == node else other
             assert known(node).elsewhere(raw_id) == expected
             assert known(node).is_others(raw_id) == (expected is not None)
@@ -227,6 +227,15 @@ def test_of_the_version_that_knew_batches(node: int, count: int):
         assert not known(node, was_empty=False).is_others(raw_id)
         assert not known(None, was_empty=False).is_others(raw_id)
         assert known(node).is_others(raw_id)  # of a folder that was begun later
+
+
+def test_of_a_node_that_has_a_former_number():
+    """A number that this node has given away is that of the node that has it now."""
+    for count in (0, 2):
+        for raw_id in given_out(LATER, 3, MARK + 1, count):
+            assert known(9, 3, 9).elsewhere(raw_id) == 3
+            assert known(9, 3, 9).is_others(raw_id)
+            assert known(None, 3, 9).elsewhere(raw_id) == 3
 
 
 def test_of_nobody():

@@ -2853,9 +2853,10 @@ async def find_twin(payloads: Payloads, backend: Backend) -> Twin | None:
 
     A row with this node's number is another folder's if that has marked its raw_id, and the payload
     is not here. One that this folder has made is never taken for it, whatever became of its
-    payload, and wherever the folder was restored. Raises `BackendError`.
+    payload, and wherever the folder was restored. Raises `BackendError` and TimeoutError.
     """
-    rows = await backend.find(limit=AT_A_TIME, descending=True)
+    async with asyncio.timeout(PING_PATIENCE):
+        rows = await backend.find(limit=AT_A_TIME, descending=True)
     return await asyncio.to_thread(_twin_among, payloads, rows)
 
 
@@ -2885,7 +2886,7 @@ def noted_twin(payloads: Payloads) -> Twin | None:
 
 async def note_twin(payloads: Payloads, backend: Backend) -> None:
     """Look for a twin; log one, and note it for every process that shows how the service is."""
-    with contextlib.suppress(BackendError):
+    with contextlib.suppress(BackendError, TimeoutError):
         twin = await find_twin(payloads, backend)
         if twin:
             log.error("%s", twin.text())
@@ -6130,7 +6131,7 @@ async def storage_trouble(config: Config, backend: Backend) -> str | None:
 
 async def twin_trouble(config: Config, backend: Backend) -> str | None:
     """Say it where another Dropzone has the same number; nothing is made for that."""
-    with contextlib.suppress(BackendError):
+    with contextlib.suppress(BackendError, TimeoutError):
         if config.storage.backend != "sqlite" or os.path.exists(config.storage.sqlite.path):
             twin = await find_twin(store_of(config).portable(), backend)
             return twin.text() if twin else None

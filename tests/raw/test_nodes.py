@@ -238,6 +238,15 @@ def test_of_a_node_that_has_a_former_number():
             assert known(None, 3, 9).elsewhere(raw_id) == 3
 
 
+@pytest.mark.parametrize("had", [(3,), (3, 0), (0, 3), (0, 3, 0)])
+def test_a_command_that_is_not_told_the_number(had: tuple[int, ...]):
+    """It judges by the number that the folder had last, so that it calls nothing orphaned."""
+    nodes = known(None, *had)
+    assert nodes.number == 3
+    for raw_id in (*given_out(LATER, 0, MARK + 1), *given_out(LATER, 0, MARK + 1, 2)):
+        assert nodes.elsewhere(raw_id) == 0
+
+
 def test_of_nobody():
     """A raw_id that is no UUIDv7 names no node."""
     for raw_id in (uuid4(), UUID(int=0), UUID(int=1 << 127)):

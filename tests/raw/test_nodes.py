@@ -60,6 +60,7 @@ def known(node: int | None, *had: int, was_empty: bool = True) -> KnownNodes:
 # ── What is in a raw_id ───────────────────────────────────────────────────────────────────────────
 
 
+@settings(deadline=None)
 @given(numbers, st.integers(0, 0xFFF), counts)
 def test_number_and_mark(node: int, mark: int, count: int):
     """Every raw_id names its node by its last four hex digits, also each of a batch."""
@@ -68,7 +69,7 @@ def test_number_and_mark(node: int, mark: int, count: int):
     assert {(node_in(raw_id), mark_of(raw_id)) for raw_id in raw_ids} == {(node, mark)}
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 999_999))
 def test_order_below_a_millisecond(nanoseconds: int):
     """Of two nodes with one clock, the payload that came 244 ns earlier has the lesser raw_id."""
@@ -176,6 +177,7 @@ async def test_notes_are_in_a_backup(tmp_path: Path):
 # ── Whose a payload is ────────────────────────────────────────────────────────────────────────────
 
 
+@settings(deadline=None)
 @given(node=numbers, other=numbers, mark=st.integers(0, 0xFFF), count=counts)
 def test_of_other_nodes(node: int, other: int, mark: int, count: int):
     """A payload that is not here and has another number is another node's, alone or in a batch."""
@@ -186,6 +188,7 @@ def test_of_other_nodes(node: int, other: int, mark: int, count: int):
             assert known(node).is_others(raw_id) == (expected is not None)
 
 
+@settings(deadline=None)
 @given(node=numbers, mark=st.integers(0, 0xFFF), count=counts)
 def test_of_a_twin(node: int, mark: int, count: int):
     """With this node's number and another mark it is in doubt, if it is later than this folder."""
@@ -197,6 +200,7 @@ def test_of_a_twin(node: int, mark: int, count: int):
             assert not nodes.is_doubtful(raw_id)
 
 
+@settings(deadline=None)
 @given(node=st.none() | numbers, had=numbers, count=counts)
 def test_of_this_folder(node: int | None, had: int, count: int):
     """With this folder's mark and a number that it has had, it is its own."""
@@ -206,7 +210,7 @@ def test_of_this_folder(node: int | None, had: int, count: int):
         assert not nodes.is_doubtful(raw_id)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.builds(of_0_1_0, st.just(EARLIER), st.integers(0, (1 << 74) - 1)), numbers)
 def test_of_older_versions(raw_id: UUID, node: int):
     """What version 0.1.0 has landed here counts as this node's, whatever its random bits are."""
@@ -220,6 +224,7 @@ def test_of_older_versions(raw_id: UUID, node: int):
         assert (known(node).elsewhere(raw_id) is None) == (place_of(raw_id) is None)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 0xFFFF), counts)
 def test_of_the_version_that_knew_batches(node: int, count: int):
     """Payloads that landed before this folder had a number, and so have 0 for it, are its own."""

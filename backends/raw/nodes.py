@@ -38,6 +38,7 @@ from backends.raw.disk import sync_file
 log = logging.getLogger("dropzone")
 
 FILE = "node"  # in the journal
+CLOCKS_APART = 600_000  # milliseconds, at most
 LATEST = UUID(int=(1 << 128) - 1)
 
 
@@ -105,8 +106,13 @@ class KnownNodes(Struct, frozen=True):
             return False
         if came_alone(raw_id):
             return True
-        is_none_of_before = self.notes.was_empty and self.is_numbered
-        return place_of(raw_id) is not None and (raw_id > self.notes.since or is_none_of_before)
+        if self.notes.was_empty and self.is_numbered:
+            beginning = 0
+        elif self.notes.was_empty:  # and the clocks of the others may be behind
+            beginning = self.notes.since.int - (CLOCKS_APART << 80)
+        else:
+            beginning = self.notes.since.int
+        return place_of(raw_id) is not None and raw_id.int > beginning
 
 
 def read_numbers(journal: Path) -> Numbers | None:

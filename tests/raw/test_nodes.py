@@ -234,6 +234,13 @@ def test_of_the_version_that_knew_batches(node: int, count: int):
         assert known(node).is_others(raw_id)  # of a folder that was begun later
 
 
+def test_of_a_node_whose_clock_is_behind():
+    """Where two nodes begin at once, each knows the other's payloads, though no number is set."""
+    for count in (0, 2):
+        for raw_id in given_out(NOW - timedelta(seconds=5), 7, MARK, count):
+            assert known(None).elsewhere(raw_id) == 7
+
+
 def test_of_a_node_that_has_a_former_number():
     """A number that this node has given away is that of the node that has it now."""
     for count in (0, 2):

@@ -94,6 +94,7 @@ async def test_each_way_to_land(tmp_path: Path):
     raw_ids += await store.land(BODY, "a key")
     await store.close()
     assert {str(raw_id)[-4:] for raw_id in raw_ids} == {"1a2b"}
+    assert (store.nodes().node, store.portable().nodes().node) == (0x1A2B, 0x1A2B)
     notes = read_numbers(store.journal)
     assert notes is not None
     assert notes.numbers == (0x1A2B,)

@@ -131,8 +131,10 @@ from backends import (
     same,
     timestamp_text,
     unhurried,
+    winners,
 )
 from backends.raw import (
+    DISCARDING,
     NODE_BITS,
     PIECE_BYTES,
     Activity,
@@ -184,6 +186,7 @@ from backends.raw.disk import (
     locked,
     make_folder,
     owner_of,
+    set_aside,
     storage_error,
     sync_file,
     user_name,
@@ -1241,6 +1244,7 @@ class Metrics:
         )
         self.processed = count("dropzone_payloads_processed", "Payloads that became rows")
         self.rejected = count("dropzone_payloads_rejected", "Payloads rejected", ["code"])
+        self.discarded = count("dropzone_payloads_discarded", "Payloads that people discarded")
         of = ["operation"]
         self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
@@ -2216,6 +2220,7 @@ class Processor:
         self._workers = workers or Workers()
         self._turn = asyncio.Lock()
         self._next_look = 0.0  # for a twin
+        self.discards = Discards(payloads, backend, rules, self, self._workers, self._metrics)
 
     async def process(
         self, limit: int | None = None, progress: Callable[[int, int], object] = tell_nobody
@@ -2230,8 +2235,10 @@ class Processor:
         `NoAccess`, when all others are processed, where this user may not read or move a payload.
         """
         result, stuck = ProcessResult(), Stuck()
-        async with self._alone():
-            pending = await asyncio.to_thread(self._payloads.count_pending)
+        await self.discards.finish_if_free()
+        async with self.alone():
+            count_places = functools.partial(self._payloads.count_pending, places=True)
+            pending = await asyncio.to_thread(count_places)
             todo = pending if limit is None else min(limit, pending)
 
             async def work(run: Callable[..., Awaitable[Any]], some: Work) -> None:
@@ -2250,13 +2257,17 @@ class Processor:
                 result.failed,
                 result.remaining,
             )
-        if result.processed and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + TWIN_PAUSE
-            await note_twin(self._payloads, self._backend)
+        if result.processed:
+            await self._look_for_twin()
         if stuck.count:
             rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
             raise NoAccess(f"{stuck.why}. {rest}")
         return result
+
+    async def _look_for_twin(self) -> None:
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + TWIN_PAUSE
+            await note_twin(self._payloads, self._backend)
 
     async def _process_in_thread(
         self, batches: Iterator[Work], work: Callable[..., Awaitable[None]], todo: int
@@ -2304,8 +2315,11 @@ class Processor:
         await self._workers.close()
 
     @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Wait for this process's turn first: who waits for the file asks for it every 50 ms."""
+    async def alone(self) -> AsyncIterator[None]:
+        """Keep other processors out.
+
+        It waits for this process's turn first: who waits for the file asks for it every 50 ms.
+        """
         busy = "another processor is at work on this data folder; try again"
         try:
             async with asyncio.timeout(LOCK_PATIENCE):
@@ -2538,6 +2552,12 @@ def look_at_rejected(payloads: Payloads, glances: Executor | None = None) -> Lat
     return Lately(changed, payloads.take_stock, Counter(), glances)
 
 
+def look_at_discarded(payloads: Payloads, glances: Executor | None = None) -> Lately[int]:
+    """Look at how many payloads are discarded."""
+    changed = functools.partial(payloads.changed, "discarded")
+    return Lately(changed, payloads.count_discarded, 0, glances)
+
+
 class Shared(Generic[T]):
     """A look at something, which all share who ask while it is under way."""
 
@@ -2564,6 +2584,7 @@ def age_of(names: Sequence[str]) -> float | None:
 
 GOES_ON = 86_400  # seconds for which a run that was stopped can be continued
 DAMAGE_SHOWN = 100  # sentences
+DERIVED_FOLDER = "derived"  # in the workspace: what a proof has derived so far
 
 
 class Finding(Struct, frozen=True):
@@ -2572,16 +2593,18 @@ class Finding(Struct, frozen=True):
     `missing`: payloads make a row, and there is none. `differing`: the row is not what the payload
     that it names makes. `superseded`: a later payload should have won. `orphaned`: the payload that
     the row names is not there, so that nobody can say whether the row is right; `right` is what
-    would stand without it. `unreadable`: that payload is damaged, or the pack that it lies in, or
-    it makes no row any more, though it was processed.
+    would stand without it. `discarded`: the same of a payload that was discarded. `unreadable`:
+    that payload is damaged, or the pack that it lies in, or it makes no row any more, though it was
+    processed.
     """
 
-    kind: Literal["missing", "differing", "superseded", "orphaned", "unreadable"]
+    kind: Literal["missing", "differing", "superseded", "orphaned", "discarded", "unreadable"]
     row: Measurement | None
     right: Measurement | None
 
 
 PROVED_WRONG = ("missing", "differing", "superseded")
+WITHOUT_PAYLOAD = ("orphaned", "discarded")
 NOTHING_PROCESSED = (
     "holds no processed payload that makes a row, so that no row can be proved and none was "
     "changed: check DROPZONE_RAW_DIR, and that its disk is mounted"
@@ -2599,15 +2622,23 @@ class Derived(Struct, frozen=True, array_like=True):
 DERIVED = msgspec.msgpack.Decoder(Derived)
 
 
-def derive(portion: Portion, rules: TransformConfig) -> bytes:
-    """Make the rows of a portion of payloads; return `Derived` as MessagePack."""
+def derive(
+    portion: Portion, rules: TransformConfig, moments: Collection[datetime] | None = None
+) -> bytes:
+    """Make the rows of a portion of payloads; return `Derived` as MessagePack.
+
+    With `moments`, it has the rows of these alone.
+    """
     try:
         judged = judge(portion.payloads(), rules)
     except (PackDamaged, OSError) as error:
         return msgspec.msgpack.encode(Derived([], [sentence_of(error)], 0))
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
     damage += judged.unread
-    return msgspec.msgpack.encode(Derived(judged.rows, damage, judged.checked))
+    rows = judged.rows
+    if moments is not None:
+        rows = [row for row in rows if row.timestamp_utc in moments]
+    return msgspec.msgpack.encode(Derived(rows, damage, judged.checked))
 
 
 def sentence_of(error: Exception) -> str:
@@ -2639,7 +2670,7 @@ class Proof:
         self._backend = backend
         self._rules = rules
         self._workers = Workers()
-        self._scratch = payloads.workspace / "derived"
+        self._scratch = payloads.workspace / DERIVED_FOLDER
         self.counts = Counter[str]()
         self.set_right = Counter[str]()
         self.damage: list[str] = []
@@ -2695,11 +2726,11 @@ class Proof:
     ) -> AsyncIterator[Finding]:
         """Do the same, and set right what is proved to be wrong, a thousand rows at a time.
 
-        A row whose payload is not there stays, unless `delete_orphans`. Where rows had to be
-        deleted it looks again: a payload that was processed just before may have lost against such
-        a row. Raises `ConfigError` where no payload makes a row.
+        A row whose payload is not there, or was discarded, stays, unless `delete_orphans`. Where
+        rows had to be deleted it looks again: a payload that was processed just before may have
+        lost against such a row. Raises `ConfigError` where no payload makes a row.
         """
-        kinds = {*PROVED_WRONG, "orphaned"} if delete_orphans else {*PROVED_WRONG}
+        kinds = {*PROVED_WRONG, *WITHOUT_PAYLOAD} if delete_orphans else {*PROVED_WRONG}
         is_first = again = True
         while again:
             again, found = False, list[Finding]()
@@ -2775,7 +2806,10 @@ class Proof:
             return Finding("missing", None, right)
         is_later = right is not None and right.raw_id > row.raw_id
         try:
-            own = self._made_by_its_payload(row)
+            state, body = self._payloads.read(row.raw_id)
+            if state == "discarded":
+                return Finding("superseded" if is_later else "discarded", row, right)
+            own = self._made_by_its_payload(row, state, body)
         except RawIdUnknown:
             return self._unproved(right, row, is_later=is_later)
         except (OSError, StorageUnavailable, PayloadUnreadable, DataQualityError):
@@ -2785,13 +2819,14 @@ class Proof:
             return Finding("differing", row, best)
         return Finding("superseded", row, right) if is_later else "right"
 
-    def _made_by_its_payload(self, row: Measurement) -> Measurement | None:
+    def _made_by_its_payload(
+        self, row: Measurement, state: State, body: bytes
+    ) -> Measurement | None:
         """Return what the payload that a row names makes for its timestamp, None for nothing.
 
         Raises `DataQualityError` for a payload that makes no row and is not rejected: as it has
         made one, it is damaged, and says nothing against the row.
         """
-        state, body = self._payloads.read(row.raw_id)
         try:
             made = transform(row.raw_id, body, self._rules)
         except DataQualityError:
@@ -2891,6 +2926,235 @@ async def note_twin(payloads: Payloads, backend: Backend) -> None:
         if twin:
             log.error("%s", twin.text())
             await asyncio.to_thread(write_note, payloads.workspace, TWIN, twin)
+
+
+# ── Discarding: what is known to be bad goes, and the arrival before it comes back ────────────────
+#
+# The payloads are moved by the store; their rows are mended here. Both together stand a kill at any
+# moment, and so does whatever else happens between it and the next try:
+#
+#  a. Before a payload is moved, a note of it is on disk, with the row that names it, if there is
+#     one. The note goes when all of its payloads are moved, durably, and all rows are mended. Until
+#     then the next run of a processor, a rebuild, a start of the server or another discard does
+#     what is left of it. A copy of the folder has the note, too.
+#  b. What the note says is done once more from the beginning: moving leaves alone what is moved. A
+#     payload may have been processed again before it was moved, so its row is looked for once more.
+#  c. A row is mended in three steps: find the last arrival before it among all that is processed
+#     now; delete the row, only if it still names the discarded payload; upsert the one found. After
+#     a kill between these the note still names the row, and it is looked for what is to stand there
+#     again: others may have been processed since, and the upsert lets the greatest raw_id stand.
+#  d. Meanwhile no processor is at work, and no rebuild, verify, compact or backup. So no payload
+#     becomes processed, or moves into a pack, behind the back of the look in c. What is pending
+#     then is upserted later, when the row is gone. Payloads may land, and rejected ones may be put
+#     back: neither changes a row.
+#  e. What a proof that was stopped has derived is thrown away before: it may have the rows of what
+#     is discarded. Undiscarding needs no note. The row comes when the payload is processed again,
+#     and what is left of a discard is done before, or else it would discard the payload anew.
+
+
+class Discarding(Struct, frozen=True):
+    """A discard that is under way: the payloads that are moved, and all rows that name some."""
+
+    at: datetime
+    raw_ids: list[UUID]
+    rows: list[Measurement]
+
+
+class Discards:
+    """Discards payloads, and sets the rows right that they have made."""
+
+    def __init__(
+        self,
+        payloads: Payloads,
+        backend: Backend,
+        rules: TransformConfig,
+        processor: Processor,
+        workers: Workers,
+        metrics: Metrics,
+    ) -> None:
+        self._payloads = payloads
+        self._backend = backend
+        self._rules = rules
+        self._processor = processor
+        self._workers = workers
+        self._metrics = metrics
+        self._note = payloads.workspace / DISCARDING
+
+    async def discard(self, portions: Iterator[Sequence[UUID]]) -> int:
+        """Discard payloads in any state, a portion at a time; return how many.
+
+        What is not there, or discarded already, does not count. Raises `BackendError`, with nothing
+        of that portion done; `ProcessorBusy`; `PayloadStoreError`.
+        """
+        count, rows = 0, list[Measurement]()
+        async with self._alone(LOCK_PATIENCE):
+            await self._finish()
+            while (raw_ids := await asyncio.to_thread(next, portions, None)) is not None:
+                rows += await self._rows_of(raw_ids)
+                discarding = Discarding(datetime.now(UTC), list(raw_ids), rows)
+                count += await asyncio.to_thread(self._move, discarding)
+            await self._mend(rows)
+        return count
+
+    async def undiscard(self, raw_ids: Iterable[UUID]) -> int:
+        """Put discarded payloads back to pending; return how many. Raises the same."""
+        async with self._alone(LOCK_PATIENCE):
+            await self._finish()
+            undiscarded = [
+                await asyncio.to_thread(self._payloads.undiscard, raw_id) for raw_id in raw_ids
+            ]
+        return sum(undiscarded)
+
+    async def finish(self, patience: float = LOCK_PATIENCE) -> None:
+        """Finish a discard that was cut short, if there is one; raises the same."""
+        if await asyncio.to_thread(self._note.exists):
+            async with self._alone(patience):
+                await self._finish()
+
+    async def finish_if_free(self) -> None:
+        """Do the same unless something is in the way, of which the log tells."""
+        try:
+            await self.finish(patience=0)
+        except (BackendError, PayloadStoreError, ProcessorBusy) as error:
+            log.warning("a discard was cut short, and waits to be finished: %s", error)
+
+    async def finish_at_last(self) -> None:
+        """Do the same again and again until it is finished."""
+        while await asyncio.to_thread(self._note.exists):
+            await self.finish_if_free()
+            await asyncio.sleep(STUCK_PAUSE)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, patience: float) -> AsyncIterator[None]:
+        lock = AsyncFileLock(upkeep_lock(self._payloads).lock_file, timeout=patience)
+        try:
+            await lock.acquire()
+        except Timeout:
+            busy = "verify, rebuild, compact or a backup is at work on this data folder; try again"
+            raise ProcessorBusy(busy) from None
+        except OSError as error:
+            raise storage_error(error) from error
+        try:
+            async with self._processor.alone():
+                yield
+        finally:
+            await lock.release()
+
+    async def _finish(self) -> None:
+        discarding = await asyncio.to_thread(self._noted)
+        if discarding:
+            found = await self._rows_of(discarding.raw_ids)
+            rows = [*discarding.rows, *(row for row in found if row not in discarding.rows)]
+            again = msgspec.structs.replace(discarding, rows=rows)
+            await asyncio.to_thread(self._move, again)
+            await self._mend(rows)
+            log.warning("a discard that was cut short is finished: %d rows", len(rows))
+
+    def _noted(self) -> Discarding | None:
+        try:
+            return msgspec.json.decode(self._note.read_bytes(), type=Discarding)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            kept = set_aside(self._note, self._payloads.workspace)
+            wrong = "the note of a discard is damaged (%s) and kept as %s: discard once more"
+            log.error(wrong, error, kept)  # noqa: TRY400
+            return None
+
+    def _move(self, discarding: Discarding) -> int:
+        """Note what is to be done, and move the payloads; return how many that are."""
+        with disk_errors():
+            shutil.rmtree(self._payloads.workspace / DERIVED_FOLDER, ignore_errors=True)
+            part = self._note.with_suffix(".part")
+            part.write_bytes(json_of(discarding))
+            sync_file(part)
+            part.rename(self._note)
+            sync_file(self._note.parent)
+            moved = self._payloads.discard(discarding.raw_ids, discarding.at)
+        self._metrics.discarded.inc(len(moved))
+        return len(moved)
+
+    async def _rows_of(self, raw_ids: Sequence[UUID]) -> list[Measurement]:
+        """Return the rows that name one of these payloads."""
+        rows = list[Measurement]()
+        for raw_id, moment in await asyncio.to_thread(moments_of, self._payloads, raw_ids):
+            with contextlib.suppress(MeasurementNotFound):
+                row = await self._backend.get(moment)
+                if row.raw_id == raw_id:
+                    rows.append(row)
+        return rows
+
+    async def _mend(self, rows: Sequence[Measurement]) -> None:
+        """Delete rows, let the last arrivals before them come back, and forget the note."""
+        if rows:
+            before = await self._standing_at({row.timestamp_utc for row in rows})
+            await self._backend.delete(rows)
+            await self._bring_back(before)
+        with disk_errors():
+            await asyncio.to_thread(self._note.unlink, missing_ok=True)
+            await asyncio.to_thread(sync_file, self._note.parent)
+
+    async def _bring_back(self, rows: Sequence[Measurement]) -> None:
+        """Upsert rows; tell which the backend refuses by now, found by halving."""
+        try:
+            await self._backend.upsert(rows)
+        except BackendUnavailable:
+            raise
+        except BackendError as error:
+            if len(rows) > 1:
+                await self._bring_back(rows[: len(rows) // 2])
+                await self._bring_back(rows[len(rows) // 2 :])
+            else:
+                log.error("the row of %s cannot come back: %s", rows[0].raw_id, error)  # noqa: TRY400
+
+    async def _standing_at(self, moments: Collection[datetime]) -> list[Measurement]:
+        """Return the rows that all processed payloads make at these moments."""
+        standing, few = list[Measurement](), await asyncio.to_thread(self._are_few)
+        run = asyncio.to_thread if few else self._workers.run
+
+        async def look(portion: Portion) -> None:
+            made = DERIVED.decode(await run(derive, portion, self._rules, moments))
+            standing[:] = winners([*standing, *made.rows])
+            for sentence in made.damage:
+                log.error("a row may not come back: %s", sentence)
+
+        portions = self._readable()
+        if not few:
+            await self._workers.spread(portions, look)
+        else:
+            while (portion := await asyncio.to_thread(next, portions, None)) is not None:
+                await look(portion)
+        return standing
+
+    def _readable(self) -> Iterator[Portion]:
+        """Yield all that is processed, as far as a lost pack or the disk is not in the way."""
+        for _, portions in self._payloads.portions():
+            try:
+                yield from portions
+            except (PackDamaged, OSError) as error:
+                log.error("a row may not come back: %s", sentence_of(error))  # noqa: TRY400
+
+    def _are_few(self) -> bool:
+        """Say whether so little is processed that other processes are not worth their start."""
+        count = count_readable(self._payloads)
+        return count is not None and count <= MUCH
+
+
+def moments_of(payloads: Payloads, raw_ids: Iterable[UUID]) -> list[tuple[UUID, datetime]]:
+    """Return the moments that payloads name, of those that do: of no other there is a row.
+
+    Raises `PayloadStoreError` for one that is not rejected and cannot be read.
+    """
+    found = list[tuple[UUID, datetime]]()
+    for raw_id in raw_ids:
+        try:
+            found.append((raw_id, time_stamp_in(payloads.read(raw_id)[1])))
+        except (DataQualityError, PayloadNotJson, RawIdUnknown):
+            continue
+        except PayloadUnreadable:
+            if not any(payloads.rejections(raw_id)):  # for which it is the reason
+                raise
+    return found
 
 
 # ── Upkeep: finished days become packs ────────────────────────────────────────────────────────────
@@ -3018,6 +3282,10 @@ class Status(Struct, frozen=True):
     so of rows that could not be written, until some can. `processing` is `ok` or names the file or
     folder that keeps payloads from being processed. `node` is the number of this node, null where
     it has none; `node_trouble` says what is wrong with it, null where nothing is.
+    how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
+    `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
+    `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
+    or names the file or folder that keeps payloads from being processed.
     """
 
     now: datetime
@@ -3027,6 +3295,7 @@ class Status(Struct, frozen=True):
     oldest_pending_seconds: float | None
     processed: int
     rejected: dict[str, int]
+    discarded: int
     free_bytes: int
     reserve_bytes: int
     backend: str
@@ -3067,12 +3336,18 @@ class Retried(Struct, frozen=True):
     retried: int
 
 
+class Discarded(Struct, frozen=True):
+    """How many rejected payloads were discarded."""
+
+    discarded: int
+
+
 class Receipt(Struct, frozen=True):
     """Where a payload is and what became of it.
 
     `received_at` is read from the raw_id. A processed payload has its `measurement`, or the
     `superseded_by` of a later payload for the same timestamp. `rejection` is the last one, also of
-    a payload that was put back since.
+    a payload that was put back since. A discarded payload has `discarded_at`.
     """
 
     raw_id: UUID
@@ -3083,6 +3358,7 @@ class Receipt(Struct, frozen=True):
     measurement: Measurement | None = None
     superseded_by: UUID | None = None
     rejection: Rejection | None = None
+    discarded_at: datetime | None = None
 
 
 class Problem(Struct, frozen=True):
@@ -3145,6 +3421,10 @@ class RetryQuery(Struct, frozen=True):
         at = rejection.rejected_at
         late = self.since is None or at >= self.since
         return late and (self.until is None or at < self.until)
+
+
+class DiscardQuery(RetryQuery, frozen=True):
+    series: Annotated[str, Meta(description="Of this series.")] | None = None
 
 
 class RejectedQuery(RetryQuery, frozen=True):
@@ -3453,6 +3733,7 @@ BACKEND = web.AppKey("BACKEND", Backend)
 PROCESSOR = web.AppKey("PROCESSOR", Processor)
 PENDING = web.AppKey("PENDING", Lately[tuple[list[str], int]])
 REJECTED = web.AppKey("REJECTED", Lately[Counter[str]])
+DISCARDED = web.AppKey("DISCARDED", Lately[int])
 BACKEND_TROUBLE = web.AppKey("BACKEND_TROUBLE", Shared[str | None])
 PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
@@ -3607,8 +3888,10 @@ async def status(request: web.Request) -> web.Response:
     last = activity.last_landed
     oldest, pending = await app[PENDING].look()
     processing, rejected = await in_glance(app, app[RAW].processing_trouble, oldest), Counter[str]()
+    discarded = 0
     with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
         rejected = await app[REJECTED].look()
+        discarded = await app[DISCARDED].look()
     twin = await in_glance(app, noted_twin, app[RAW])
     return answer(
         Status(
@@ -3619,6 +3902,7 @@ async def status(request: web.Request) -> web.Response:
             oldest_pending_seconds=age_of(oldest),
             processed=activity.processed,
             rejected=rejected,
+            discarded=discarded,
             free_bytes=free,
             reserve_bytes=reserve,
             backend=await app[BACKEND_TROUBLE].look() or "ok",
@@ -3907,15 +4191,29 @@ async def receipt(request: web.Request) -> web.Response:
     size, digest = len(body), await run(hashlib.sha256, body)
     row = await row_in_place_of(app, body) if state == "processed" else None
     known = raw.rejection if state == "rejected" else raw.last_rejection
+    discard = None
     try:
         rejection = await run(known, raw_id)
+        if state == "discarded":
+            discard = await run(raw.discarded_at, raw_id)
     except RawIdUnknown:  # it has just been put back
         again: web.Response = await receipt(request)
         return again
     own = row if row and row.raw_id == raw_id else None
     superseded_by = row.raw_id if row and not own else None
-    arrival, sha256 = arrival_of(raw_id), digest.hexdigest()
-    return answer(Receipt(raw_id, state, arrival, size, sha256, own, superseded_by, rejection))
+    return answer(
+        Receipt(
+            raw_id,
+            state,
+            arrival_of(raw_id),
+            size,
+            digest.hexdigest(),
+            own,
+            superseded_by,
+            rejection,
+            discard.discarded_at if discard else None,
+        )
+    )
 
 
 async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | None:
@@ -3997,17 +4295,46 @@ async def retry(request: web.Request, query: RetryQuery) -> web.Response:
 
 def put_back(payloads: Payloads, query: RetryQuery) -> int:
     """Put the rejected payloads that a query names back to pending; return how many."""
+    return sum(
+        payloads.retry(raw_id) for portion in rejected_ids(payloads, query) for raw_id in portion
+    )
+
+
+def rejected_ids(payloads: Payloads, query: RetryQuery) -> Iterator[list[UUID]]:
+    """Yield the raw_ids of the rejected payloads that a query names, `AT_A_TIME` at most."""
     if query.raw_id:
-        found = filter(query.fits, payloads.rejections(query.raw_id))
-        return sum(payloads.retry(each.raw_id) for each in found)
-    retried, after, is_more = 0, None, True
+        yield [each.raw_id for each in payloads.rejections(query.raw_id) if query.fits(each)]
+        return
+    after, is_more = None, True
     while is_more:
         page, _ = payloads.find_rejections(
             code=query.code, since=query.since, until=query.until, after=after, limit=AT_A_TIME
         )
-        retried += sum(payloads.retry(each.raw_id) for each in page)
+        yield [each.raw_id for each in page]
         is_more, after = len(page) == AT_A_TIME, page[-1].raw_id if page else None
-    return retried
+
+
+@Route(
+    "POST", "/rejected/discard", "process", {200: (Discarded,)}, (503,), DiscardQuery, turns=RETRIES
+)
+async def discard(request: web.Request, query: DiscardQuery) -> web.Response:
+    """Discard rejected payloads: all, or those that the query names."""
+    app = request.app
+    require_series(query)
+    await app[REJECTED].look()  # what others have done in the folder
+    with audited("discard", **cause_of(request)) as facts:
+        chosen = rejected_ids(app[RAW], query)
+        facts["discarded"] = count = await app[PROCESSOR].discards.discard(chosen)
+    return answer(Discarded(count))
+
+
+NO_SERIES = "of no use while [transform] series is unset: leave it out"
+
+
+def require_series(query: DiscardQuery) -> None:
+    """Raise where payloads are to be chosen by a series, and there is one alone."""
+    if query.series is not None:
+        raise query_invalid("series", NO_SERIES)
 
 
 @Route(
@@ -5175,6 +5502,7 @@ def add_threads(app: web.Application, payloads: Payloads) -> None:
     app[GLANCES] = glances = ThreadPoolExecutor(2, "glances")
     app[PENDING] = look_at_pending(payloads, glances)
     app[REJECTED] = look_at_rejected(payloads, glances)
+    app[DISCARDED] = look_at_discarded(payloads, glances)
     app[BACKEND_TROUBLE] = Shared(lambda: trouble_of(app[BACKEND]))
     app[PROCESSING_TROUBLE] = Shared(lambda: processing_trouble(app))
     app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
@@ -5228,6 +5556,7 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
             asyncio.create_task(app[RELOADER].run()),
             asyncio.create_task(app[CLIENTS].look_around()),
         ]
+        tasks.append(asyncio.create_task(app[PROCESSOR].discards.finish_at_last()))
         every = app[CONFIG].process.every
         if every:
             tasks.append(asyncio.create_task(app[PROCESSOR].process_forever(every)))
@@ -5596,6 +5925,9 @@ async def rebuild(config: Config, args: argparse.Namespace) -> int:
     """set the rows right that verify finds wrong; with --dry-run only show them"""
     if args.dry_run:
         return await verify(config, args)
+    if os.path.exists(store_of(config).portable().workspace / DISCARDING):
+        async with opened_processor(config) as (_, processor):
+            await processor.discards.finish()
 
     def way(proof: Proof) -> ProofWay:
         return functools.partial(proof.rebuild, delete_orphans=args.delete_orphans)
@@ -5646,7 +5978,7 @@ async def prove(
     return 1 if summary.is_amiss() else os.EX_OK
 
 
-def count_readable(store: PayloadStore) -> int | None:
+def count_readable(store: Payloads) -> int | None:
     """Return how many payloads are processed, None where damage keeps them from being counted."""
     try:
         return store.count_processed()
@@ -5680,6 +6012,8 @@ UNPROVABLE = {  # the same for rows that stand, as no payload says anything abou
     "is lost, a disk that is not mounted, or another Dropzone on the same table with the same "
     "[node] id; "
     "rebuild --delete-orphans deletes them",
+    "discarded": "cannot be checked, as their payload was discarded: process finishes a discard "
+    "that was cut short; rows of an older copy are deleted by rebuild --delete-orphans",
     "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
     "restore it from a copy",
     "elsewhere": "cannot be checked here, as their payload is on another node, whose verify does; "
@@ -5753,7 +6087,7 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
 
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
-    """pack the finished days of processed payloads, delete those that are older than keep_days"""
+    """pack the finished days of processed payloads, delete what is older than keep_days"""
     code = os.EX_OK
     async with opened_store(config, must_exist=True) as (store, _metrics):
         with upkeep_lock(store):
@@ -5817,7 +6151,8 @@ class BackupSummary:
         count = self.files
         text = (
             f"{self.folder}: {count['packs']} packs, {count['processed']} processed, "
-            f"{count['rejected']} rejected and {count['pending']} pending payloads; {self.rows}"
+            f"{count['rejected']} rejected, {count['discarded']} discarded and {count['pending']} "
+            f"pending payloads; {self.rows}"
         )
         if self.has_links:
             text += "\nits payloads are hard links: keep a copy of it on another disk, too"
@@ -5898,6 +6233,49 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
             facts["retried"] = retried = sum(put_back(store, query) for query in queries)
         print(msgspec.json.encode(Retried(retried)).decode())
     return os.EX_OK
+
+
+async def discard_payloads(config: Config, args: argparse.Namespace) -> int:
+    """discard payloads in any state by raw_id, or rejected ones by code and time, and their rows"""
+    query = DiscardQuery(args.code, args.since, args.until)
+    if args.series is not None:
+        raise ConfigError(f"--series is {NO_SERIES}")
+    async with opened_processor(config) as (store, processor):
+        store.take_stock()  # what others have done in the folder
+        chosen = rejected_ids(store, query)
+        if args.raw_ids:
+            starts = range(0, len(args.raw_ids), AT_A_TIME)
+            chosen = (args.raw_ids[start : start + AT_A_TIME] for start in starts)
+        with audited("discard", operator_name()) as facts:
+            facts["discarded"] = count = await processor.discards.discard(chosen)
+        print(msgspec.json.encode(Discarded(count)).decode())
+    return os.EX_OK
+
+
+async def undiscard_payloads(config: Config, args: argparse.Namespace) -> int:
+    """put discarded payloads back to pending, from where they are processed again"""
+    async with opened_processor(config) as (_, processor):
+        with audited("undiscard", operator_name()) as facts:
+            facts["undiscarded"] = count = await processor.discards.undiscard(args.raw_ids)
+        print(msgspec.json.encode({"undiscarded": count}).decode())
+    return os.EX_OK
+
+
+@contextlib.asynccontextmanager
+async def opened_processor(config: Config) -> AsyncIterator[tuple[PayloadStore, Processor]]:
+    """Open a data folder that is there, and make a processor for it."""
+    async with opened(config, must_exist=True) as (store, backend, metrics):
+        processor = Processor(
+            store.portable(),
+            backend,
+            batch=config.process.batch,
+            rules=config.transform,
+            metrics=metrics,
+        )
+        try:
+            yield store, processor
+        finally:
+            await processor.close()
 
 
 async def new_key(config: Config, args: argparse.Namespace) -> int:
@@ -6163,6 +6541,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND")
     runs = {"serve": serve, "ingest": ingest_files, "process": process_pending, "check": check}
     runs |= {"verify": verify, "rebuild": rebuild, "retry": retry_rejected, "compact": compact}
+    runs |= {"discard": discard_payloads, "undiscard": undiscard_payloads}
     runs |= {"backup": backup, "key": list_keys, "ready": ask_ready}
     added = _added(commands, runs, common)
     _add_options(added)
@@ -6172,6 +6551,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.run is retry_rejected and bool(args.raw_ids or args.code) == args.all:
         added["retry"].error("say which payloads: RAW_ID or --code CODE, or else --all")
+    if args.run is discard_payloads:
+        ways = [args.raw_ids, args.code or args.since or args.until or args.series, args.all]
+        if sum(map(bool, ways)) != 1:
+            what = "RAW_ID, or else --code CODE, --since, --until, or else --all that is rejected"
+            added["discard"].error(f"say which payloads: {what}")
     return args
 
 
@@ -6201,6 +6585,13 @@ def _add_options(added: Parsers) -> None:
     added["retry"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
     added["retry"].add_argument("--code", help="rejected with this code")
     added["retry"].add_argument("--all", action="store_true", help="whatever the reason")
+    added["discard"].add_argument("raw_ids", nargs="*", type=UUID, metavar="RAW_ID")
+    added["discard"].add_argument("--code", help="rejected with this code")
+    for bound, what in (("--since", "from then on"), ("--until", "before then")):
+        added["discard"].add_argument(bound, type=moment, help=f"rejected {what}")
+    added["discard"].add_argument("--series", help="rejected, of this series")
+    added["discard"].add_argument("--all", action="store_true", help="all that is rejected")
+    added["undiscard"].add_argument("raw_ids", nargs="+", type=UUID, metavar="RAW_ID")
 
 
 def _add_key_options(added: Parsers) -> None:

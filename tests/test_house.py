@@ -40,11 +40,18 @@ ROOMS = {
         "backends.raw.packs",
         "backends.raw.places",
     ),
+    "backends.raw.discarded": (
+        "backends",
+        "backends.raw",
+        "backends.raw.days",
+        "backends.raw.disk",
+    ),
     "backends.raw.folders": (
         "backends",
         "backends.raw",
         "backends.raw.batches",
         "backends.raw.days",
+        "backends.raw.discarded",
         "backends.raw.disk",
         "backends.raw.nodes",
         "backends.raw.packs",

@@ -9,8 +9,9 @@ rooms of this house, the upper ones knowing the lower ones only:
 - `keys.py`: the Idempotency-Keys of a day;
 - `folders.py`: where payloads lie, moves between states, the quarantine;
 - `batches.py`: the payloads that are in the bytes of a batch;
-- `notes.py`: which payloads of a batch have left it;
+- `notes.py`: which payloads of a batch, or of a pack, have left it;
 - `rejections.py`: an index of the quarantine;
+- `discarded.py`: payloads that a person has discarded, and the way back;
 - `packs.py`: finished days of processed payloads, each in one file;
 - `unpacking.py`: large payloads of these, piece by piece;
 - `raw_ids.py`: what the bits of a raw_id say, and how new ones are made;
@@ -54,8 +55,8 @@ from backends.raw.raw_ids import node_in as node_in
 from backends.raw.raw_ids import place_of as place_of
 from backends.raw.raw_ids import texts_of as texts_of
 
-State = Literal["pending", "processed", "rejected"]
-STATES: tuple[State, ...] = ("pending", "processed", "rejected")
+State = Literal["pending", "processed", "rejected", "discarded"]
+STATES: tuple[State, ...] = ("pending", "processed", "rejected", "discarded")
 
 Form = Literal["", "ndjson", "json"]  # of a file: of one payload, or of a batch; see `batches.py`
 
@@ -63,6 +64,7 @@ PAYLOAD_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json"
 BATCH_NAME = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([1-9]\d{0,5})\.(ndjson|json)", re.ASCII
 )
+DISCARDING = "discarding.json"  # in the workspace: what whoever discards notes before
 PIECE_BYTES = 64 * 1024  # bytes of a payload that are read at a time
 
 
@@ -227,6 +229,21 @@ class Rejection(Struct, frozen=True):
         require_utc(self.retried_at or self.rejected_at)
 
 
+class Discard(Struct, frozen=True):
+    """That a payload was discarded, and when: `discarded/<day>/<raw_id>.reason.json`.
+
+    `rejection` is its last one, if it ever was rejected. `discarded_at` is at UTC; raises
+    ValueError for any other.
+    """
+
+    raw_id: UUID
+    discarded_at: datetime
+    rejection: Rejection | None = None
+
+    def __post_init__(self) -> None:
+        require_utc(self.discarded_at)
+
+
 @dataclass
 class OpenPayload:
     """The bytes of a payload, to be read piece by piece; each piece may block on the disk."""
@@ -261,7 +278,7 @@ class Activity(Struct, frozen=True):
     landed: list[int]
 
 
-Kind = Literal["packs", "processed", "rejected", "pending", "besides"]
+Kind = Literal["packs", "processed", "rejected", "discarded", "pending", "besides"]
 
 
 class Copied(Struct, frozen=True):
@@ -363,10 +380,14 @@ class Payloads(Protocol):
     def done(self) -> dict[str, int]:
         """Return how many payloads of a pending batch are done, for each of which some are."""
 
-    def count_pending(self) -> int:
-        """Return how many payloads are pending; it opens no file."""
+    def count_pending(self, *, places: bool = False) -> int:
+        """Return how many payloads are pending.
 
-    def changed(self, state: Literal["pending", "rejected"]) -> int:
+        With `places`, those that have left their batch are among them: their places in it are still
+        to be gone through.
+        """
+
+    def changed(self, state: Literal["pending", "rejected", "discarded"]) -> int:
         """Return a number that is another one when payloads have entered or left a state."""
 
     def settle(
@@ -424,6 +445,28 @@ class Payloads(Protocol):
         It keeps its raw_id, so that it still loses against later arrivals.
         """
 
+    def discard(self, raw_ids: Iterable[UUID], now: datetime) -> list[UUID]:
+        """Move payloads to the discarded ones, with their reasons; return those that this moved.
+
+        They may be in any state, alone, in a batch or in a pack. A batch that was rejected as one,
+        as it is damaged, goes as one. They are durable on return. Doing it again, or doing the rest
+        of what a crash has cut short, changes nothing else. Meanwhile the caller keeps out
+        processors and whatever works on all of the processed payloads. Raises `PayloadUnreadable`
+        where a payload can be read neither from its batch nor from its pack.
+        """
+
+    def undiscard(self, raw_id: UUID) -> bool:
+        """Put a discarded payload back to pending; return False if it is not discarded.
+
+        The caller keeps out the same as for `discard`.
+        """
+
+    def discarded_at(self, raw_id: UUID) -> Discard:
+        """Return when a payload was discarded; raises `RawIdUnknown` if it is not."""
+
+    def count_discarded(self) -> int:
+        """Return how many payloads are discarded; it opens no file."""
+
     def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
         """Yield the packs and folders of all that is processed: a name, and portions to read.
 
@@ -446,7 +489,10 @@ class Payloads(Protocol):
         """Pack a day's payloads, then delete their files; return how many there were."""
 
     def expire(self) -> list[str]:
-        """Delete the packs whose day is more than `keep_days` days ago; return their names."""
+        """Delete the packs whose day is more than `keep_days` days ago; return their names.
+
+        Discarded payloads of these days go, too, and the names of their folders are returned.
+        """
 
 
 class PayloadStore(Payloads, Protocol):

@@ -1,8 +1,8 @@
 """Backups: a copy of all payloads that is made while others land, and why none is missed.
 
 Meanwhile the caller keeps out processors and whatever works on all of the processed payloads, such
-as packing. What still moves are new payloads, which appear in `raw`, and rejected ones that are put
-back there. So:
+as packing or discarding. What still moves are new payloads, which appear in `raw`, and rejected
+ones that are put back there. So:
 
  a. The file of a payload is in `raw`, whole, before its 202. What is copied from there at last has
     each payload that was acknowledged before, so that the logs of the journal need no copy.
@@ -10,9 +10,9 @@ back there. So:
     there. One that was met twice is taken out of the copy of `rejected`.
  c. Payloads, packs and reasons are never changed in place; whoever writes one again replaces it by
     a rename. So a hard link to one is a copy of it. Other files are copied under their lock.
- d. Notes about batches are changed by processors and by packing alone, which are kept out. They
-    are copied behind the payloads that have left their batch: a note without them would hide what
-    is in the batch.
+ d. Notes about batches and packs are changed by those alone who are kept out. They are copied
+    behind the payloads that have left: a note without them would hide what is in the batch. So is
+    the note of a discard that a crash has cut short, which goes on where the copy is opened.
  e. Idempotency-Keys are copied before `raw`: a key that is noted as landed has its payload in the
     copy. The counter of raw_ids is copied last, so that no payload in the copy is behind it.
  f. The copy gets its name when all of it is on disk (`new_folder`).
@@ -31,6 +31,7 @@ from contextlib import closing
 from pathlib import Path
 
 from backends.raw import (
+    DISCARDING,
     Copied,
     FolderTaken,
     Kind,
@@ -120,11 +121,15 @@ class Backup:
         for copied in _payloads("rejected", self._source.rejected, rejected):
             if copied.trouble:  # the others are counted when it is known which of them stay
                 yield copied
+        for day in filter(os.DirEntry.is_dir, os.scandir(self._source.discarded)):
+            copy = _made(_made(self._target / "discarded") / day.name)
+            yield from _payloads("discarded", Path(day.path), copy)
+            yield from _reasons(day.path, copy)
         _copy_database(theirs / "keys.sqlite", ours / "keys.sqlite")
         yield from _payloads("pending", self._source.raw, raw)
         yield from self._settle_rejected(raw, rejected)
         yield from self._copy_notes(ours / self._source.notes.folder.name)
-        for name in ("expired", NUMBERS):
+        for name in ("expired", DISCARDING, NUMBERS):
             yield from _copied("besides", f"{theirs}/{name}", f"{ours}/{name}")
         for name in ("tally", "last_raw_id"):
             _copy_locked(theirs / name, ours / name)
@@ -136,9 +141,7 @@ class Backup:
                 os.unlink(entry)
             else:
                 yield Copied("rejected")
-        for entry in os.scandir(self._source.rejected):
-            if entry.name.endswith(REASON):
-                yield from _copied("besides", entry.path, f"{rejected}/{entry.name}")
+        yield from _reasons(self._source.rejected, rejected)
 
     def _copy_notes(self, target: Path) -> Iterator[Copied]:
         notes = self._source.notes
@@ -162,6 +165,12 @@ def _payloads(kind: Kind, source: Path, target: Path) -> Iterator[Copied]:
         for entry in entries:
             if entry.name <= last and payloads_in_name(entry.name):
                 yield from _copied(kind, entry.path, f"{target}/{entry.name}")
+
+
+def _reasons(source: Path | str, target: Path) -> Iterator[Copied]:
+    for entry in os.scandir(source):
+        if entry.name.endswith(REASON):
+            yield from _copied("besides", entry.path, f"{target}/{entry.name}")
 
 
 def _copied(kind: Kind, source: str, target: str) -> Iterator[Copied]:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from backends.raw import (
+    PAYLOAD_NAME,
     STATES,
     Form,
     NoAccess,
@@ -23,6 +25,7 @@ from backends.raw import (
     PayloadUnreadable,
     Portion,
     RawIds,
+    State,
     StorageUnavailable,
     day_of,
     first_of,
@@ -71,7 +74,7 @@ def earliest_names(
 
 
 class Days(Places):
-    """The days of a data folder; packs are deleted after `keep_days` days, or never if it is 0."""
+    """The days of a data folder; they are deleted after `keep_days` days, or never if it is 0."""
 
     def __init__(
         self, folder: Path, processed: Path | None, rejected: Path | None, keep_days: int
@@ -86,18 +89,40 @@ class Days(Places):
     def left(self, name: str) -> set[int]:
         """Return the places of payloads that have left a batch.
 
-        Where the note is damaged, they are those that have a reason for it, and lie elsewhere.
+        Where the note is damaged, they are those that have files of their own, and those that have
+        been rejected once and lie in a pack.
         """
         left = self.notes.left(name)
         if left is None:
-            tell_once(f"{self.notes.folder}/{name}{LEFT} is damaged: what it said is found again")
+            self._tell_damaged_note(name)
             raw_ids = RawIds(first_of(name), payloads_in_name(name))
             left = {
                 at
                 for at, raw_id in enumerate(raw_ids)
-                if os.path.lexists(self.reason(raw_id)) and self.is_elsewhere(raw_id)
+                if self.has_own_file(raw_id)
+                or (os.path.lexists(self.reason(raw_id)) and self.is_packed_or_expired(raw_id))
             }
         return left
+
+    def left_pack(self, pack: Pack) -> frozenset[UUID]:
+        """Return the payloads that have left a pack.
+
+        Where the note is damaged, they are those of its day that have files of their own.
+        """
+        left = self.notes.left_pack(pack.path.name)
+        if left is None:
+            self._tell_damaged_note(pack.path.name)
+            days = (self.processed / pack.day, self.discarded / pack.day)
+            folders = filter(os.path.isdir, (self.raw, self.rejected, *days))
+            names = itertools.chain.from_iterable(map(os.listdir, folders))
+            own = {first_of(name) for name in names if PAYLOAD_NAME.fullmatch(name)}
+            left = frozenset(
+                raw_id for raw_id in own if day_of(raw_id) == pack.day and pack.has(raw_id)
+            )
+        return left
+
+    def _tell_damaged_note(self, name: str) -> None:
+        tell_once(f"{self.notes.folder}/{name}{LEFT} is damaged: what it said is found again")
 
     def payloads_in(self, name: str, body: bytes) -> list[tuple[UUID, bytes] | None]:
         """Return the payloads of a file; None in the place of one that has left it."""
@@ -129,6 +154,13 @@ class Days(Places):
 
     def count_done(self, after: str = "") -> int:
         return sum(count for name, count in self.done().items() if name > after)
+
+    def count_left(self, after: str = "") -> int:
+        """Return how many payloads have left pending batches and are not among those done."""
+        left = (name for name in self.notes.with_left() if name > after)
+        pending = [name for name in left if os.path.lexists(f"{self.raw}/{name}")]
+        done = self.done() if pending else {}
+        return sum(at >= done.get(name, 0) for name in pending for at in self.left(name))
 
     def done(self) -> dict[str, int]:
         """See Payloads.done."""
@@ -176,7 +208,7 @@ class Days(Places):
     def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
         """See Payloads.portions."""
         for pack in self.packs():
-            yield f"{pack.path.name} {pack.written}", pack.portions()
+            yield f"{pack.path.name} {pack.written}", pack.portions(self.left_pack(pack))
         for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
             if entry.is_dir():
                 name = f"{entry.name} {entry.stat().st_mtime_ns}"
@@ -200,7 +232,8 @@ class Days(Places):
 
     def count_processed(self) -> int:
         """See Payloads.count_processed."""
-        packed = sum(pack.index().payloads for pack in self.packs() if not pack.is_lost)
+        packs = [pack for pack in self.packs() if not pack.is_lost]
+        packed = sum(pack.index().payloads - len(self.left_pack(pack)) for pack in packs)
         folders = [Path(entry.path) for entry in os.scandir(self.processed) if entry.is_dir()]
         count = sum(payloads_in_name(name) for folder in folders for name in os.listdir(folder))
         left = [name for name in self.notes.with_left() if self.is_processed(name)]
@@ -229,7 +262,9 @@ class Days(Places):
 
         if any(True for _ in fresh()):
             paths = (self.processed / name for name in _names_of_packs(day))
-            count = Pack.write(next(path for path in paths if not path.exists()), fresh)
+            path = next(path for path in paths if not path.exists())
+            self.notes.forget_left(path.name)  # it is of a pack of that name which is no more
+            count = Pack.write(path, fresh)
         for name in names:
             (folder / name).unlink(missing_ok=True)
         for name in self.notes.with_left():
@@ -277,13 +312,25 @@ class Days(Places):
         first = f"{datetime.now(UTC) - timedelta(days=self.keep_days):%Y-%m-%d}"
         packs = self.packs() if self.keep_days else []
         expired = [pack for pack in packs if pack.day < first]
-        if expired:
+        discarded = self._discarded_before(first) if self.keep_days else []
+        if expired or discarded:
             day = max(self.first_kept_day(), first)
             self.publish(self._expired, f"{day} {zlib.crc32(day.encode()):08x}".encode())
             sync_file(self._expired)
         for pack in expired:
             pack.remove()
-        return [pack.path.name for pack in expired]
+            self.notes.forget_left(pack.path.name)
+        for folder in discarded:
+            shutil.rmtree(folder)
+        return [pack.path.name for pack in expired] + [
+            f"{self.discarded.name}/{folder.name}" for folder in discarded
+        ]
+
+    def _discarded_before(self, day: str) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):  # nothing was ever discarded
+            days = sorted(filter(DAY_NAME.fullmatch, os.listdir(self.discarded)))
+            return [self.discarded / each for each in days if each < day]
+        return []
 
     def first_kept_day(self) -> str:
         """See Payloads.first_kept_day.
@@ -304,6 +351,17 @@ class Days(Places):
         tell_once(f"{self._expired} is damaged: what has expired is not known any more, delete it")
         return ""
 
+    def file_in(self, state: State, raw_id: UUID) -> Path:
+        """Return where a payload lies if it is in a state: as its own file, or in that of a batch.
+
+        The latter is there for a batch that is damaged, and so went as one.
+        """
+        own, place = self.path(raw_id, state), place_of(raw_id)
+        if place is None or os.path.lexists(own):
+            return own
+        folder = self.folder(state, place.first)
+        return next(filter(os.path.lexists, (folder / place.name(form) for form in FORMS)), own)
+
     def is_elsewhere(self, raw_id: UUID) -> bool:
         """Say whether a payload has a file of its own, or is packed, or has expired."""
         return self.has_own_file(raw_id) or self.is_packed_or_expired(raw_id)
@@ -323,7 +381,7 @@ class Days(Places):
         damage = None
         for pack in self.packs(day_of(raw_id)):
             try:
-                found = look(pack, raw_id)
+                found = None if raw_id in self.left_pack(pack) else look(pack, raw_id)
             except FileNotFoundError:
                 continue  # it has just expired
             except StorageUnavailable as error:

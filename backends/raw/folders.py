@@ -25,7 +25,6 @@ from uuid import UUID
 
 import msgspec
 
-from backends import json_of
 from backends.raw import (
     PIECE_BYTES,
     STATES,
@@ -49,7 +48,8 @@ from backends.raw import (
     place_of,
 )
 from backends.raw.batches import REFUSED, stretch_of
-from backends.raw.days import DAY_NAME, FORMS, Days, earliest_names
+from backends.raw.days import DAY_NAME, FORMS, earliest_names
+from backends.raw.discarded import Discarded
 from backends.raw.disk import (
     DISK_FULL,
     UNREADABLE,
@@ -79,12 +79,12 @@ LARGE_AT_ONCE = threading.BoundedSemaphore(2)
 # ── The folders ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Folders(Days):
+class Folders(Discarded):
     """The folders of a data folder: implements `backends.raw.Payloads`.
 
-    It holds nothing but paths and plain values, so that it can travel to other processes. Packs are
-    deleted `keep_days` days after their day, never where that is 0. `node` is the number of the
-    node, None where it has none.
+    It holds nothing but paths and plain values, so that it can travel to other processes. Packs and
+    discarded payloads are deleted `keep_days` days after their day, never where that is 0. `node`
+    is the number of the node, None where it has none.
     """
 
     def __init__(
@@ -176,18 +176,22 @@ class Folders(Days):
     def pending(self, limit: int = sys.maxsize, after: str = "") -> tuple[list[str], int]:
         """See Payloads.pending."""
         names, count = earliest_names(self.raw, limit, after)
-        return names, count - self.count_done(after)
+        return names, count - self._count_gone(after)
 
-    def count_pending(self) -> int:
+    def count_pending(self, *, places: bool = False) -> int:
         """See Payloads.count_pending."""
         with os.scandir(self.raw) as entries:
             count = sum(payloads_in_name(entry.name) for entry in entries)
-        return count - self.count_done()
+        return count - self.count_done() if places else count - self._count_gone()
 
-    def changed(self, state: Literal["pending", "rejected"]) -> int:
+    def _count_gone(self, after: str = "") -> int:
+        """Return how many payloads in pending files are not pending."""
+        return self.count_done(after) + self.count_left(after)
+
+    def changed(self, state: Literal["pending", "rejected", "discarded"]) -> int:
         """See Payloads.changed: it is when the folder was last changed, in nanoseconds."""
-        folder = self.raw if state == "pending" else self.rejected
-        return folder.stat().st_mtime_ns
+        folders = {"pending": self.raw, "rejected": self.rejected, "discarded": self.discarded}
+        return folders[state].stat().st_mtime_ns
 
     def open_tally(self) -> Tally:
         """Return the numbers that all processes share; close it."""
@@ -260,6 +264,7 @@ class Folders(Days):
             if of_day:
                 names += of_day
                 break
+        names += self.last_discarded_names()
         names.sort(reverse=True)  # names sort as their raw_ids do, and there may be many
         known = (first_of(name) for name in names if payloads_in_name(name))
         packs = self.packs()
@@ -314,7 +319,7 @@ class Folders(Days):
             with _noting(stuck, name):
                 counted = [self._with_retries(rejection) for rejection in of_file]
                 for rejection in counted:
-                    self._record(rejection)  # before the payload: none is without its reason
+                    self.record(rejection)  # before the payload: none is without its reason
                 renames += self._set_apart(name, [rejection.raw_id for rejection in counted])
                 apart += counted
         if renames:
@@ -346,6 +351,7 @@ class Folders(Days):
                     part = self.journal / f"{raw_id}.part"
                     part.write_bytes(payloads[raw_id])
                     renames.append((part, self.path(raw_id, "rejected")))
+            self._move(f"{raw_id}.json", self.rejected)  # it has left the batch, and was put back
         return [*renames, self.notes.prepare_left(name, left)]
 
     def _move_all(self, names: Iterable[str], stuck: dict[str, str]) -> list[str]:
@@ -389,7 +395,7 @@ class Folders(Days):
 
     def rejection(self, raw_id: UUID) -> Rejection:
         """See Payloads.rejection."""
-        path = self._rejected_path(raw_id)
+        path = self.file_in("rejected", raw_id)
         try:
             moved = datetime.fromtimestamp(path.lstat().st_ctime, UTC)
         except FileNotFoundError:
@@ -401,14 +407,6 @@ class Folders(Days):
         except NoAccess as error:
             known, wrong = None, str(error)
         return known or Rejection(first, "reason_missing", wrong, moved)
-
-    def _rejected_path(self, raw_id: UUID) -> Path:
-        """Return where a payload lies if it is rejected: as its own file, or as a damaged batch."""
-        own, place = self.path(raw_id, "rejected"), place_of(raw_id)
-        paths = [self.rejected / place.name(form) for form in FORMS if place]
-        if not paths or os.path.lexists(own):
-            return own
-        return next(filter(os.path.lexists, paths), own)
 
     def rejections(self, one: UUID | None = None) -> Iterator[Rejection]:
         """See Payloads.rejections."""
@@ -437,22 +435,14 @@ class Folders(Days):
         names, _ = earliest_names(self.rejected, limit, f"{after}~" if after else "")
         return [name[:36] for name in names]
 
-    def last_rejection(self, raw_id: UUID) -> Rejection | None:
-        """See Payloads.last_rejection."""
-        with contextlib.suppress(OSError, ValueError), access_errors():  # also what is no UTF-8
-            return msgspec.json.decode(self.reason(raw_id).read_bytes(), type=Rejection)
-        return None
-
     def retry(self, raw_id: UUID) -> bool:
         """See Payloads.retry."""
-        source = self._rejected_path(raw_id)
+        source = self.file_in("rejected", raw_id)
         first = first_of(source.name)
         try:
             known, now = self.last_rejection(first), datetime.now(UTC)
             reason = known or self.rejection(first)
-            self._record(
-                msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now)
-            )
+            self.record(msgspec.structs.replace(reason, retries=reason.retries + 1, retried_at=now))
             os.rename(source, self.raw / source.name)
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds it
                 self._index.forget([str(first)])
@@ -464,8 +454,14 @@ class Folders(Days):
                 raise storage_error(error) from error
             return False  # another caller has put it back
 
-    def _record(self, rejection: Rejection) -> None:
-        self.publish(self.reason(rejection.raw_id), json_of(rejection))
+    # What is discarded
+
+    def discard(self, raw_ids: Iterable[UUID], now: datetime) -> list[UUID]:
+        """See Payloads.discard."""
+        moved = super().discard(raw_ids, now)
+        with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
+            self._index.forget(map(str, moved))
+        return moved
 
     # What is wrong around
 

@@ -336,7 +336,7 @@ class RawStore(Folders):
         wrong = wrong_owner(self.raw)
         if wrong:
             raise NoAccess(f"{wrong}: one user has to run all that works there")
-        for folder in (self.raw, self.processed, self.rejected, self.journal):
+        for folder in (self.raw, self.processed, self.rejected, self.discarded, self.journal):
             make_folder(folder)
             if folder.stat().st_dev != self.raw.stat().st_dev:
                 raise StorageUnavailable(f"{folder} must lie on the file system of {self.raw}")
@@ -656,7 +656,8 @@ class RawStore(Folders):
 
     def new_backup(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
         """See PayloadStore.new_backup."""
-        return new_folder(folder, (self.raw, self.processed, self.rejected, self.journal))
+        folders = (self.raw, self.processed, self.rejected, self.discarded, self.journal)
+        return new_folder(folder, folders)
 
     def back_up(self, folder: Path, *, processed_alone: bool = False) -> Iterator[Copied]:
         """See PayloadStore.back_up; `backup.py` says why no payload is missed."""

@@ -1,9 +1,13 @@
-"""What is known of batches besides their files: what has left one, and how much of it is done.
+"""What is known of batches and packs besides their files: what has left one, and what is done.
 
 A batch is one file, which stays as it arrived and moves as one. A payload of it that is rejected
 gets a file of its own, and from then on that file alone says what its state is. That it has left
 its batch is noted in `<name of the batch>.left`: a checksum, and the places of all that have left.
 Both are on disk before they get their names, the note last, and before the batch moves on.
+
+The same holds for a payload that is discarded, whose batch may be in any state, and for a pack,
+which never changes: `<name of the pack>.left` has the raw_ids of the payloads that have left it,
+for as long as there is that pack, also where one was put back since and lies elsewhere.
 
 Where processing was to stop in the middle of a pending batch, an empty file tells how many of its
 payloads are done: `<name of the batch>.<number>.done`. So names alone tell what is pending.
@@ -12,14 +16,17 @@ payloads are done: `<name of the batch>.<number>.done`. So names alone tell what
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from uuid import UUID
 
 import msgspec
 
 LEFT, DONE = ".left", ".done"
+OF_PACK = f".gz{LEFT}"
 
 
 class BatchNotes:
@@ -39,20 +46,33 @@ class BatchNotes:
             return None
         return set(places) if checksum == _checksum(places) else None
 
-    def prepare_left(self, name: str, places: Iterable[int]) -> tuple[Path, Path]:
-        """Write down the places of all the payloads that have left a batch.
+    def left_pack(self, name: str) -> frozenset[UUID] | None:
+        """Return the payloads that have left a pack; None if that is damaged."""
+        path = self.folder / f"{name}{LEFT}"
+        try:
+            found = path.stat()
+            return _left_pack(path, found.st_ino, found.st_mtime_ns, found.st_size)
+        except FileNotFoundError:
+            return frozenset()
+        except (OSError, msgspec.DecodeError):
+            return None
 
-        Return the file, and what it is to be renamed to, so that they have left.
+    def prepare_left(self, name: str, left: Iterable[int] | Iterable[UUID]) -> tuple[Path, Path]:
+        """Write down the places of all the payloads that have left a batch, or their raw_ids.
+
+        The latter is for a pack. Return the file, and what it is to be renamed to, so that they
+        have left.
         """
         self.folder.mkdir(exist_ok=True)
-        known = sorted(places)
+        known: Sequence[int | UUID] = sorted(left)
         part = self.folder.with_name(f"{name}.part")  # where what a kill has left is looked for
         part.write_bytes(msgspec.json.encode((_checksum(known), known)))
         return part, self.folder / f"{name}{LEFT}"
 
     def with_left(self) -> list[str]:
         """Return the names of the batches that payloads have left."""
-        return [name.removesuffix(LEFT) for name in self.names() if name.endswith(LEFT)]
+        notes = (name for name in self.names() if not name.endswith(OF_PACK))
+        return [name.removesuffix(LEFT) for name in notes if name.endswith(LEFT)]
 
     def done(self) -> dict[str, int]:
         """Return how many payloads of a pending batch are done, by the names of the batches."""
@@ -77,7 +97,7 @@ class BatchNotes:
                 (self.folder / note).unlink(missing_ok=True)
 
     def forget_left(self, name: str) -> None:
-        """Forget which payloads have left a batch, whose file is no more."""
+        """Forget which payloads have left a batch or a pack, whose file is no more."""
         (self.folder / f"{name}{LEFT}").unlink(missing_ok=True)
 
     def names(self) -> list[str]:
@@ -87,5 +107,12 @@ class BatchNotes:
         return []
 
 
-def _checksum(places: list[int]) -> int:
-    return zlib.crc32(msgspec.json.encode(places))
+@functools.lru_cache(maxsize=32)
+def _left_pack(path: Path, *_: int) -> frozenset[UUID] | None:
+    """Read a note, which is another one where its inode, its time or its size is another one."""
+    checksum, raw_ids = msgspec.json.decode(path.read_bytes(), type=tuple[int, list[UUID]])
+    return frozenset(raw_ids) if checksum == _checksum(raw_ids) else None
+
+
+def _checksum(left: Sequence[int | UUID]) -> int:
+    return zlib.crc32(msgspec.json.encode(left))

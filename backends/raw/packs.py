@@ -169,6 +169,12 @@ class Pack:
         found = self.open_payload(raw_id)
         return b"".join(found.pieces) if found else None
 
+    def has(self, raw_id: UUID) -> bool:
+        """Say whether a payload is in this pack, as far as it can be read."""
+        with contextlib.suppress(StorageUnavailable, FileNotFoundError):
+            return self.open_payload(raw_id) is not None
+        return False
+
     def open_payload(self, raw_id: UUID) -> OpenPayload | None:
         members = self.index().members
         number = bisect.bisect(members, raw_id, key=lambda member: member[0]) - 1
@@ -231,12 +237,16 @@ class Pack:
         self.path.unlink(missing_ok=True)
         Path(f"{self.path}{INDEX}").unlink(missing_ok=True)
 
-    def portions(self) -> Iterator[PackPortion]:
-        """Yield the members of this pack, each to be read by itself."""
+    def portions(self, left: frozenset[UUID] = frozenset()) -> Iterator[PackPortion]:
+        """Yield the members of this pack, each to be read by itself, without what has `left` it."""
         if self.is_lost:
             raise self._lost()
-        for number in range(len(self.index().members)):
-            yield PackPortion(self, number)
+        firsts = [first for first, _ in self.index().members]
+        by_member = dict[int, set[UUID]]()
+        for raw_id in left:
+            by_member.setdefault(bisect.bisect(firsts, raw_id) - 1, set()).add(raw_id)
+        for number in range(len(firsts)):
+            yield PackPortion(self, number, frozenset(by_member.get(number, ())))
 
 
 @dataclass(frozen=True)
@@ -245,10 +255,13 @@ class PackPortion:
 
     pack: Pack
     number: int
+    left: frozenset[UUID] = frozenset()  # of its payloads, which are passed over
 
     def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
         """See Portion.payloads."""
-        yield from self.pack.member(self.number).items()
+        for raw_id, body in self.pack.member(self.number).items():
+            if raw_id not in self.left:
+                yield raw_id, body
 
 
 def _write_member(file: BinaryIO, lines: Sequence[PackLine]) -> tuple[UUID, int]:

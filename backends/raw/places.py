@@ -5,6 +5,7 @@ data/raw/<raw_id>.<count>.ndjson        pending, a batch, by its first raw_id; o
 data/processed/<day>/…                  processed, by the UTC day of arrival; names stay the same
 data/processed/<day>.ndjson.gz          a finished day, packed
 data/rejected/<raw_id>.json             rejected, beside <raw_id>.reason.json
+data/discarded/<day>/<raw_id>.json      discarded, by the same day, beside <raw_id>.reason.json
 data/journal/                           what makes payloads durable, and notes about them
 """
 
@@ -47,6 +48,7 @@ class Places:
         self.raw = folder
         self.processed = processed or folder.parent / "processed"
         self.rejected = rejected or folder.parent / "rejected"
+        self.discarded = folder.parent / "discarded"
         self.journal = folder.parent / "journal"
 
     @property
@@ -63,7 +65,9 @@ class Places:
         """Return where the file of a payload or of a batch lies in a state."""
         if state == "pending":
             return self.raw
-        return self.rejected if state == "rejected" else self.processed / day_of(raw_id)
+        if state == "rejected":
+            return self.rejected
+        return (self.discarded if state == "discarded" else self.processed) / day_of(raw_id)
 
     def path(self, raw_id: UUID, state: State) -> Path:
         """Return where a payload that has a file of its own lies in a state."""
@@ -104,7 +108,7 @@ class Places:
 
     def folder_troubles(self) -> list[str]:
         """Say what is wrong with the folders; one that this made would have the wrong owner."""
-        folders = (self.raw, self.processed, self.rejected, self.journal)
+        folders = (self.raw, self.processed, self.rejected, self.discarded, self.journal)
         troubles = [trouble for trouble in map(writing_trouble, folders) if trouble]
         device = existing(self.raw).stat().st_dev
         troubles += [
@@ -128,7 +132,10 @@ class Places:
         """Name what lies here and this user has no right to; the first of it where it is much."""
         places = itertools.chain(
             [(self.process_lock, FILE)],
-            *(_below(folder, os.R_OK) for folder in (self.raw, self.rejected, self.processed)),
+            *(
+                _below(folder, os.R_OK)
+                for folder in (self.raw, self.rejected, self.processed, self.discarded)
+            ),
             _below(self.journal, FILE),
         )
         found = list(filter(None, itertools.starmap(access_trouble, places)))

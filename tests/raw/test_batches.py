@@ -900,7 +900,7 @@ async def test_recovered(how: str, is_settled: bool, kind: Kind, store: RawStore
     states = expected(1) if is_settled else ["pending"] * 6
     pending = 0 if is_settled else 7
     if is_settled and how == "missing":
-        path, pending = copy / "raw" / path.name, 6
+        path, pending = copy / "raw" / path.name, 5
         states = ["rejected" if at == 1 else "pending" for at in range(6)]
     for _ in range(2):
         async with opened(copy) as again:

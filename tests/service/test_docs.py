@@ -26,6 +26,7 @@ API = REPO / "docs" / "api.md"
 BACKENDS = REPO / "docs" / "backends.md"
 OPERATING = REPO / "docs" / "operating.md"
 PAGES = [README, REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+RAW_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -85,7 +86,7 @@ def test_commands_exist(page: Path):
     shown = "\n".join(block for _, block in FENCED.findall(page.read_text()))
     shown += "\n".join(re.findall(r"`(python dropzone\.py[^`]*)`", page.read_text()))
     for line in re.findall(r"python dropzone\.py *(.*)$", shown, re.MULTILINE):
-        arguments = shlex.split(line.partition("#")[0])
+        arguments = shlex.split(line.partition("#")[0].replace("RAW_ID", RAW_ID))
         assert dropzone.arguments(arguments).run
 
 
@@ -156,6 +157,7 @@ def test_operating_commands(program: Program):
     [commands] = blocks(section(OPERATING, "Commands"), "sh")
     for line in commands.splitlines():
         command = line.replace("CODE", "data_missing").replace("NAME", "gateway-7")
+        command = command.replace("RAW_ID", RAW_ID)
         _, _, *arguments = shlex.split(command, comments=True)
         if not arguments:
             Server(program, "serve", DROPZONE_SERVER_PORT=port)

@@ -109,7 +109,7 @@ class Service:
         """Return every file but the lock and the journal; their content where it is payloads."""
         inside = (p for p in self.folder.rglob("*") if "journal" not in p.parts)
         files = sorted(p for p in inside if p.is_file() and p.suffix != ".lock")
-        states = {"raw", "processed", "rejected"}
+        states = {"raw", "processed", "rejected", "discarded"}
         names = [(file, str(file.relative_to(self.folder))) for file in files]
         return {
             name: file.read_bytes() if name.split("/")[0] in states else b"" for file, name in names

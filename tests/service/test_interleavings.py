@@ -1,17 +1,18 @@
 """Any interleaving of landing, processing, kills, retries, rebuilds and packing ends in one table.
 
-So it does where another node lands, processes and rebuilds on the same table.
-
-That table is what a plain computation makes of all payloads, one after another.
+So does discarding and what brings payloads back, and another node that lands, processes and
+rebuilds on the same table. That table is what a plain computation makes of all payloads that are
+not discarded, one after another.
 """
 
 import asyncio
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.raw import Form, Rejection, place_of
 from backends.sqlite import SqliteBackend
-from dropzone import Proof
+from dropzone import Processor, Proof
 
 T = TypeVar("T")
 DAY = 86_400_000  # milliseconds
@@ -79,6 +80,26 @@ def computed(payloads: Payloads) -> list[Measurement]:
 # ── Step by step, on backends that fail on purpose ────────────────────────────────────────────────
 
 
+class Killed(BaseException):
+    """Ends what is done, as a kill does."""
+
+
+class Kill:
+    """Strikes before so many changes of files, or before or behind changes of rows, are done."""
+
+    steps = 0
+
+    @classmethod
+    def step(cls, event: str = "rows", *_: object) -> None:
+        if cls.steps and event in ("rows", "os.rename", "os.remove", "os.mkdir"):
+            cls.steps -= 1
+            if cls.steps == 0:
+                raise Killed
+
+
+sys.addaudithook(Kill.step)
+
+
 class Fragile:
     """Refuses means below zero while `picky`; the next upsert raises once `dies` is set."""
 
@@ -87,13 +108,20 @@ class Fragile:
     stored: Sequence[Measurement] = ()
 
     async def upsert(self, measurements: Sequence[Measurement]) -> None:
+        Kill.step()
         if self.picky and any(row.mean < 0 for row in measurements):
             raise BackendError("a mean below zero violates my constraint")
         if self.dies != "before":
             await super().upsert(measurements)
             self.stored = measurements
+        Kill.step()
         if self.dies:
             raise BackendUnavailable(f"killed {self.dies} the upsert")
+
+    async def delete(self, measurements: Sequence[Measurement]) -> None:
+        Kill.step()
+        await super().delete(measurements)
+        Kill.step()
 
 
 class InMemory(Fragile, MemoryBackend):
@@ -134,6 +162,8 @@ class Interleavings(RuleBasedStateMachine):
         self.backend = self.kind(self.home)
         self.payloads: Payloads = {}
         self.theirs: Payloads = {}
+        self.discarded = set[UUID]()
+        self.unnoted = False  # that a payload has left its batch, until it is rejected once more
         self.left = self.rebuilds
         self.tampered = False
 
@@ -196,6 +226,7 @@ class Interleavings(RuleBasedStateMachine):
     ) -> None:
         """One processor or two at once, each of as many payloads as its limit says."""
         self.arrive(arrivals)
+        self.tampered |= self.backend.picky and self.unfinished
 
         async def work() -> None:
             processors = [processor_of(self.folder.store, self.backend, batch) for _ in limits]
@@ -244,6 +275,7 @@ class Interleavings(RuleBasedStateMachine):
         for raw_id in [one for one in self.pending_bad_ones() if place_of(one)][:count]:
             if not (self.folder.place / "raw" / f"{raw_id}.json").exists():
                 self.give_reason(raw_id)
+                self.unnoted = True
                 file = self.folder.place / "rejected" / f"{raw_id}.json"
                 file.write_bytes(payload(*self.payloads[raw_id]))
 
@@ -266,6 +298,44 @@ class Interleavings(RuleBasedStateMachine):
         for rejection in list(self.folder.store.rejections())[:count]:
             assert self.folder.store.retry(rejection.raw_id)
 
+    @precondition(lambda self: self.payloads)
+    @rule(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=4), steps=st.integers(0, 40))
+    def discard(self, numbers: list[int], steps: int) -> None:
+        """Payloads are discarded whatever their state; the discard may be killed at some step."""
+        chosen = self.chosen(self.payloads, numbers)
+        Kill.steps = steps
+        with suppress(Killed):
+            self.run(self.processor().discards.discard(iter([chosen[:2], chosen[2:]])))
+        Kill.steps = 0
+        self.tampered |= self.backend.picky  # what it refuses does not come back
+        if self.unfinished:  # then all that the note names goes
+            raw_ids = msgspec.json.decode(self.note.read_bytes())["raw_ids"]
+            self.discarded |= set(map(UUID, raw_ids))
+        self.discarded |= {one for one in chosen if self.folder.store.read(one)[0] == "discarded"}
+
+    @precondition(lambda self: self.discarded)
+    @rule(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=3))
+    def undiscard(self, numbers: list[int]) -> None:
+        chosen = self.chosen(self.discarded, numbers)
+        count = self.run(self.processor().discards.undiscard(chosen))
+        assert count == len(chosen)
+        self.discarded -= set(chosen)
+
+    def chosen(self, raw_ids: Iterable[UUID], numbers: list[int]) -> list[UUID]:
+        known = sorted(raw_ids)
+        return list(dict.fromkeys(known[number % len(known)] for number in numbers))
+
+    @property
+    def note(self) -> Path:
+        return self.folder.place / "journal" / "discarding.json"
+
+    @property
+    def unfinished(self) -> bool:
+        return self.note.exists()
+
+    def processor(self) -> Processor:
+        return processor_of(self.folder.store, self.backend, 4)
+
     @precondition(lambda self: self.folder.store.finished_days())
     @rule()
     def compact(self) -> None:
@@ -278,9 +348,14 @@ class Interleavings(RuleBasedStateMachine):
         """The packer is killed when a pack is written, before the files are deleted."""
         for day in self.folder.store.finished_days():
             folder, copy = self.folder.place / "processed" / day, self.home / "copy"
+            notes, kept = self.folder.place / "journal" / "batches", self.home / "notes"
             shutil.copytree(folder, copy)
+            notes.mkdir(exist_ok=True)
+            shutil.copytree(notes, kept)
             self.folder.store.compact(day)
             copy.rename(folder)
+            shutil.copytree(kept, notes, dirs_exist_ok=True)
+            shutil.rmtree(kept)
 
     @rule()
     def reopen(self) -> None:
@@ -301,7 +376,8 @@ class Interleavings(RuleBasedStateMachine):
                 self.run(self.backend.upsert([other]))
             self.tampered = True
 
-    @precondition(lambda self: self.left and self.folder.store.count_processed())
+    @precondition(lambda self: self.left and not self.unfinished)
+    @precondition(lambda self: self.folder.store.count_processed())
     @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans(), by_other=st.booleans())
     def rebuild(self, most: int | None, *, delete_orphans: bool, by_other: bool) -> None:
         """A rebuild by either node runs to its end, or is killed after some findings."""
@@ -312,6 +388,8 @@ class Interleavings(RuleBasedStateMachine):
 
         async def work() -> None:
             found = 0
+            if not by_other:
+                await self.processor().discards.finish()  # as the command does
             proof = Proof(folder.store.portable(), self.backend)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
@@ -344,13 +422,22 @@ class Interleavings(RuleBasedStateMachine):
             for rejection in list(self.other.store.rejections()):
                 self.other.store.retry(rejection.raw_id)
             self.other_node([], None)
-            if self.tampered:
-                for by_other in (False, True):
+            left = {one: self.payloads[one] for one in self.payloads.keys() - self.discarded}
+            proving = [bool(at) for at, of in enumerate((left, self.theirs)) if computed(of)]
+            if self.tampered or self.discarded:  # where another node's row has to come back
+                for by_other in proving:
                     self.rebuild(None, delete_orphans=True, by_other=by_other)
-            assert self.run(self.backend.find()) == computed(self.payloads | self.theirs)
-            bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
+            if proving or not self.tampered:
+                assert self.run(self.backend.find()) == computed(left | self.theirs)
+            bad = {raw_id for raw_id, (_, value) in left.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
+            assert set(self.folder.names("discarded")) == self.discarded
+            for day in self.folder.store.finished_days():
+                self.folder.store.compact(day)  # so that nothing lies in two places
+            self.nothing_is_lost()
+            if not self.unnoted:
+                assert self.folder.store.count_processed() == len(left) - len(bad)
         finally:
             self.run(self.folder.store.close())
             self.run(self.other.store.close())
@@ -383,7 +470,7 @@ FEW = settings(max_examples=8, stateful_step_count=25, deadline=None)
 
 @pytest.mark.parametrize("machine", [Interleavings, InterleavingsInSqlite])
 def test_any_interleaving(machine: type[Interleavings]):
-    """Landing, processing, kills, retries and packing in any order end in the computed table."""
+    """Landing, processing, kills, retries, packing, discarding: all end in the computed table."""
     run_state_machine_as_test(machine, settings=MANY)
 
 
@@ -403,6 +490,7 @@ class Chaos:
         self.program, self.folder, self.url = program, folder, url
         self.chance = random.Random(seed)  # noqa: S311
         self.payloads: Payloads = {}
+        self.discarded = set[UUID]()
         self.processors = [self.start() for _ in range(2)]
 
     def start(self):
@@ -452,6 +540,20 @@ class Chaos:
         for day in self.folder.store.finished_days():
             self.folder.store.compact(day)
 
+    async def discard(self) -> None:
+        """Some payloads are discarded, and others are put back."""
+        chosen = self.chance.sample(sorted(self.payloads), 4)
+        await self.command("discard", *chosen)
+        self.discarded |= set(chosen)
+        back = self.chance.sample(sorted(self.discarded), 2)
+        await self.command("undiscard", *back)
+        self.discarded -= set(back)
+
+    async def command(self, *arguments: object) -> None:
+        run, url = self.program.run, self.url
+        done = await asyncio.to_thread(run, *arguments, DROPZONE_DATABASE_URL=url)
+        assert done.returncode == OK, done
+
     async def lose_rows(self) -> None:
         """Some rows are lost, and a rebuild brings them back while the others go on."""
         await self.execute("DELETE FROM measurements WHERE mean > 25")
@@ -479,7 +581,7 @@ class Chaos:
 
 
 async def test_everything_at_once(tmp_path: Path, postgres_url: str):
-    """Processors that are killed, refusals, retries, packing and rebuilds lose nothing at all."""
+    """Kills, refusals, retries, packing, discarding and rebuilds lose nothing at all."""
     seed = random.randrange(1_000_000)  # noqa: S311
     program = Program(tmp_path)
     backend = PostgresBackend(postgres_url)
@@ -488,6 +590,7 @@ async def test_everything_at_once(tmp_path: Path, postgres_url: str):
         folder = await Folder(tmp_path / "data").opened()
         chaos = Chaos(program, folder, postgres_url, seed)
         steps = [*[chaos.arrive] * 2, *[chaos.kill] * 3, chaos.refuse, chaos.retry, chaos.compact]
+        steps += [chaos.discard] * 2
         await chaos.arrive()
         await chaos.until(folder.store.count_processed)  # a rebuild refuses to work from nothing
         ends = time.monotonic() + RUN_SECONDS
@@ -495,9 +598,11 @@ async def test_everything_at_once(tmp_path: Path, postgres_url: str):
             await chaos.chance.choice([*steps, chaos.lose_rows])()
         await chaos.lose_rows()
         await chaos.end()
-        assert await backend.find() == computed(chaos.payloads), seed
-        bad = {raw_id for raw_id, (_, value) in chaos.payloads.items() if value is None}
+        left = {one: chaos.payloads[one] for one in chaos.payloads.keys() - chaos.discarded}
+        assert await backend.find() == computed(left), seed
+        bad = {raw_id for raw_id, (_, value) in left.items() if value is None}
         assert set(folder.names("rejected")) == bad, seed
+        assert set(folder.names("discarded")) == chaos.discarded, seed
         for raw_id, content in chaos.payloads.items():
             assert folder.store.read(raw_id)[1] == payload(*content), seed
         proof = Proof(folder.store.portable(), backend)

@@ -259,6 +259,15 @@ async def use_up(client: Client) -> None:
         pass
 
 
+async def discard_all(ask: Any, one: str, other: str, backend: Outage) -> None:
+    """Discard a payload, and another one while the backend is away."""
+    for tail in ("?limit=1", f"?raw_id={one}"):
+        await ask("POST", "/rejected/discard", tail)
+    await ask("GET", "/raw/{raw_id}", raw_id=one)
+    backend.down = True
+    await ask("POST", "/rejected/discard", f"?raw_id={other}")
+
+
 async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     """Make the service give every kind of answer that it has."""
     found: Answers = []
@@ -287,7 +296,8 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
         for path in ("/", "/health", "/ready", "/status", "/metrics", "/openapi.json", "/docs"):
             await ask("GET", path)
 
-    bodies = [READING, READING, READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}, [], {"a": 1}]
+    later = READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}
+    bodies = [READING, READING, later, [], {"a": 1}, READING | {"data": []}]
     ids = [(await ask("POST", "/ingest", json=body))["raw_id"] for body in bodies]
     await ask("POST", "/ingest", data=b"{")
     await ask("POST", "/ingest", data=b"1" * 20_001)
@@ -307,8 +317,8 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     await read_all(ids)
     await ask("POST", "/rejected/retry", "?limit=1")
     await ask("POST", "/rejected/retry", f"?raw_id={ids[3]}")
+    await discard_all(ask, ids[4], ids[5], backend)
     await ask("POST", "/ingest", json=READING)
-    backend.down = True
     await ask("POST", "/process")
     await read_all(ids)
     (folder / "raw").rename(folder / "away")

@@ -39,7 +39,7 @@ from dropzone import Processor, ProcessorBusy
 NOON = datetime(2019, 5, 1, 12, tzinfo=UTC)
 FIRST_ARRIVAL = datetime(2024, 2, 29, 23, 59, 59, 998_000, tzinfo=UTC)
 LOOP = "the event loop's thread"
-STATES = ("raw", "processed", "rejected")
+STATES = ("raw", "processed", "rejected", "discarded")
 
 
 def arrival(number: int) -> UUID:

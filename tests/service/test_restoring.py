@@ -233,8 +233,8 @@ def test_rows_elsewhere(program: Program, place: Path):
     assert (done.returncode, done.stderr) == (OK, "")
     said = done.stdout.splitlines()
     assert said[0] == (
-        f"{place}/backup: 0 packs, 1 processed, 1 rejected and 0 pending payloads; "
-        f"rows of sqlite {program.home}/rows/mine.sqlite: 1"
+        f"{place}/backup: 0 packs, 1 processed, 1 rejected, 0 discarded and 0 pending "
+        f"payloads; rows of sqlite {program.home}/rows/mine.sqlite: 1"
     )
     assert "on another disk" in said[1]
     assert rows_in(place / "backup" / "dropzone.sqlite") == rows_in(

@@ -2251,12 +2251,8 @@ class Processor:
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
-            log.info(
-                "processed %d, rejected %d, %d pending",
-                result.processed,
-                result.failed,
-                result.remaining,
-            )
+            done = (result.processed, result.failed, result.remaining)
+            log.info("processed %d, rejected %d, %d pending", *done)
         if result.processed:
             await self._look_for_twin()
         if stuck.count:

@@ -118,13 +118,16 @@ from tqdm import tqdm
 from uuid_utils.compat import uuid7
 
 from backends import (
+    LATEST,
     NO_PAYLOAD,
+    RESOLUTION,
     Backend,
     BackendError,
     BackendUnavailable,
     Bucket,
     Measurement,
     MeasurementNotFound,
+    Series,
     create_backend,
     json_of,
     paired,
@@ -172,6 +175,7 @@ from backends.raw.batches import (
     OBJECTS,
     RECORD_SEPARATOR,
     REFUSED,
+    SURROGATE,
     elements_in,
     sequence_in,
     strict_text,
@@ -271,7 +275,8 @@ REJECTION_CODES = (  # why a payload is rejected
     *("time_stamp_missing", "time_stamp_invalid"),
     *("time_stamp_without_offset", "time_stamp_out_of_range", "time_stamp_implausible"),
     *("data_missing", "data_not_array", "data_empty"),
-    *("value_not_numeric", "value_not_finite", "backend_refused"),
+    *("value_not_numeric", "value_not_finite", "series_missing", "series_invalid"),
+    "backend_refused",
 )
 
 
@@ -323,6 +328,35 @@ class Rate(str):
         return Throttled(using="gcra", quota=str(self), store=MemoryStore(options=COUNTED)).limiter
 
 
+class SeriesAt(str):
+    """Where a payload names its series: a member, or a JSON Pointer (RFC 6901); empty for nowhere.
+
+    `names` are the members, or the indexes of arrays, that lead there.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, text: str = "") -> None:
+        self.names = _names_in(text)
+
+
+def _names_in(text: str) -> tuple[str, ...]:
+    """Return the reference tokens of a JSON Pointer, or a name; raises ValueError."""
+    shown = json.dumps(text, ensure_ascii=False)
+    wrong = f"Expected the name of a member or a JSON Pointer such as /device/id, got {shown}"
+    is_plain = text.isprintable() and text == text.strip() and not {*text} & {'"', "\\"}
+    if not is_plain or text.startswith(("#", "$")) or text == "/":
+        raise ValueError(wrong)
+    names: tuple[str, ...] = (text,) if text else ()
+    if text.startswith("/"):
+        if re.search(r"~(?![01])", text):
+            raise ValueError(f"{wrong}: in a pointer, ~0 stands for ~ and ~1 for /")
+        names = tuple(n.replace("~1", "/").replace("~0", "~") for n in text[1:].split("/"))
+    if names and names[0] in ("time_stamp", "data"):
+        raise ValueError(f"{wrong}: {names[0]} differs from payload to payload")
+    return names
+
+
 COUNTED = {"MAX_SIZE": 100_000}  # keys or addresses; beyond that the least recent is forgotten
 
 
@@ -365,6 +399,7 @@ class ProcessConfig(Section, frozen=True):
 class TransformConfig(Section, frozen=True):
     """The rules by which a payload becomes a measurement."""
 
+    series: SeriesAt = SeriesAt()
     nulls: Literal["reject", "skip"] = "reject"
     not_before: Annotated[datetime, Meta(tz=True)] | None = None
     not_after_arrival: Annotated[float, Meta(ge=0)] | None = None  # seconds
@@ -1144,6 +1179,7 @@ OPEN_METRICS = (
 ADD_SAMPLE = """INSERT INTO samples (sample, value) VALUES (?, ?)
 ON CONFLICT (sample) DO UPDATE SET value = value + excluded.value"""
 ALL_SAMPLES = "SELECT sample, value FROM samples ORDER BY rowid"
+ONE_SAMPLE = "SELECT value FROM samples WHERE sample = ?"
 NOTE_IN_FLIGHT = "INSERT OR REPLACE INTO in_flight (process, bytes, at) VALUES (?, ?, ?)"
 DROP_GONE = "DELETE FROM in_flight WHERE at < ? OR bytes = 0"
 ALL_IN_FLIGHT = "SELECT coalesce(sum(bytes), 0) FROM in_flight"
@@ -1245,6 +1281,10 @@ class Metrics:
         self.processed = count("dropzone_payloads_processed", "Payloads that became rows")
         self.rejected = count("dropzone_payloads_rejected", "Payloads rejected", ["code"])
         self.discarded = count("dropzone_payloads_discarded", "Payloads that people discarded")
+        self.superseded = count(
+            "dropzone_superseded", "Payloads that met the row of another payload"
+        )
+        self._superseded_before = 0.0  # in the file, when this process began
         of = ["operation"]
         self.backend = seconds("dropzone_backend_duration_seconds", "Time that calls took", of)
         self.backend_errors = count("dropzone_backend_errors", "Calls that failed", of)
@@ -1264,6 +1304,8 @@ class Metrics:
         self.free = gauge("dropzone_data_free_bytes", "Free on the file system of the data folder")
         self.reserve = gauge("dropzone_data_reserve_bytes", "Below this payloads are refused")
         self.backend_up = gauge("dropzone_backend_up", "1 if the backend answers, 0 if not")
+        self.series = gauge("dropzone_series", "Series that have rows")
+        self.silent = gauge("dropzone_series_silent", "Those whose last row is an hour old")
         gauge("dropzone_build_info", "What runs here", ["version"]).labels(__version__).set(1)
         prometheus.ProcessCollector(registry=self._gauges)  # of the process that answers
 
@@ -1307,7 +1349,7 @@ class Metrics:
     def share(self, *, quietly: bool = False) -> dict[str, float]:
         """Add what is new to the file, and return the totals; `quietly`, touch it only for that."""
         with self._turn:
-            own = self._own_samples()
+            own = samples_of(self._counts.collect())
             fresh = {sample: value - self._shared.get(sample, 0) for sample, value in own.items()}
             in_flight = self.own_in_flight()
             if quietly and not (in_flight or self._noted or any(fresh.values())):
@@ -1323,19 +1365,22 @@ class Metrics:
                 return self._totals | {s: self._totals.get(s, 0) + fresh[s] for s in fresh}
             return self._totals
 
-    def _own_samples(self) -> dict[str, float]:
-        return {
-            msgspec.json.encode((family.name, sample.name, sample.labels)).decode(): sample.value
-            for family in self._counts.collect()
-            for sample in family.samples
-            if not sample.name.endswith("_created")
-        }
+    def superseded_since_start(self) -> int:
+        """Return what all processes have counted since this one began. Blocks on disk."""
+        with self._turn:
+            [(sample, own)] = samples_of(self.superseded.collect()).items()
+            found = self._superseded_before
+            with contextlib.suppress(sqlite3.Error):
+                if self._connection and self._totals:
+                    [found] = self._connection.execute(ONE_SAMPLE, [sample]).fetchone()
+            return int(found - self._superseded_before + own - self._shared.get(sample, 0))
 
     def _exchange(self, fresh: Mapping[str, float], in_flight: int) -> None:
         if self._connection is None:
             self._process = str(uuid7())
             self._connection = sqlite3.connect(self._file, check_same_thread=False)
-        if not self._totals:
+        is_first = not self._totals
+        if is_first:
             for statement in OPEN_METRICS:
                 self._connection.execute(statement)
         with self._connection as file:  # one transaction
@@ -1344,6 +1389,9 @@ class Metrics:
             file.execute(NOTE_IN_FLIGHT, (self._process, in_flight, time.time()))
             file.execute(DROP_GONE, (time.time() - GONE,))
             self._totals = dict(file.execute(ALL_SAMPLES))
+            if is_first:
+                [sample] = samples_of(self.superseded.collect())
+                self._superseded_before = self._totals[sample] - fresh[sample]
             self._in_flight.set(file.execute(ALL_IN_FLIGHT).fetchone()[0])
 
     @contextlib.asynccontextmanager
@@ -1368,6 +1416,16 @@ class Metrics:
         if self._connection:
             self._connection.close()
             self._connection, self._totals = None, {}
+
+
+def samples_of(families: Iterable[prometheus.Metric]) -> dict[str, float]:
+    """Return what was counted, by the names under which the processes share it."""
+    return {
+        msgspec.json.encode((family.name, sample.name, sample.labels)).decode(): sample.value
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
 
 
 # ── Transform: a payload becomes a measurement (pure functions) ───────────────────────────────────
@@ -1437,11 +1495,14 @@ def transform(raw_id: UUID, body: bytes, rules: TransformConfig = RULES) -> Meas
 
     The payload is a JSON object with `time_stamp` (see `parse_time_stamp`) and `data`, an array of
     at least one finite number. Other members are left alone. The `rules` may let nulls in `data` be
-    gaps, and refuse time stamps that no working clock can have had.
+    gaps, refuse time stamps that no working clock can have had, and say which member names the
+    series.
     """
     made = _transformed(raw_id, body, rules)
     if rules.not_before is not None or rules.not_after_arrival is not None:
         _check_clock(made, rules)
+    if rules.series:
+        return msgspec.structs.replace(made, series=series_in(body, rules.series))
     return made
 
 
@@ -1538,6 +1599,86 @@ def _transform_large(raw_id: UUID, body: bytes, rules: TransformConfig) -> Measu
         raise DataQualityError("data_missing", "the payload has no data")
     mean, std_dev = mean_and_std_dev(_many_finite_values(data, rules))
     return Measurement(timestamp_utc, mean, std_dev, raw_id)
+
+
+LONGEST_SERIES = 200  # characters
+SERIES_BYTES = 4096  # of JSON, which that many characters never are, however they are escaped
+SEND_SERIES = f"send a text of 1 to {LONGEST_SERIES} printable characters, or a whole number"
+ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def series_in(body: bytes, at: SeriesAt) -> str:
+    """Return the series that a payload names there, "" where `at` is empty.
+
+    A whole number counts as its decimal text. Raises `DataQualityError` and `PayloadNotJson`.
+    """
+    if not at:
+        return ""
+    try:
+        text = _text_at(body, at)
+    except REFUSED:  # it is not strictly JSON
+        if len(body) <= LARGE_JSON:
+            return _series_of(_value_at(parse_json(body), at), at)
+        # A name with surrogates, which `strict_json` would alter, becomes one that is refused.
+        text = _text_at(strict_json(SURROGATE.sub(rb"\\b\\b\\b", body)), at)
+    if len(text) > SERIES_BYTES:
+        raise _no_series(_shown_text(text), at)
+    return _series_of(parse_json(text), at)
+
+
+def _series_of(value: object, at: SeriesAt) -> str:
+    text = str(value) if type(value) is int else value
+    if isinstance(text, str) and 0 < len(text) <= LONGEST_SERIES and text.isprintable():
+        return text
+    raise _no_series(_shown(value), at)
+
+
+def _no_series(shown: str, at: SeriesAt) -> DataQualityError:
+    wrong = f"{at} is {shown}, which names no series ([transform] series): {SEND_SERIES}"
+    return DataQualityError("series_invalid", wrong)
+
+
+def _series_missing(at: SeriesAt) -> DataQualityError:
+    wrong = f"the payload has no {at}, which has to name its series ([transform] series)"
+    return DataQualityError("series_missing", f"{wrong}: {SEND_SERIES}")
+
+
+@functools.cache
+def _decoder_of(name: str) -> Callable[[bytes], Any]:
+    """Return what reads the text of one member of an object, and skips the others."""
+    value = ("value", msgspec.Raw, msgspec.Raw())
+    return msgspec.json.Decoder(msgspec.defstruct("Member", [value], rename={"value": name})).decode
+
+
+def _text_at(body: bytes, at: SeriesAt) -> bytes:
+    """Return the JSON of what is at a place in a document; raises one of `REFUSED`."""
+    text = body
+    for name in at.names:
+        try:
+            text = bytes(_decoder_of(name)(text).value)
+        except msgspec.ValidationError:  # no object
+            text = bytes(_members_of(text).get(name, b""))
+        if not text:
+            raise _series_missing(at)
+    return text
+
+
+def _members_of(array: bytes) -> dict[str, msgspec.Raw]:
+    with contextlib.suppress(msgspec.ValidationError):
+        return {str(index): each for index, each in enumerate(ELEMENTS.decode(array))}
+    return {}
+
+
+def _value_at(document: object, at: SeriesAt) -> object:
+    """Return what is at a place in a document."""
+    value = document
+    for name in at.names:
+        if isinstance(value, list):
+            value = {str(index): each for index, each in enumerate(value)}
+        if not isinstance(value, dict) or name not in value:
+            raise _series_missing(at)
+        value = value[name]
+    return value
 
 
 def time_stamp_in(body: bytes) -> datetime:
@@ -1863,6 +2004,12 @@ TRIES = 3  # of a call whose process was killed
 SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
+MANY_SUPERSEDED = 10  # payloads, from which on it is said what keeps devices apart
+SHARE_SUPERSEDED = 0.01  # of those that were processed; below it they are corrections
+KEEP_DEVICES_APART = (
+    "%d of %d payloads met the row of another payload at the same timestamp, where only the later "
+    "one stays: if they come from several devices, set [transform] series and run rebuild"
+)
 
 
 class Judged(NamedTuple):
@@ -2172,13 +2319,16 @@ def _end_with(process: multiprocessing.process.BaseProcess) -> None:
 class ProcessResult(Struct):
     """What one run did: `checked` = `processed` + `failed` payloads; `remaining` are pending.
 
-    `rejected` holds the first 1,000 that failed; `GET /rejected` lists all.
+    `rejected` holds the first 1,000 that failed; `GET /rejected` lists all. `superseded` counts the
+    payloads that met the row of another payload with other statistics at the same timestamp, or, in
+    many series, in the same one: the later of the two stands.
     """
 
     processed: int = 0
     failed: int = 0
     checked: int = 0
     remaining: int = 0
+    superseded: int = 0
     rejected: list[Rejection] = []
 
 
@@ -2221,6 +2371,7 @@ class Processor:
         self._turn = asyncio.Lock()
         self._next_look = 0.0  # for a twin
         self.discards = Discards(payloads, backend, rules, self, self._workers, self._metrics)
+        self._so_far = Counter[str]()  # until it was said that many are superseded
 
     async def process(
         self, limit: int | None = None, progress: Callable[[int, int], object] = tell_nobody
@@ -2255,6 +2406,7 @@ class Processor:
             log.info("processed %d, rejected %d, %d pending", *done)
         if result.processed:
             await self._look_for_twin()
+        self._look_for_devices(result)
         if stuck.count:
             rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
             raise NoAccess(f"{stuck.why}. {rest}")
@@ -2287,6 +2439,16 @@ class Processor:
             done += batch.payloads()
         if starting and not starting.cancel():
             await starting  # raises where they cannot start
+
+    def _look_for_devices(self, result: ProcessResult) -> None:
+        """Say, once, what to set where it seems that devices overwrite the rows of each other."""
+        if self._rules.series or self._so_far["said"]:
+            return
+        self._so_far.update(processed=result.processed, superseded=result.superseded)
+        superseded, processed = self._so_far["superseded"], self._so_far["processed"]
+        if superseded >= MANY_SUPERSEDED and superseded > SHARE_SUPERSEDED * processed:
+            log.warning(KEEP_DEVICES_APART, superseded, processed)
+            self._so_far["said"] = 1
 
     async def process_forever(self, every: float) -> NoReturn:
         """Process again and again, `every` seconds; while something is away, ever more rarely."""
@@ -2377,7 +2539,7 @@ class Processor:
             if not judged.files:
                 judged = await self._workers.run(judge_some)
             for rows in judged.rows:
-                refused = await self._upsert(ROWS_OF.decode(rows))
+                refused = await self._upsert(ROWS_OF.decode(rows), result)
                 judged.rejected.extend(_portions(refused))
             settle = self._workers.run if len(judged.rejected) > 1 else run
             outcome = OUTCOME.decode(await settle(settle_files, self._payloads, work, judged))
@@ -2391,19 +2553,22 @@ class Processor:
             result.rejected += outcome.rejected[: REJECTIONS_SHOWN - len(result.rejected)]
             work = work._replace(names=work.names[judged.files :])
 
-    async def _upsert(self, rows: Sequence[Measurement]) -> list[Rejection]:
+    async def _upsert(self, rows: Sequence[Measurement], result: ProcessResult) -> list[Rejection]:
         """Upsert rows; return those that the backend itself refuses, found by halving."""
         try:
-            await self._backend.upsert(rows)
+            superseded = await self._backend.upsert(rows) or 0
         except BackendUnavailable as error:
             await asyncio.to_thread(note_failed_write, self._payloads.workspace, str(error))
             raise
         except BackendError as error:
             if len(rows) > 1:
                 half = len(rows) // 2
-                return await self._upsert(rows[:half]) + await self._upsert(rows[half:])
+                refused = await self._upsert(rows[:half], result)
+                return refused + await self._upsert(rows[half:], result)
             [row] = rows
             return [Rejection(row.raw_id, "backend_refused", str(error), datetime.now(UTC))]
+        result.superseded += superseded
+        self._metrics.superseded.inc(superseded)
         await asyncio.to_thread(forget_failed_write, self._payloads.workspace)
         return []
 
@@ -2569,6 +2734,56 @@ class Shared(Generic[T]):
         return await asyncio.shield(self._looking)
 
 
+class SeriesCount(Struct, frozen=True):
+    """How many series have rows, and of how many the last row is older than an hour."""
+
+    count: int
+    silent_for_an_hour: int
+
+
+SERIES_LOOK = 5.0  # seconds at least between two looks at all series
+
+
+class SeriesLately:
+    """How many series there are, by a look of a few seconds ago.
+
+    The next look begins after so many times the duration of the last that it costs next to nothing.
+    A caller waits for half a second at most, and gets what was found before, None for nothing.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._found: SeriesCount | None = None
+        self._due = 0.0
+        self._looking = Shared(self._look)
+
+    async def look(self) -> SeriesCount | None:
+        if time.monotonic() >= self._due:
+            with contextlib.suppress(TimeoutError, BackendError):
+                async with asyncio.timeout(LOOK_PATIENCE):
+                    await self._looking.look()
+        return self._found
+
+    async def _look(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._found = await count_series(self._backend)
+        finally:
+            ended = time.monotonic()
+            self._due = ended + max(SERIES_LOOK, LOOK_PAUSE * (ended - begun))
+
+
+async def count_series(backend: Backend) -> SeriesCount:
+    """Count the series of a backend that keeps many."""
+    count, silent, hour_ago = 0, 0, datetime.now(UTC) - timedelta(hours=1)
+    page = await backend.series(limit=AT_A_TIME)
+    while page:
+        count += len(page)
+        silent += sum(each.last < hour_ago for each in page)
+        page = await backend.series(after=page[-1].series, limit=AT_A_TIME)
+    return SeriesCount(count, silent)
+
+
 def age_of(names: Sequence[str]) -> float | None:
     """Return how many seconds ago the first of these files arrived, None if that is unknown."""
     arrival = arrival_of(first_of(names[0])) if names else None
@@ -2619,11 +2834,11 @@ DERIVED = msgspec.msgpack.Decoder(Derived)
 
 
 def derive(
-    portion: Portion, rules: TransformConfig, moments: Collection[datetime] | None = None
+    portion: Portion, rules: TransformConfig, slots: Collection[tuple[datetime, str]] | None = None
 ) -> bytes:
     """Make the rows of a portion of payloads; return `Derived` as MessagePack.
 
-    With `moments`, it has the rows of these alone.
+    With `slots`, it has the rows of these timestamps and series alone.
     """
     try:
         judged = judge(portion.payloads(), rules)
@@ -2632,8 +2847,8 @@ def derive(
     damage = [f"{each.raw_id} was processed, but: {each.detail}" for each in judged.rejected]
     damage += judged.unread
     rows = judged.rows
-    if moments is not None:
-        rows = [row for row in rows if row.timestamp_utc in moments]
+    if slots is not None:
+        rows = [row for row in rows if (row.timestamp_utc, row.series) in slots]
     return msgspec.msgpack.encode(Derived(rows, damage, judged.checked))
 
 
@@ -2643,6 +2858,17 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename} cannot be read: {error.strerror}"
     return str(error)
+
+
+async def rows_at(backend: Backend, timestamp: datetime, limit: int) -> list[Measurement]:
+    """Return the rows of a timestamp, by series."""
+    until = timestamp + RESOLUTION if timestamp < LATEST else None
+    return await backend.find(since=timestamp, until=until, limit=limit)
+
+
+def series_option(rules: TransformConfig) -> dict[str, bool]:
+    """Return the options of a backend for many series where there are any, and else none."""
+    return {"series": True} if rules.series else {}
 
 
 class Proof:
@@ -2678,30 +2904,29 @@ class Proof:
         until: datetime | None = None,
         progress: Callable[[int], object] = tell_nobody,
         *,
+        series: str | None = None,
         refuse_empty: bool = False,
     ) -> AsyncIterator[Finding]:
         """Yield what is wrong with the rows of `since <= timestamp_utc < until`, by timestamp.
 
-        Landing and processing may go on meanwhile. `progress` hears how many payloads more were
-        read. Raises `BackendError`, `StorageUnavailable`, and with `refuse_empty` `ConfigError`
-        where no payload makes a row.
+        With `series`, of those of this series alone. Landing and processing may go on meanwhile.
+        `progress` hears how many payloads more were read. Raises `BackendError`,
+        `StorageUnavailable`, and with `refuse_empty` `ConfigError` where no payload makes a row.
         """
         self.counts.clear()
         nodes = await asyncio.to_thread(self._payloads.nodes)
-        derived = create_backend("sqlite", path=self._scratch / "rows.sqlite")
+        has_series = series_option(self._rules)
+        derived = create_backend("sqlite", path=self._scratch / "rows.sqlite", **has_series)
         try:
             await self._derive(derived, progress)
             if refuse_empty and not await derived.find(limit=1):
                 nothing = f"{self._payloads.workspace.parent} {NOTHING_PROCESSED}"
                 raise ConfigError(". ".join([nothing, *self.damage[:1]]))
-            async for right, row in paired(derived, self._backend, since, until):
+            async for right, row in paired(derived, self._backend, since, until, series=series):
                 if right and row and same(right, row):
                     self.counts["right"] += 1
                     continue
-                if row and lies_elsewhere(nodes, right, row):
-                    self.counts["elsewhere"] += 1
-                    continue
-                verdict = await asyncio.to_thread(self._verdict, right, row)
+                verdict = await self._judge(nodes, derived, right, row)
                 if isinstance(verdict, Finding):
                     self.counts[verdict.kind] += 1
                     yield verdict
@@ -2712,12 +2937,23 @@ class Proof:
             await self._workers.close()
         shutil.rmtree(self._scratch)
 
+    async def _judge(
+        self, nodes: Nodes, derived: Backend, right: Measurement | None, row: Measurement | None
+    ) -> Finding | str:
+        """Say what is to be said of a row that is not the one that was derived."""
+        if row and lies_elsewhere(nodes, right, row):
+            return "elsewhere"
+        if row and not right and await self._is_of_another_series(derived, row):
+            return Finding("differing", row, None)
+        return await asyncio.to_thread(self._verdict, right, row)
+
     async def rebuild(
         self,
         since: datetime | None = None,
         until: datetime | None = None,
         progress: Callable[[int], object] = tell_nobody,
         *,
+        series: str | None = None,
         delete_orphans: bool = False,
     ) -> AsyncIterator[Finding]:
         """Do the same, and set right what is proved to be wrong, a thousand rows at a time.
@@ -2730,7 +2966,8 @@ class Proof:
         is_first = again = True
         while again:
             again, found = False, list[Finding]()
-            async for finding in self.findings(since, until, progress, refuse_empty=True):
+            findings = self.findings(since, until, progress, series=series, refuse_empty=True)
+            async for finding in findings:
                 if finding.kind in kinds or is_first:
                     yield finding
                 if finding.kind in kinds:
@@ -2765,10 +3002,16 @@ class Proof:
             self._note_damage(*made.damage)
             progress(made.checked)
 
-        if not done.exists() or time.time() - done.stat().st_mtime > GOES_ON:
+        rules, rules_before = self._scratch / "rules.json", b""
+        with contextlib.suppress(FileNotFoundError):
+            rules_before = rules.read_bytes()
+        rules_now = msgspec.json.encode(self._rules, enc_hook=str)
+        is_old = not done.exists() or time.time() - done.stat().st_mtime > GOES_ON
+        if is_old or rules_before != rules_now:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
         self.damage, self._damages = [], 0
         await derived.open()
+        rules.write_bytes(rules_now)
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         if finished:
             log.warning("going on with a run that was stopped; to begin anew, delete %s", done)
@@ -2794,6 +3037,17 @@ class Proof:
         self._damages += len(sentences)
         self.damage += sentences[: DAMAGE_SHOWN - len(self.damage)]
 
+    async def _is_of_another_series(self, derived: Backend, row: Measurement) -> bool:
+        """Say whether the payload that a row names has made one of another series.
+
+        So it is with all rows from before there were series, and what was derived says so without
+        another look at each payload.
+        """
+        if not self._rules.series:
+            return False
+        made = await rows_at(derived, row.timestamp_utc, AT_A_TIME)
+        return any(each.raw_id == row.raw_id and each.series != row.series for each in made)
+
     def _verdict(
         self, right: Measurement | None, row: Measurement | None
     ) -> Finding | Literal["right", "expired", "older"]:
@@ -2818,7 +3072,7 @@ class Proof:
     def _made_by_its_payload(
         self, row: Measurement, state: State, body: bytes
     ) -> Measurement | None:
-        """Return what the payload that a row names makes for its timestamp, None for nothing.
+        """Return what the payload that a row names makes in its place, None for nothing.
 
         Raises `DataQualityError` for a payload that makes no row and is not rejected: as it has
         made one, it is damaged, and says nothing against the row.
@@ -2829,7 +3083,8 @@ class Proof:
             if state == "rejected":
                 return None
             raise
-        return made if made.timestamp_utc == row.timestamp_utc else None
+        is_of_row = (made.timestamp_utc, made.series) == (row.timestamp_utc, row.series)
+        return made if is_of_row else None
 
     def _unproved(
         self, right: Measurement | None, row: Measurement, *, is_later: bool
@@ -3073,9 +3328,10 @@ class Discards:
     async def _rows_of(self, raw_ids: Sequence[UUID]) -> list[Measurement]:
         """Return the rows that name one of these payloads."""
         rows = list[Measurement]()
-        for raw_id, moment in await asyncio.to_thread(moments_of, self._payloads, raw_ids):
+        at = self._rules.series
+        for raw_id, slot in await asyncio.to_thread(slots_of, self._payloads, raw_ids, at):
             with contextlib.suppress(MeasurementNotFound):
-                row = await self._backend.get(moment)
+                row = await self._backend.get(*slot)
                 if row.raw_id == raw_id:
                     rows.append(row)
         return rows
@@ -3083,7 +3339,7 @@ class Discards:
     async def _mend(self, rows: Sequence[Measurement]) -> None:
         """Delete rows, let the last arrivals before them come back, and forget the note."""
         if rows:
-            before = await self._standing_at({row.timestamp_utc for row in rows})
+            before = await self._standing_at({(row.timestamp_utc, row.series) for row in rows})
             await self._backend.delete(rows)
             await self._bring_back(before)
         with disk_errors():
@@ -3103,13 +3359,13 @@ class Discards:
             else:
                 log.error("the row of %s cannot come back: %s", rows[0].raw_id, error)  # noqa: TRY400
 
-    async def _standing_at(self, moments: Collection[datetime]) -> list[Measurement]:
-        """Return the rows that all processed payloads make at these moments."""
+    async def _standing_at(self, slots: Collection[tuple[datetime, str]]) -> list[Measurement]:
+        """Return the rows that all processed payloads make of these timestamps and series."""
         standing, few = list[Measurement](), await asyncio.to_thread(self._are_few)
         run = asyncio.to_thread if few else self._workers.run
 
         async def look(portion: Portion) -> None:
-            made = DERIVED.decode(await run(derive, portion, self._rules, moments))
+            made = DERIVED.decode(await run(derive, portion, self._rules, slots))
             standing[:] = winners([*standing, *made.rows])
             for sentence in made.damage:
                 log.error("a row may not come back: %s", sentence)
@@ -3136,15 +3392,20 @@ class Discards:
         return count is not None and count <= MUCH
 
 
-def moments_of(payloads: Payloads, raw_ids: Iterable[UUID]) -> list[tuple[UUID, datetime]]:
-    """Return the moments that payloads name, of those that do: of no other there is a row.
+def slots_of(
+    payloads: Payloads, raw_ids: Iterable[UUID], at: SeriesAt
+) -> list[tuple[UUID, tuple[datetime] | tuple[datetime, str]]]:
+    """Return the timestamps, and the series where there are any, that payloads name.
 
-    Raises `PayloadStoreError` for one that is not rejected and cannot be read.
+    Of those that name none there is no row. Raises `PayloadStoreError` for one that is not rejected
+    and cannot be read.
     """
-    found = list[tuple[UUID, datetime]]()
+    found = list[tuple[UUID, tuple[datetime] | tuple[datetime, str]]]()
     for raw_id in raw_ids:
         try:
-            found.append((raw_id, time_stamp_in(payloads.read(raw_id)[1])))
+            body = payloads.read(raw_id)[1]
+            moment = time_stamp_in(body)
+            found.append((raw_id, (moment, series_in(body, at)) if at else (moment,)))
         except (DataQualityError, PayloadNotJson, RawIdUnknown):
             continue
         except PayloadUnreadable:
@@ -3281,7 +3542,9 @@ class Status(Struct, frozen=True):
     how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
     `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
-    or names the file or folder that keeps payloads from being processed.
+    or names the file or folder that keeps payloads from being processed. `superseded` counts, since
+    this process began, the payloads that met the row of another payload. `series` is null where
+    `[transform] series` is not set, and as long as the backend has not been asked.
     """
 
     now: datetime
@@ -3297,6 +3560,8 @@ class Status(Struct, frozen=True):
     backend: str
     failed_write: FailedWrite | None
     processing: str
+    superseded: int
+    series: SeriesCount | None
     node: int | None
     node_trouble: str | None
 
@@ -3308,10 +3573,23 @@ class Summary(Struct, frozen=True):
 
 
 class MeasurementPage(Struct, frozen=True):
-    """Measurements in order; `next` is the `after` of the page behind this one, if there is one."""
+    """Measurements in order; `next` is the `after` of the page behind this one, if there is one.
+
+    It is the timestamp of the last row here; where there are series, that, a slash and its series.
+    """
 
     measurements: list[Measurement]
-    next: datetime | None
+    next: str | None
+
+
+class SeriesPage(Struct, frozen=True):
+    """Series by name, each with the timestamp of its last row.
+
+    `next` is the `after` of the page behind this one, if there is one.
+    """
+
+    series: list[Series]
+    next: str | None
 
 
 class RejectionPage(Struct, frozen=True):
@@ -3383,10 +3661,27 @@ class ProcessQuery(Struct, frozen=True):
 PageSize = Annotated[int, Meta(ge=1, le=10_000, description="Return this many at most.")]
 
 
+OneSeries = Annotated[str, Meta(max_length=LONGEST_SERIES, description="Of this series alone.")]
+SERIES_PARAMETERS = {"series", "after_series"}  # which are there only where [transform] series is
+
+
+class MeasurementQuery(Struct, frozen=True):
+    series: OneSeries | None = None
+
+
+class SeriesQuery(Struct, frozen=True):
+    after: Annotated[str, Meta(description="The `next` of a page.")] | None = None
+    limit: PageSize = 1000
+
+
 class MeasurementsQuery(Struct, frozen=True):
+    series: OneSeries | None = None
     since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
     until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
     after: Annotated[datetime, Meta(tz=True, description="The `next` of a page.")] | None = None
+    after_series: (
+        Annotated[str, Meta(description="The series of `after`, unless a `next` has both.")] | None
+    ) = None
     limit: (
         Annotated[
             PageSize,
@@ -3399,6 +3694,7 @@ class MeasurementsQuery(Struct, frozen=True):
 
 
 class SummaryQuery(Struct, frozen=True):
+    series: OneSeries | None = None
     since: Annotated[datetime, Meta(tz=True, description="From this moment on.")] | None = None
     until: Annotated[datetime, Meta(tz=True, description="Before this moment.")] | None = None
     buckets: Annotated[int, Meta(ge=1, le=2000, description="Spans of equal length.")] = 500
@@ -3730,6 +4026,7 @@ PROCESSOR = web.AppKey("PROCESSOR", Processor)
 PENDING = web.AppKey("PENDING", Lately[tuple[list[str], int]])
 REJECTED = web.AppKey("REJECTED", Lately[Counter[str]])
 DISCARDED = web.AppKey("DISCARDED", Lately[int])
+SERIES = web.AppKey("SERIES", SeriesLately)
 BACKEND_TROUBLE = web.AppKey("BACKEND_TROUBLE", Shared[str | None])
 PROCESSING_TROUBLE = web.AppKey("PROCESSING_TROUBLE", Shared[str | None])
 METRICS = web.AppKey("METRICS", Metrics)
@@ -3828,6 +4125,16 @@ class Route:
         ROUTES.append(self)
         return handler
 
+    def query_of(self, request: web.Request) -> Struct:
+        """Return the checked query."""
+        query = query_in(request, cast("type[Struct]", self.query))
+        for name in SERIES_PARAMETERS:
+            text = getattr(query, name, None)
+            if text is not None:
+                require_series(request.app)
+                require_name(name, text)
+        return query
+
     async def handle(self, request: web.Request) -> Any:
         """Answer a request, behind the guard and the check of the query."""
         app = request.app
@@ -3839,11 +4146,24 @@ class Route:
             if limiters:
                 admit(request, "key", request[NOTES].caller)
             authorize(request, self.scope, scopes)
-        arguments = (query_in(request, self.query),) if self.query else ()
+        arguments = (self.query_of(request),) if self.query else ()
         if self.turns is None:
             return await self.handler(request, *arguments)
         async with app[self.turns].turn(request):
             return await self.handler(request, *arguments)
+
+
+def require_name(parameter: str, text: str) -> None:
+    """Raise where a parameter has what no series can be named; "" are rows without a series."""
+    if not text.isprintable():
+        raise query_invalid(parameter, f"{_shown(text)}: no series has such a name")
+
+
+def require_series(app: web.Application, status: int = 400) -> None:
+    """Raise where all measurements are one series."""
+    if not app[CONFIG].transform.series:
+        wrong = "all measurements are one series, as [transform] series is not set: docs/series.md"
+        raise DropzoneError(f"{wrong} says when to set it", "series_unset", status)
 
 
 @Route("GET", "/health", None, {200: (Health,)}, limited=False)
@@ -3883,6 +4203,7 @@ async def status(request: web.Request) -> web.Response:
         activity, (free, reserve), failed = await glance(app)
     last = activity.last_landed
     oldest, pending = await app[PENDING].look()
+    superseded = await in_glance(app, app[METRICS].superseded_since_start)
     processing, rejected = await in_glance(app, app[RAW].processing_trouble, oldest), Counter[str]()
     discarded = 0
     with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
@@ -3904,6 +4225,8 @@ async def status(request: web.Request) -> web.Response:
             backend=await app[BACKEND_TROUBLE].look() or "ok",
             failed_write=failed,
             processing=processing or "ok",
+            superseded=superseded,
+            series=await app[SERIES].look() if app[CONFIG].transform.series else None,
             node=app[CONFIG].node.id,
             node_trouble=twin.text() if twin else None,
         )
@@ -4057,7 +4380,7 @@ async def process(request: web.Request, query: ProcessQuery) -> web.Response:
     turns=READS,
 )
 async def measurements(request: web.Request, query: MeasurementsQuery) -> web.StreamResponse:
-    """List measurements by timestamp.
+    """List measurements by timestamp, and those of many series at one timestamp by series.
 
     JSON (`application/json`) comes in pages of `limit` rows, 1,000 unless given: a page that is not
     the last has a `next`, which is the `after` of the page behind it, and a header `Link` that
@@ -4065,31 +4388,33 @@ async def measurements(request: web.Request, query: MeasurementsQuery) -> web.St
     `limit` is given; then it comes in pages, too, by `Link`. A CSV that breaks off, without the end
     of its chunks, is not whole.
     """
-    backend, reads = request.app[BACKEND], request.app[READS]
+    app, reads = request.app, request.app[READS]
+    if query.after_series is not None and query.after is None:
+        raise query_invalid("after_series", "of no use without after")
     as_csv = query.format == "csv" or (query.format is None and wants_csv(request))
     if as_csv and query.limit is None:
-        rows = await find_rows(backend, query, CSV_ROWS)
+        rows = await find_rows(app, query, CSV_ROWS)
         headers = {"Vary": "Accept", "Content-Type": "text/csv; charset=utf-8"}
-        portions = csv_portions(request.app, request, query, rows)
+        portions = csv_portions(app, request, query, rows)
         return WhileRead(portions, "CSV", "rows", held=CSV_BYTES, headers=headers)
     limit = query.limit or PAGE_ROWS
-    rows = await find_rows(backend, query, limit + 1)
+    rows = await find_rows(app, query, limit + 1)
     rows, more = rows[:limit], len(rows) > limit
-    headers = {"Vary": "Accept"}
+    headers, following = {"Vary": "Accept"}, None
     if more:
-        following = request.rel_url.update_query(after=timestamp_text(rows[-1].timestamp_utc))
-        headers["Link"] = f'<{following}>; rel="next"'
+        following = cursor_text(app, rows[-1])
+        headers |= link_to_next(request, following)
     if as_csv:
-        body = CSV_HEAD + await reads.run(csv_lines, rows)
+        body = await reads.run(csv_of, app, rows)
         return InPieces(body=body, content_type="text/csv", charset="utf-8", headers=headers)
-    page = MeasurementPage(rows, rows[-1].timestamp_utc if more else None)
+    page = MeasurementPage(rows, following)
     return json_answer(await reads.run(json_of_page, page), headers=headers)
 
 
 PAGE_ROWS = 1000  # of JSON, unless a limit is given
 CSV_ROWS = 5000  # that are read and written at a time, so that any range fits into memory
 CSV_BYTES = 100 * CSV_ROWS  # that these have
-CSV_HEAD = b"timestamp_utc,mean,std_dev,raw_id\r\n"
+CSV_COLUMNS = "timestamp_utc,mean,std_dev,raw_id"
 
 
 def wants_csv(request: web.Request) -> bool:
@@ -4097,16 +4422,37 @@ def wants_csv(request: web.Request) -> bool:
     return "text/csv" in accept and "application/json" not in accept
 
 
+Cursor = tuple[datetime, str]  # the timestamp and the series of a row
+
+
+def cursor_text(app: web.Application, row: Measurement) -> str:
+    """Return the `after` of the page behind a row."""
+    text = timestamp_text(row.timestamp_utc)
+    return f"{text}/{row.series}" if app[CONFIG].transform.series else text
+
+
+def link_to_next(request: web.Request, after: str) -> dict[str, str]:
+    """Return the header that leads to the next page (RFC 8288)."""
+    url = request.rel_url
+    parameters = {name: text for name, text in url.query.items() if name != "after_series"}
+    return {"Link": f'<{url.with_query(parameters | {"after": after})}>; rel="next"'}
+
+
 async def find_rows(
-    backend: Backend, query: MeasurementsQuery, limit: int, after: datetime | None = None
+    app: web.Application, query: MeasurementsQuery, limit: int, behind: Cursor | None = None
 ) -> list[Measurement]:
-    """Return the next rows of a range, behind `after` or where the query begins."""
-    return await backend.find(
+    """Return the next rows of a range, behind a row or where the query begins."""
+    after, after_series = behind or (query.after, query.after_series)
+    of_series: dict[str, Any] = {}
+    if app[CONFIG].transform.series:
+        of_series = {"series": query.series, "after_series": after_series}
+    return await app[BACKEND].find(
         since=query.since,
         until=query.until,
-        after=after or query.after,
+        after=after,
         limit=limit,
         descending=query.order == "desc",
+        **of_series,
     )
 
 
@@ -4116,12 +4462,17 @@ def json_of_page(page: MeasurementPage) -> bytes:
     return b'{"measurements":[%s],"next":%s}' % (b",".join(rows), json_of(page.next))
 
 
-def csv_lines(rows: Sequence[Measurement]) -> bytes:
+def csv_of(app: web.Application, rows: Sequence[Measurement], *, with_head: bool = True) -> bytes:
+    """Return rows as CSV, the series before them where there are any."""
+    has_series = bool(app[CONFIG].transform.series)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
+    if with_head:
+        text.write("series," * has_series + CSV_COLUMNS + "\r\n")
     for some in unhurried(rows):
         for row in some:
-            writer.writerow([timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id])
+            own = [timestamp_text(row.timestamp_utc), row.mean, row.std_dev, row.raw_id]
+            writer.writerow([row.series, *own] if has_series else own)
     return text.getvalue().encode()
 
 
@@ -4132,17 +4483,18 @@ async def csv_portions(
 
     Raises `BackendError`.
     """
-    backend, reads = app[BACKEND], app[READS]
-    text = CSV_HEAD + await reads.run(csv_lines, rows)
+    reads = app[READS]
+    csv_of_more = functools.partial(csv_of, with_head=False)
+    text = await reads.run(csv_of, app, rows)
     while text:
-        last, count = rows[-1].timestamp_utc if rows else None, len(rows)
+        last, count = (rows[-1].timestamp_utc, rows[-1].series) if rows else None, len(rows)
         rows.clear()  # a slow reader makes the text wait, not the rows as well
         yield text, count
         text = b""
         if last:
             async with reads.turn(request):
-                rows = await find_rows(backend, query, CSV_ROWS, last)
-                text = await reads.run(csv_lines, rows)
+                rows = await find_rows(app, query, CSV_ROWS, last)
+                text = await reads.run(csv_of_more, app, rows)
 
 
 @Route(
@@ -4151,8 +4503,9 @@ async def csv_portions(
 async def summary(request: web.Request, query: SummaryQuery) -> web.Response:
     """Summarize the measurements of a range of time in spans of equal length, for a chart."""
     begun = time.perf_counter()
+    of_series: dict[str, Any] = {} if query.series is None else {"series": query.series}
     found = await request.app[BACKEND].summarize(
-        since=query.since, until=query.until, buckets=query.buckets
+        since=query.since, until=query.until, buckets=query.buckets, **of_series
     )
     took = 1000 * (time.perf_counter() - begun)  # by which the page spares the backend
     body = await request.app[SUMMARIES].run(json_of, Summary(found))
@@ -4160,12 +4513,61 @@ async def summary(request: web.Request, query: SummaryQuery) -> web.Response:
 
 
 @Route(
-    "GET", "/measurements/{timestamp}", "read", {200: (Measurement,)}, (400, 404, 503), turns=READS
+    "GET",
+    "/measurements/{timestamp}",
+    "read",
+    {200: (Measurement,)},
+    (404, 503),
+    MeasurementQuery,
+    turns=READS,
 )
-async def measurement(request: web.Request) -> web.Response:
-    """Return the measurement at one timestamp."""
+async def measurement(request: web.Request, query: MeasurementQuery) -> web.Response:
+    """Return the measurement at one timestamp.
+
+    Where several series have one, the query has to say of which: 400 otherwise.
+    """
+    backend, series = request.app[BACKEND], query.series
     timestamp = moment_in("timestamp", request.match_info["timestamp"])
-    return answer(await request.app[BACKEND].get(timestamp))
+    if not request.app[CONFIG].transform.series:
+        return answer(await backend.get(timestamp))
+    if series is None:
+        series = await only_series_at(backend, timestamp)
+    return answer(await backend.get(timestamp, series))
+
+
+async def only_series_at(backend: Backend, timestamp: datetime) -> str:
+    """Return the series that has a row at a timestamp, "" for none; raises where several have."""
+    rows = await rows_at(backend, timestamp, SERIES_NAMED + 1)
+    if len(rows) > 1:
+        names = [row.series for row in rows]
+        several = "several series have one at this timestamp"
+        error = query_invalid("series", f"missing: {several}, such as {_shown(names[0])}")
+        error.extra["known"] = names[:SERIES_NAMED]
+        raise error
+    return rows[0].series if rows else ""
+
+
+SERIES_NAMED = 100  # by an error
+
+
+@Route("GET", "/series", "read", {200: (SeriesPage,)}, (404, 503), SeriesQuery, turns=READS)
+async def series(request: web.Request, query: SeriesQuery) -> web.Response:
+    """List the series that have rows by name, each with the timestamp of its last one.
+
+    A page that is not the last has a `next`, which is the `after` of the page behind it, and a
+    header `Link` that leads there. Where `[transform] series` is not set, it is 404.
+    """
+    require_series(request.app, 404)
+    if query.after is not None:
+        require_name("after", query.after)
+    found = await request.app[BACKEND].series(after=query.after, limit=query.limit + 1)
+    shown, following = found[: query.limit], None
+    headers = {}
+    if len(found) > len(shown):
+        following = shown[-1].series
+        headers = link_to_next(request, following)
+    page = SeriesPage(shown, following)
+    return json_answer(await request.app[READS].run(json_of, page), headers=headers)
 
 
 @Route(
@@ -4213,10 +4615,12 @@ async def receipt(request: web.Request) -> web.Response:
 
 
 async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | None:
-    """Return the row that stands at the timestamp of a payload, None if there is none."""
+    """Return the row that stands in the place of a payload's, None if there is none."""
     with contextlib.suppress(DataQualityError, PayloadNotJson, MeasurementNotFound):
         run = app[RECEIPTS].run if len(body) <= LARGE_JSON else app[CHECKER].run
-        return await app[BACKEND].get(await run(time_stamp_in, body))
+        at = app[CONFIG].transform.series
+        of_series = (await run(series_in, body, at),) if at else ()
+        return await app[BACKEND].get(await run(time_stamp_in, body), *of_series)
     return None
 
 
@@ -4296,18 +4700,33 @@ def put_back(payloads: Payloads, query: RetryQuery) -> int:
     )
 
 
-def rejected_ids(payloads: Payloads, query: RetryQuery) -> Iterator[list[UUID]]:
-    """Yield the raw_ids of the rejected payloads that a query names, `AT_A_TIME` at most."""
+def rejected_ids(
+    payloads: Payloads, query: RetryQuery, at: SeriesAt = RULES.series
+) -> Iterator[list[UUID]]:
+    """Yield the raw_ids of the rejected payloads that a query names, `AT_A_TIME` at most.
+
+    `at` is where a payload names its series.
+    """
     if query.raw_id:
-        yield [each.raw_id for each in payloads.rejections(query.raw_id) if query.fits(each)]
+        found = filter(query.fits, payloads.rejections(query.raw_id))
+        yield [each.raw_id for each in found if is_of_series(payloads, each.raw_id, query, at)]
         return
     after, is_more = None, True
     while is_more:
         page, _ = payloads.find_rejections(
             code=query.code, since=query.since, until=query.until, after=after, limit=AT_A_TIME
         )
-        yield [each.raw_id for each in page]
+        yield [each.raw_id for each in page if is_of_series(payloads, each.raw_id, query, at)]
         is_more, after = len(page) == AT_A_TIME, page[-1].raw_id if page else None
+
+
+def is_of_series(payloads: Payloads, raw_id: UUID, query: RetryQuery, at: SeriesAt) -> bool:
+    """Say whether a payload is of the series that a query names, if it names one."""
+    if not isinstance(query, DiscardQuery) or query.series is None:
+        return True
+    with contextlib.suppress(DataQualityError, PayloadNotJson, PayloadUnreadable, RawIdUnknown):
+        return series_in(payloads.read(raw_id)[1], at) == query.series
+    return False
 
 
 @Route(
@@ -4316,21 +4735,11 @@ def rejected_ids(payloads: Payloads, query: RetryQuery) -> Iterator[list[UUID]]:
 async def discard(request: web.Request, query: DiscardQuery) -> web.Response:
     """Discard rejected payloads: all, or those that the query names."""
     app = request.app
-    require_series(query)
     await app[REJECTED].look()  # what others have done in the folder
     with audited("discard", **cause_of(request)) as facts:
-        chosen = rejected_ids(app[RAW], query)
+        chosen = rejected_ids(app[RAW], query, app[CONFIG].transform.series)
         facts["discarded"] = count = await app[PROCESSOR].discards.discard(chosen)
     return answer(Discarded(count))
-
-
-NO_SERIES = "of no use while [transform] series is unset: leave it out"
-
-
-def require_series(query: DiscardQuery) -> None:
-    """Raise where payloads are to be chosen by a series, and there is one alone."""
-    if query.series is not None:
-        raise query_invalid("series", NO_SERIES)
 
 
 @Route(
@@ -4353,6 +4762,10 @@ async def metrics(request: web.Request) -> web.Response:
     shown.free.set(free)
     shown.reserve.set(reserve)
     shown.backend_up.set(await app[BACKEND_TROUBLE].look() is None)
+    counted = await app[SERIES].look() if app[CONFIG].transform.series else None
+    if counted:
+        shown.series.set(counted.count)
+        shown.silent.set(counted.silent_for_an_hour)
     encode, media = choose_encoder(request.headers.get("Accept", ""))
     text = await app[READS].run(encode, cast("prometheus.CollectorRegistry", shown))
     return web.Response(body=text, headers={"Content-Type": media, "Vary": "Accept"})
@@ -4361,7 +4774,8 @@ async def metrics(request: web.Request) -> web.Response:
 @Route("GET", "/openapi.json", None, {200: ("application/json",)}, limited=False)
 async def openapi(request: web.Request) -> web.Response:
     """Describe this API (OpenAPI 3.1)."""
-    return json_answer(openapi_json(request.app[PREFIX]))
+    has_series = bool(request.app[CONFIG].transform.series)
+    return json_answer(openapi_json(request.app[PREFIX], has_series=has_series))
 
 
 @Route("GET", "/", None, {200: ("text/html",)})
@@ -5059,7 +5473,7 @@ REFUSAL_CODES = (  # of problem documents
     *("encoding_unsupported", "transfer_encoding_unsupported"),
     *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
     *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
-    *("not_found", "method_not_allowed", "expectation_failed"),
+    *("not_found", "method_not_allowed", "expectation_failed", "series_unset"),
     *("raw_id_unknown", "raw_id_elsewhere", "measurement_not_found"),
     *("draining", "overloaded", "processor_busy", "storage_full", "storage_unavailable"),
     *("backend_unavailable", "backend_error", "internal_error"),
@@ -5172,14 +5586,14 @@ def network_of(address: str) -> str:
 
 def query_in(request: web.Request, kind: type[Struct]) -> Struct:
     """Return the query as its type; raises what names the parameter."""
-    values: dict[str, object] = {}
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    for name, text in request.query.items():
+    values: dict[str, object] = {}
+    for name, text in parameters_in(request, fields):
         if name not in fields:
             raise query_invalid(name, f"unknown; known: {', '.join(fields)}")
         if name in values:
             raise query_invalid(name, "given twice")
-        if text == "null":  # msgspec would take it for a parameter that is not given
+        if text == "null" and not may_be_name(name, kind):  # msgspec would take it for nothing
             raise query_invalid(name, "null: leave it out")
         values[name] = moment_in(name, text) if "datetime" in str(fields[name]) else text
     try:
@@ -5187,6 +5601,22 @@ def query_in(request: web.Request, kind: type[Struct]) -> Struct:
     except msgspec.ValidationError as error:
         wrong, _, place = str(error).partition(" - at `$.")
         raise query_invalid(place.rstrip("`"), f"wrong: {wrong}") from None
+
+
+def parameters_in(request: web.Request, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parameters of a query; the `next` of a page of many series stands for two."""
+    for name, text in request.query.items():
+        is_pair = name == "after" and "after_series" in known and "/" in text
+        if is_pair:
+            after, _, series = text.partition("/")
+            yield from (("after", after), ("after_series", series))
+        else:
+            yield name, text
+
+
+def may_be_name(parameter: str, kind: type[Struct]) -> bool:
+    """Say whether a parameter has the name of a series, which may be anything."""
+    return parameter in SERIES_PARAMETERS or kind is SeriesQuery
 
 
 def query_invalid(name: str, wrong: str) -> DropzoneError:
@@ -5372,10 +5802,13 @@ PATH_SCHEMAS = {
 }
 
 
-RARE = {(AcceptedBatch.__name__, "not_json")}  # members that are sent only if there is something
+RARE = {  # members that are sent only if there is something
+    (AcceptedBatch.__name__, "not_json"),
+    (Measurement.__name__, "series"),
+}
 
 
-def openapi_document(prefix: str) -> dict[str, Any]:
+def openapi_document(prefix: str, *, has_series: bool) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of `ROUTES`, made of the types that the code itself uses."""
     documented = [route for route in ROUTES if route.answers]
     kinds = [kind for route in documented for kinds in route.answers.values() for kind in kinds]
@@ -5385,7 +5818,9 @@ def openapi_document(prefix: str) -> dict[str, Any]:
         schema["required"] = [each for each in schema["properties"] if (name, each) not in RARE]
     paths: dict[str, dict[str, Any]] = {}
     for route in documented:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(
+            route, has_series=has_series
+        )
     return {
         "openapi": "3.1.0",
         "info": OPENAPI_INFO,
@@ -5396,19 +5831,19 @@ def openapi_document(prefix: str) -> dict[str, Any]:
 
 
 @functools.cache
-def openapi_json(prefix: str) -> bytes:
+def openapi_json(prefix: str, *, has_series: bool) -> bytes:
     """Return the same as JSON; it takes 10 ms to make."""
-    return json_of(openapi_document(prefix))
+    return json_of(openapi_document(prefix, has_series=has_series))
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, *, has_series: bool) -> dict[str, Any]:
     answers = {status: route.answers.get(status, (Problem,)) for status in route.statuses()}
     summary, _, more = (inspect.getdoc(route.handler) or "").partition("\n\n")
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
         "summary": summary,
         "description": more,
-        "parameters": _parameters(route),
+        "parameters": _parameters(route, has_series=has_series),
         "responses": {str(status): _response(status, kinds) for status, kinds in answers.items()},
     }
     if route.scope:
@@ -5432,7 +5867,7 @@ def _response(status: int, kinds: tuple[type | str, ...]) -> dict[str, Any]:
     return {"description": HTTPStatus(status).phrase, "content": content}
 
 
-def _parameters(route: Route) -> list[dict[str, Any]]:
+def _parameters(route: Route, *, has_series: bool) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in re.findall(r"{(\w+)}", route.path):
         schema = PATH_SCHEMAS[name]
@@ -5440,6 +5875,8 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     if route.query:
         _, schemas = msgspec.json.schema_components([route.query])
         for name, schema in schemas[route.query.__name__]["properties"].items():
+            if name in SERIES_PARAMETERS and not has_series:
+                continue
             given = schema.get("anyOf", [schema])[0]  # the other is null, which no query sends
             if given.get("format") == "date-time":
                 described = {"description": f"{given['description']} {MOMENT_FORMS}"}
@@ -5499,6 +5936,7 @@ def add_threads(app: web.Application, payloads: Payloads) -> None:
     app[PENDING] = look_at_pending(payloads, glances)
     app[REJECTED] = look_at_rejected(payloads, glances)
     app[DISCARDED] = look_at_discarded(payloads, glances)
+    app[SERIES] = SeriesLately(app[BACKEND])
     app[BACKEND_TROUBLE] = Shared(lambda: trouble_of(app[BACKEND]))
     app[PROCESSING_TROUBLE] = Shared(lambda: processing_trouble(app))
     app[READS], app[SUMMARIES] = Turns("reads", 8, threads=2), Turns("summaries", 2)
@@ -5526,10 +5964,14 @@ def backend_of(config: Config) -> Backend:
         "sqlite": {"path": sqlite.path},
         "postgres": {"url": postgres.url.reveal(), "pool": postgres.pool},
     }
+    given = options.get(name, {}) | series_option(config.transform)
     try:
-        return create_backend(name, **options.get(name, {}))
+        return create_backend(name, **given)
     except ValueError as error:
-        raise ConfigError(f"storage.backend: {error}") from error
+        needs = ""
+        if config.transform.series and ":" in name:
+            needs = "; with [transform] series it is made with series=True, see docs/backends.md"
+        raise ConfigError(f"storage.backend: {error}{needs}") from error
 
 
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
@@ -5914,7 +6356,11 @@ def on_stop(call: Callable[[], object]) -> None:
 
 async def verify(config: Config, args: argparse.Namespace) -> int:
     """recompute the rows from their payloads, say how many are right; 1 where one is not"""
-    return await prove(config, args, lambda proof: proof.findings, backend_to_look_at(config), {})
+
+    def way(proof: Proof) -> ProofWay:
+        return functools.partial(proof.findings, series=args.series)
+
+    return await prove(config, args, way, backend_to_look_at(config), {})
 
 
 async def rebuild(config: Config, args: argparse.Namespace) -> int:
@@ -5926,10 +6372,17 @@ async def rebuild(config: Config, args: argparse.Namespace) -> int:
             await processor.discards.finish()
 
     def way(proof: Proof) -> ProofWay:
-        return functools.partial(proof.rebuild, delete_orphans=args.delete_orphans)
+        orphans = args.delete_orphans
+        return functools.partial(proof.rebuild, series=args.series, delete_orphans=orphans)
 
     with audited("rebuild", operator_name()) as facts:
         return await prove(config, args, way, backend_of(config), facts)
+
+
+def require_series_for(config: Config, args: argparse.Namespace) -> None:
+    """Raise where a series is asked for, and all measurements are one."""
+    if args.series is not None and not config.transform.series:
+        raise ConfigError("--series is of no use: [transform] series is not set")
 
 
 ProofWay = Callable[
@@ -5945,6 +6398,7 @@ async def prove(
     facts: dict[str, object],
 ) -> int:
     """Go through all rows and print what is found; return 1 where something is left to be done."""
+    require_series_for(config, args)
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
         proof, is_first = Proof(store.portable(), timed_backend, config.transform), True
@@ -5952,7 +6406,8 @@ async def prove(
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):
                     if is_first and not args.json:
-                        bar.write(FINDING.format(*FINDING_HEAD))
+                        head = FINDING.format(*FINDING_HEAD)
+                        bar.write(f"{head}  series" if config.transform.series else head)
                     is_first = False
                     bar.write(as_line(finding, as_json=args.json))
             finally:
@@ -5966,7 +6421,7 @@ async def prove(
         wrong={kind: proof.counts[kind] for kind in WRONG if proof.counts[kind]},
         unprovable={kind: proof.counts[kind] for kind in UNPROVABLE if proof.counts[kind]},
         set_right=dict(proof.set_right),
-        is_all=args.since is None and args.until is None,
+        is_all=args.since is None and args.until is None and args.series is None,
         payloads_kept_from=first_kept or None,
         damage=proof.damage,
     )
@@ -5985,7 +6440,7 @@ def count_readable(store: Payloads) -> int | None:
 def backend_to_look_at(config: Config) -> Backend:
     """Return the configured backend; for a SQLite file that is not there, which stays so, none."""
     if config.storage.backend == "sqlite" and not os.path.exists(config.storage.sqlite.path):
-        return create_backend("memory")
+        return create_backend("memory", **series_option(config.transform))
     return backend_of(config)
 
 
@@ -6024,7 +6479,8 @@ class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
     """What `verify` and `rebuild` say at the end; with --json the last line, of `kind` summary.
 
     The numbers are those of rows, by kind where there are several: how they are now, and how many
-    were `set_right` for that. Without `is_all` only those between two moments were looked at.
+    were `set_right` for that. Without `is_all` only those between two moments, or of one series,
+    were looked at.
     """
 
     folder: str
@@ -6078,8 +6534,10 @@ def as_line(finding: Finding, *, as_json: bool) -> str:
         (str(each.raw_id), f"{each.mean!r}", f"{each.std_dev!r}") if each else ("-", "", "")
         for each in (row, right)
     ]
-    [at, *_] = (timestamp_text(each.timestamp_utc) for each in (row, right) if each)
-    return FINDING.format(finding.kind, at, *cells[0], *cells[1]).rstrip()
+    [first, *_] = filter(None, (row, right))
+    at = timestamp_text(first.timestamp_utc)
+    line = FINDING.format(finding.kind, at, *cells[0], *cells[1])
+    return f"{line}  {first.series}" if first.series else line.rstrip()
 
 
 async def compact(config: Config, _: argparse.Namespace) -> int:
@@ -6233,12 +6691,11 @@ async def retry_rejected(config: Config, args: argparse.Namespace) -> int:
 
 async def discard_payloads(config: Config, args: argparse.Namespace) -> int:
     """discard payloads in any state by raw_id, or rejected ones by code and time, and their rows"""
-    query = DiscardQuery(args.code, args.since, args.until)
-    if args.series is not None:
-        raise ConfigError(f"--series is {NO_SERIES}")
+    require_series_for(config, args)
+    query = DiscardQuery(args.code, args.since, args.until, series=args.series)
     async with opened_processor(config) as (store, processor):
         store.take_stock()  # what others have done in the folder
-        chosen = rejected_ids(store, query)
+        chosen = rejected_ids(store, query, config.transform.series)
         if args.raw_ids:
             starts = range(0, len(args.raw_ids), AT_A_TIME)
             chosen = (args.raw_ids[start : start + AT_A_TIME] for start in starts)
@@ -6571,6 +7028,7 @@ def _add_options(added: Parsers) -> None:
     for name in ("verify", "rebuild"):
         for bound, what in (("--since", "from"), ("--until", "before")):
             added[name].add_argument(bound, type=moment, help=f"rows {what} this moment alone")
+        added[name].add_argument("--series", metavar="NAME", help="rows of this series alone")
         text = "a JSON object on each line, the summary last"
         added[name].add_argument("--json", action="store_true", help=text)
     added["rebuild"].add_argument("--dry-run", action="store_true", help="do as verify does")

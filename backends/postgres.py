@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import TypeAlias, cast
 from uuid import UUID
@@ -19,109 +20,49 @@ from backends import (
     Bucket,
     Measurement,
     MeasurementNotFound,
+    Series,
+    contest,
     edges,
+    following,
+    page_texts,
+    require_fitting,
+    require_storable,
     timestamp_text,
-    window,
-    winners,
+)
+from backends.postgres_statements import (
+    ALIVE,
+    CHANGE_TO_MANY,
+    CHANGE_TO_ONE,
+    COLUMNS_OF_ONE,
+    COUNT,
+    COUNT_OF_SERIES,
+    DEFAULT,
+    DISTRIBUTED_MANY,
+    DISTRIBUTED_ONE,
+    FIND_OF_ALL,
+    FIND_OF_SERIES,
+    FIND_ONE,
+    FORGET_MADE_UP,
+    KEY_OF_MANY,
+    KEY_OF_ONE,
+    LOCK,
+    MANY,
+    OLDER_COLUMNS,
+    ONE,
+    PING,
+    PRIMARY_KEY,
+    RAW_ID_COLUMN,
+    SERIES_COLUMN,
+    TAKE_OVER,
+    TYPES_OF_MANY,
+    TYPES_OF_ONE,
+    descending_of,
+    in_one_line,
+    of_series,
 )
 from backends.postgres_url import EXAMPLE, Address, read_url
 
 log = logging.getLogger(__name__)
-
-CREATE_TABLE = """
-CREATE TABLE IF NOT EXISTS measurements (
-    timestamp_utc timestamptz PRIMARY KEY,
-    mean double precision NOT NULL,
-    std_dev double precision NOT NULL,
-    raw_id uuid NOT NULL
-)
-"""
-COLUMNS = "SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements LIMIT 0"
-EXPECTED_TYPES = ["timestamptz", "float8", "float8", "uuid"]
-NAMES = {"timestamp_utc", "mean", "std_dev", "raw_id"}
-# A table from before Dropzone has no raw_id. This one statement gives it one, and its rows that of
-# no payload; rows that come without one are refused afterwards.
-OLDER_COLUMNS = "SELECT timestamp_utc, mean, std_dev FROM measurements LIMIT 0"
-TAKE_OVER = (
-    f"ALTER TABLE measurements ADD COLUMN raw_id uuid NOT NULL DEFAULT '{NO_PAYLOAD}', "
-    "ALTER COLUMN raw_id SET DEFAULT NULL"
-)
-# A default that makes raw_ids up lets rows win that no payload made.
-DEFAULT = """
-SELECT pg_get_expr(pg_attrdef.adbin, pg_attrdef.adrelid) FROM pg_attrdef
-JOIN pg_attribute ON pg_attribute.attrelid = pg_attrdef.adrelid
-    AND pg_attribute.attnum = pg_attrdef.adnum
-WHERE pg_attrdef.adrelid = 'measurements'::regclass AND pg_attribute.attname = 'raw_id'
-"""
-FORGET_MADE_UP = (
-    "ALTER TABLE measurements ALTER COLUMN raw_id SET DEFAULT NULL, ALTER COLUMN raw_id TYPE uuid "
-    f"USING CASE substr(raw_id::text, 15, 1) WHEN '7' THEN raw_id ELSE '{NO_PAYLOAD}' END"
-)
-# Timestamps travel as text: asyncpg would write the first and the last possible one as infinities.
-# A row without raw_id is older than Dropzone, and any payload's wins.
-UPSERT = """
-INSERT INTO measurements (timestamp_utc, mean, std_dev, raw_id)
-SELECT batch.timestamp_text::timestamptz, batch.mean, batch.std_dev, batch.raw_id
-FROM unnest($1::text[], $2::double precision[], $3::double precision[], $4::uuid[])
-    AS batch (timestamp_text, mean, std_dev, raw_id)
-ORDER BY batch.timestamp_text::timestamptz
-ON CONFLICT (timestamp_utc) DO UPDATE
-SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
-WHERE (excluded.raw_id >= measurements.raw_id) IS NOT FALSE
-"""
-# Rows are locked in one order, that of upserts too, so that nobody waits in a circle.
-DELETE = """
-WITH named AS (
-    SELECT measurements.timestamp_utc, batch.raw_id
-    FROM unnest($1::text[], $2::uuid[]) AS batch (timestamp_text, raw_id)
-    JOIN measurements ON measurements.timestamp_utc = batch.timestamp_text::timestamptz
-        AND coalesce(measurements.raw_id, '00000000-0000-0000-0000-000000000000') = batch.raw_id
-    ORDER BY measurements.timestamp_utc
-    FOR UPDATE OF measurements
-)
-DELETE FROM measurements USING named
-WHERE measurements.timestamp_utc = named.timestamp_utc
-    AND coalesce(measurements.raw_id, '00000000-0000-0000-0000-000000000000') = named.raw_id
-"""
-GET = """
-SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
-WHERE timestamp_utc = $1::text::timestamptz
-"""
-FIND_ASCENDING = """
-SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
-WHERE timestamp_utc >= coalesce($1, '-infinity')::timestamptz
-    AND timestamp_utc < coalesce($2, 'infinity')::timestamptz
-ORDER BY timestamp_utc ASC LIMIT $3
-"""
-FIND_DESCENDING = """
-SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
-WHERE timestamp_utc >= coalesce($1, '-infinity')::timestamptz
-    AND timestamp_utc < coalesce($2, 'infinity')::timestamptz
-ORDER BY timestamp_utc DESC LIMIT $3
-"""
-COUNT = "SELECT count(*) FROM measurements"
-# A range of the index for each span takes a fifth of the time of grouping all rows. A sum that
-# overflows would be an error, and avg squares its values on the way.
-SUMMARIZE = """
-SELECT of_span.first, of_span.last, of_span.count,
-    of_span.min_mean, of_span.max_mean, of_span.mean, of_span.std_dev
-FROM unnest($1::text[], $2::text[]) AS span (low, high)
-CROSS JOIN LATERAL (
-    SELECT min(timestamp_utc) AS first, max(timestamp_utc) AS last, count(*) AS count,
-        min(mean) AS min_mean, max(mean) AS max_mean,
-        sum(least(greatest(mean, -1e290), 1e290)) / count(*) AS mean,
-        sum(least(std_dev, 1e290)) / count(*) AS std_dev
-    FROM measurements
-    WHERE timestamp_utc >= span.low::timestamptz AND timestamp_utc < span.high::timestamptz
-) AS of_span
-WHERE of_span.count > 0
-ORDER BY of_span.first ASC
-"""
-ALIVE = "SELECT 1"
-PING = """
-SELECT current_setting('transaction_read_only') AS read_only,
-    to_regclass('measurements') IS NOT NULL AS table_is_there
-"""
 
 # Seconds in which a server has to answer ALIVE, and after which a connection is not trusted
 # without: a firewall drops connections without a word.
@@ -173,11 +114,18 @@ SHAPE_STATES = {"42703", "42804", "42883", "42P10"}
 NO_TABLE = "42P01"
 NO_VALUE = "23502"
 PARAMETER_STATES = {"08P01", "22023", "42501", "42704", "55P02"}
-CREATE_TABLE_LINE = " ".join(CREATE_TABLE.split())
+NAMES = {"timestamp_utc", "mean", "std_dev", "raw_id", "series"}
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 Records: TypeAlias = "list[asyncpg.Record]"
+Columns: TypeAlias = Sequence[Sequence[object]]
+Ask: TypeAlias = Callable[[Connection, float], Awaitable[Records]]
+Write: TypeAlias = Callable[[Columns, Connection, float], Awaitable[Records]]
+
+
+class _NotAllNew(Exception):
+    """An upsert met rows: it is taken back, to look at them first."""
 
 
 class PostgresBackend:
@@ -191,6 +139,9 @@ class PostgresBackend:
     and `find` after `read_timeout`, any other call after `command_timeout`; where the connection
     turns out to be dead, all are replaced, and it begins once more. Raises ValueError for a `url`
     that is not one.
+
+    With `series` it keeps one row for each series and timestamp; a table of the other shape is not
+    touched. Where the table turns out to be distributed, as by Citus, its statements are others.
     """
 
     def __init__(
@@ -201,6 +152,7 @@ class PostgresBackend:
         connect_timeout: float = 10.0,
         read_timeout: float = 5.0,
         command_timeout: float = 30.0,
+        series: bool = False,
     ) -> None:
         given = None if isinstance(pool, int) else pool
         if (url is None) == (given is None):
@@ -212,6 +164,8 @@ class PostgresBackend:
         self._size = pool if isinstance(pool, int) else 0
         self._pool = self._given_pool = given
         self._table_is_there = False
+        self._has_series = series
+        self._statements = MANY if series else ONE
         wanted = self._address and self._address.connect_timeout
         self._connect_timeout = wanted or connect_timeout
         self._command_timeout = command_timeout
@@ -252,81 +206,172 @@ class PostgresBackend:
         if trouble:
             raise BackendUnavailable(f"PostgreSQL at {self._place}: {trouble}")
 
-    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+    async def upsert(self, measurements: Sequence[Measurement]) -> int:
         """See Backend.upsert."""
-        rows = winners(measurements)
-        await self._write(
-            UPSERT,
+        require_fitting(measurements, series=self._has_series)
+        rows, superseded = contest(measurements)
+        columns: list[list[object]] = [
             [timestamp_text(row.timestamp_utc) for row in rows],
             [row.mean for row in rows],
             [row.std_dev for row in rows],
             [row.raw_id for row in rows],
-        )
+        ]
+        if self._has_series:
+            columns.append([row.series for row in rows])
+        standing = await self._write(self._upsert_in, *columns)
+        if not standing:
+            return superseded
+        table = list[Measurement]()
+        for record in standing:
+            with suppress(BackendError):  # whatever another program wrote there
+                table.append(self._measurement(record))
+        return contest(measurements, table)[1]
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        timestamps = [timestamp_text(row.timestamp_utc) for row in measurements]
-        await self._write(DELETE, timestamps, [row.raw_id for row in measurements])
+        require_fitting(measurements, series=self._has_series)
+        columns: list[list[object]] = [
+            [timestamp_text(row.timestamp_utc) for row in measurements],
+            [row.raw_id for row in measurements],
+        ]
+        if self._has_series:
+            columns.append([row.series for row in measurements])
+        await self._write(self._delete_in, *columns)
 
-    async def get(self, timestamp_utc: datetime) -> Measurement:
+    async def get(self, timestamp_utc: datetime, series: str = "") -> Measurement:
         """See Backend.get."""
-        rows = await self._read(GET, timestamp_text(timestamp_utc))
-        if not rows:
-            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
+        timestamp = timestamp_text(timestamp_utc)
+        rows = await self._read(self._statements.get, timestamp, *self._named(series))
+        if not rows or (series and not self._has_series):
+            of = f" of {series}" if series else ""
+            raise MeasurementNotFound(f"no measurement{of} at {timestamp}")
         return self._measurement(rows[0])
 
     async def find(
         self,
         *,
+        series: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: datetime | None = None,
+        after_series: str | None = None,
         limit: int = 100,
         descending: bool = False,
     ) -> list[Measurement]:
         """See Backend.find."""
-        bounds = window(since, until, after, limit, descending=descending)
-        texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
-        rows = await self._read(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
+        bounds, names = page_texts(
+            since,
+            until,
+            after,
+            limit,
+            descending=descending,
+            after_series=after_series,
+            series=series,
+            has_series=self._has_series,
+        )
+        if series and not self._has_series:
+            return []
+        sql = (FIND_ONE, FIND_OF_SERIES, FIND_OF_ALL)[len(names)]
+        rows = await self._read(descending_of(sql) if descending else sql, *bounds, limit, *names)
         found = [self._measurement(row) for row in rows[:AT_A_TIME]]
         for start in range(AT_A_TIME, len(rows), AT_A_TIME):
             await asyncio.sleep(0)  # so that a large page does not hold up the event loop
             found += map(self._measurement, rows[start : start + AT_A_TIME])
         return found
 
-    async def count(self) -> int:
+    async def count(self, *, series: str | None = None) -> int:
         """See Backend.count."""
-        return int((await self._read(COUNT, within=self._command_timeout))[0][0])
+        if series and not self._has_series:
+            return 0
+        names = self._named(series)
+        sql = COUNT_OF_SERIES if names else COUNT
+        return int((await self._read(sql, *names, within=self._command_timeout))[0][0])
 
     async def summarize(
-        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+        self,
+        *,
+        series: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        buckets: int = 100,
     ) -> list[Bucket]:
         """See Backend.summarize."""
-        spans = await edges(self, since, until, buckets)
+        spans = await edges(self, since, until, buckets, series)
+        if not spans:
+            return []
+        names = self._named(series)
         starts = [timestamp_text(a) for a, _ in spans]
         ends = [timestamp_text(b) if b else "infinity" for _, b in spans]
-        rows = await self._read(SUMMARIZE, starts, ends, within=self._command_timeout)
+        summarize = self._statements.summarize
+        sql = of_series(summarize) if names else summarize
+        rows = await self._read(sql, starts, ends, *names, within=self._command_timeout)
         return [Bucket(*row) for row in rows]
+
+    async def series(self, *, after: str | None = None, limit: int = 100) -> list[Series]:
+        """See Backend.series."""
+        if limit < 0:
+            raise ValueError(f"limit is {limit}: give 0 or more")
+        if not self._has_series:
+            last = await self.find(limit=min(limit, 1), descending=True)
+            return [Series("", row.timestamp_utc) for row in last if after is None]
+        first = "" if after is None else following(after)
+        require_storable([first])
+        found = await self._read(
+            self._statements.series, first, limit, within=self._command_timeout
+        )
+        return [Series(name, last) for name, last in found]
+
+    def _named(self, series: str | None) -> list[str]:
+        """Return the argument that names a series, where the statement has one."""
+        names = [series] if self._has_series and series is not None else []
+        require_storable(names)
+        return names
 
     # ── Asking, again where the connection was the reason ─────────────────────────────────────────
 
     async def _read(self, sql: str, *arguments: object, within: float | None = None) -> Records:
-        async with self._errors():
-            return await self._fetch(sql, arguments, within or self._read_timeout)
+        def read(connection: Connection, limit: float) -> Awaitable[Records]:
+            return connection.fetch(sql, *arguments, timeout=limit)
 
-    async def _write(self, sql: str, *columns: Sequence[object]) -> None:
+        async with self._errors():
+            return await self._ask(read, within or self._read_timeout)
+
+    async def _write(self, write: Write, *columns: Sequence[object]) -> Records:
         async with self._errors():
             try:
-                await self._fetch(sql, columns, self._command_timeout)
+                return await self._ask(partial(write, columns), self._command_timeout)
             except asyncpg.PostgresError as refusal:
-                if await self._are_rows_why(refusal, sql, columns):
+                if await self._are_rows_why(refusal, write, columns):
                     raise BackendError(
                         f"PostgreSQL at {self._place} refuses these data: {_words(refusal)}"
                     ) from refusal
                 raise
 
+    async def _upsert_in(self, columns: Columns, connection: Connection, within: float) -> Records:
+        """Upsert, and return the rows that stood there and are other payloads', if any."""
+        sql = self._statements
+        if not sql.is_distributed:
+            return await connection.fetch(sql.upsert, *columns, timeout=within)
+        with suppress(_NotAllNew):
+            async with _transaction(connection, within):
+                done = await connection.fetch(sql.upsert, *columns, timeout=within)
+                if not all(is_new for (is_new,) in done) or len(done) < len(columns[0]):
+                    raise _NotAllNew
+            return []
+        standing = await connection.fetch(sql.look, *columns, timeout=within)
+        await connection.fetch(sql.upsert, *columns, timeout=within)
+        return standing
+
+    async def _delete_in(self, columns: Columns, connection: Connection, within: float) -> Records:
+        sql = self._statements
+        if not sql.is_distributed:
+            return await connection.fetch(sql.delete, *columns, timeout=within)
+        async with _transaction(connection, within):
+            await connection.execute(LOCK, timeout=within)
+            return await connection.fetch(sql.delete, *columns, timeout=within)
+
     async def _are_rows_why(
-        self, refusal: asyncpg.PostgresError, sql: str, columns: Sequence[Sequence[object]]
+        self, refusal: asyncpg.PostgresError, write: Write, columns: Columns
     ) -> bool:
         """Say whether the database refuses these rows, and not the statement whatever they are."""
         state = refusal.sqlstate or ""
@@ -335,7 +380,7 @@ class PostgresBackend:
         if state == NO_VALUE and refusal.column_name and refusal.column_name not in NAMES:
             return False
         try:
-            await self._fetch(sql, [[] for _ in columns], self._command_timeout)
+            await self._ask(partial(write, [[] for _ in columns]), self._command_timeout)
         except asyncpg.PostgresError:
             return False
         return True
@@ -346,20 +391,22 @@ class PostgresBackend:
             return ADVICE["25"]
         return None if table_is_there else self._gone_message()
 
-    async def _fetch(self, sql: str, arguments: Sequence[object], within: float) -> Records:
-        """Fetch, and once more in a new session where the old one may be the reason."""
+    async def _ask(self, ask: Ask, within: float) -> Records:
+        """Ask, and once more in a new session where the old one may be the reason."""
         try:
-            return await self._fetch_once(sql, arguments, within)
+            return await self._ask_once(ask, within)
         except DEAD_CONNECTION:
             pass
+        except asyncpg.FeatureNotSupportedError:
+            self._table_is_there = False  # it may have been distributed meanwhile
         except asyncpg.PostgresError as error:
             is_new = monotonic() - self._renewed < RENEWAL
             if is_new or (error.sqlstate or "")[:2] not in SESSION_CLASSES:
                 raise
         await self._renew()
-        return await self._fetch_once(sql, arguments, within)
+        return await self._ask_once(ask, within)
 
-    async def _fetch_once(self, sql: str, arguments: Sequence[object], within: float) -> Records:
+    async def _ask_once(self, ask: Ask, within: float) -> Records:
         if self._pool is None:
             self._pool = await self._create_pool()
         async with self._pool.acquire(timeout=self._connect_timeout) as connection:
@@ -370,7 +417,7 @@ class PostgresBackend:
                 await self._ensure_table(connection)
                 self._table_is_there = True
             try:
-                records = await connection.fetch(sql, *arguments, timeout=within)
+                records = await ask(connection, within)
             except TimeoutError:
                 await self._require_answer(connection)
                 raise
@@ -415,22 +462,39 @@ class PostgresBackend:
     async def _ensure_table(self, connection: Connection) -> None:
         """Create the table where it is missing, and prove that it can be written to."""
         try:
-            types = await self._column_types(connection, COLUMNS)
+            types = await self._column_types(connection, self._statements.columns)
         except asyncpg.UndefinedTableError:
             # Another process that creates it at the same moment makes IF NOT EXISTS fail.
             with suppress(*CREATED_BY_ANOTHER):
-                await connection.execute(CREATE_TABLE, timeout=self._command_timeout)
-            types = await self._column_types(connection, COLUMNS)
+                create = ";".join(self._statements.create)
+                await connection.execute(create, timeout=self._command_timeout)
+            types = await self._column_types(connection, self._statements.columns)
         except asyncpg.UndefinedColumnError as error:
-            if await self._column_types(connection, OLDER_COLUMNS) != EXPECTED_TYPES[:3]:
-                raise
-            raise BackendUnavailable(self._older_message()) from error
-        if types != EXPECTED_TYPES:
-            raise BackendUnavailable(self._shape_message(f"its columns are {', '.join(types)}"))
+            raise BackendUnavailable(await self._fault(connection, _words(error))) from error
+        if types != self._statements.types:
+            columns = f"its columns are {', '.join(types)}"
+            raise BackendUnavailable(await self._fault(connection, columns))
         default = await connection.fetchval(DEFAULT, timeout=self._command_timeout)
         if default and str(NO_PAYLOAD) not in default:
             raise BackendUnavailable(self._made_up_message(default))
-        await connection.fetch(UPSERT, [], [], [], [], timeout=self._command_timeout)
+        await self._choose_statements(connection)
+        nothing: Columns = [[] for _ in self._statements.types]
+        try:
+            await self._upsert_in(nothing, connection, self._command_timeout)
+        except asyncpg.InvalidColumnReferenceError as error:  # there is no such key
+            raise BackendUnavailable(await self._fault(connection, _words(error))) from error
+
+    async def _choose_statements(self, connection: Connection) -> None:
+        """Take those of a distributed table where the server refuses one of the others."""
+        plain, distributed = (
+            (MANY, DISTRIBUTED_MANY) if self._has_series else (ONE, DISTRIBUTED_ONE)
+        )
+        try:
+            await connection.fetch(plain.summarize, [], [], timeout=self._command_timeout)
+        except asyncpg.FeatureNotSupportedError:
+            self._statements = distributed
+        else:
+            self._statements = plain
 
     async def _column_types(self, connection: Connection, sql: str) -> list[str]:
         statement = await connection.prepare(sql, name="", timeout=self._command_timeout)
@@ -438,10 +502,58 @@ class PostgresBackend:
         await statement.fetch(timeout=self._command_timeout)
         return [attribute.type.name for attribute in statement.get_attributes()]
 
+    async def _fault(self, connection: Connection, words: str) -> str:
+        """Say how the table comes to the shape that is wanted, with what is there."""
+        key = await connection.fetchrow(PRIMARY_KEY, timeout=self._command_timeout)
+        name, columns = key or ("", "")
+        steps = list[str]()
+        if not await self._has(connection, COLUMNS_OF_ONE, TYPES_OF_ONE):
+            is_older = await self._has(connection, OLDER_COLUMNS, TYPES_OF_ONE[:3])
+            if not is_older or await self._has(connection, RAW_ID_COLUMN, None):
+                return self._shape_message(words)
+            steps.append(TAKE_OVER)
+        if columns == KEY_OF_ONE and self._has_series:
+            if await self._has(connection, SERIES_COLUMN, None):
+                return self._shape_message(words)
+            steps.append(CHANGE_TO_MANY.format(key=name))
+        elif columns == KEY_OF_MANY and not self._has_series:
+            steps.append(CHANGE_TO_ONE)
+        elif columns == KEY_OF_MANY and not await self._has(
+            connection, SERIES_COLUMN, TYPES_OF_MANY[-1:]
+        ):
+            return self._shape_message(words)
+        if not steps or (self._has_series and columns not in (KEY_OF_ONE, KEY_OF_MANY)):
+            return self._shape_message(words)
+        if steps == [TAKE_OVER]:
+            return self._older_message()
+        return self._other_shape_message(steps)
+
+    async def _has(self, connection: Connection, sql: str, types: list[str] | None) -> bool:
+        """Say whether the table has these columns, of these types or, None, of any."""
+        try:
+            found = await self._column_types(connection, sql)
+        except asyncpg.UndefinedColumnError:
+            return False
+        return types in (None, found)
+
+    def _other_shape_message(self, steps: list[str]) -> str:
+        if self._has_series:
+            words = "of a single series. To keep it, leave series unset; to let it have many, run"
+        else:
+            words = (
+                "with many series. To keep it, set series; to have one of them alone, in which the "
+                "latest arrival for a timestamp stands, run"
+            )
+        return (
+            f"PostgreSQL at {self._place} has a table measurements {words}: {in_one_line(*steps)}; "
+            "and then rebuild"
+        )
+
     def _shape_message(self, reason: str) -> str:
         return (
             f"PostgreSQL at {self._place} has a table measurements of another shape ({reason}): "
-            f"rename it, or choose another database or schema. Expected: {CREATE_TABLE_LINE}"
+            "rename it, or choose another database or schema. Expected: "
+            f"{self._statements.create_line}"
         )
 
     def _older_message(self) -> str:
@@ -502,7 +614,7 @@ class PostgresBackend:
         elif isinstance(error, asyncpg.InsufficientPrivilegeError):
             advice = (
                 "grant SELECT, INSERT, UPDATE and DELETE on measurements to its user; "
-                f"where the table is missing, create it: {CREATE_TABLE_LINE}"
+                f"where the table is missing, create it: {self._statements.create_line}"
             )
         else:
             advice = ADVICE.get(state[:2], "see its log")
@@ -530,10 +642,10 @@ class PostgresBackend:
         return f"PostgreSQL at {self._place} cannot be reached: {reason}: {advice}"
 
     def _measurement(self, record: asyncpg.Record) -> Measurement:
-        timestamp, mean, std_dev, raw_id = record
+        timestamp, mean, std_dev, raw_id, *series = record
         number = NO_PAYLOAD.int if raw_id is None else raw_id.int
         try:
-            return Measurement(timestamp, mean, std_dev, UUID(int=number))
+            return Measurement(timestamp, mean, std_dev, UUID(int=number), *series)
         except (AttributeError, TypeError, ValueError) as error:
             raise BackendError(
                 f"PostgreSQL at {self._place} has a row {record!r} that is no measurement: "
@@ -545,6 +657,21 @@ def _words(error: asyncpg.PostgresError) -> str:
     """Return what the server said, or asyncpg in its place, in one line."""
     parts = [error.message or str(error), error.detail and f"DETAIL: {error.detail}", error.hint]
     return " ".join(" ".join(filter(None, parts)).split())
+
+
+@asynccontextmanager
+async def _transaction(connection: Connection, within: float) -> AsyncIterator[None]:
+    """Commit what is done inside, or take it back; asyncpg's own has no time limit for either."""
+    await connection.execute("BEGIN", timeout=within)
+    try:
+        yield
+        await connection.execute("COMMIT", timeout=within)
+    except BaseException:
+        try:
+            await connection.execute("ROLLBACK", timeout=PATIENCE)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            connection.terminate()
+        raise
 
 
 async def _leave_as_is(connection: object) -> None:

@@ -21,63 +21,36 @@ from backends import (
     Bucket,
     Measurement,
     MeasurementNotFound,
+    Series,
+    contest,
     edges,
+    following,
+    page_texts,
+    require_fitting,
+    require_storable,
+    require_utc,
     timestamp_text,
     unhurried,
-    window,
-    winners,
+)
+from backends.sqlite_statements import (
+    COLUMNS,
+    COUNT,
+    COUNT_OF_SERIES,
+    FIND_OF_ALL,
+    FIND_OF_SERIES,
+    FIND_ONE,
+    MANY,
+    ONE,
+    SERIES,
+    SUMMARIZE,
+    SUMMARIZE_SERIES,
+    Statements,
+    descending_of,
 )
 
 T = TypeVar("T")
-Row = tuple[str, float, float, str]
+Row = tuple[str, float, float, str] | tuple[str, float, float, str, str]
 
-# Not STRICT: SQLite before 3.37 could not open the file.
-CREATE_TABLE = """
-CREATE TABLE IF NOT EXISTS measurements (
-    timestamp_utc TEXT NOT NULL PRIMARY KEY,
-    mean REAL NOT NULL,
-    std_dev REAL NOT NULL,
-    raw_id TEXT NOT NULL
-) WITHOUT ROWID
-"""
-COLUMNS = 'SELECT name, type, "notnull", pk FROM pragma_table_info(?) ORDER BY cid'
-EXPECTED_COLUMNS = [
-    ("timestamp_utc", "TEXT", 1, 1),
-    ("mean", "REAL", 1, 0),
-    ("std_dev", "REAL", 1, 0),
-    ("raw_id", "TEXT", 1, 0),
-]
-UPSERT = """
-INSERT INTO measurements (timestamp_utc, mean, std_dev, raw_id)
-VALUES (?, ?, ?, ?)
-ON CONFLICT (timestamp_utc) DO UPDATE
-SET mean = excluded.mean, std_dev = excluded.std_dev, raw_id = excluded.raw_id
-WHERE excluded.raw_id >= measurements.raw_id
-"""
-DELETE = "DELETE FROM measurements WHERE timestamp_utc = ? AND raw_id = ?"
-GET = "SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements WHERE timestamp_utc = ?"
-# A year's first digit lies between the empty text and '~'.
-FIND_ASCENDING = """
-SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
-WHERE timestamp_utc >= coalesce(?, '') AND timestamp_utc < coalesce(?, '~')
-ORDER BY timestamp_utc ASC LIMIT ?
-"""
-FIND_DESCENDING = """
-SELECT timestamp_utc, mean, std_dev, raw_id FROM measurements
-WHERE timestamp_utc >= coalesce(?, '') AND timestamp_utc < coalesce(?, '~')
-ORDER BY timestamp_utc DESC LIMIT ?
-"""
-COUNT = "SELECT count(*) FROM measurements"
-# Of one span. Its ends are found by the index: to compare every text would take as long again.
-SUMMARIZE = """
-SELECT
-    (SELECT timestamp_utc FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
-        ORDER BY timestamp_utc ASC LIMIT 1),
-    (SELECT timestamp_utc FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
-        ORDER BY timestamp_utc DESC LIMIT 1),
-    count(*), min(mean), max(mean), avg(mean), avg(std_dev)
-FROM measurements WHERE timestamp_utc >= ?1 AND timestamp_utc < ?2
-"""
 PING = "SELECT 1"
 
 # What the data are the reason for; everything else is trouble with the file.
@@ -119,8 +92,11 @@ class Place:
 class Lane:
     """A thread, and the connection that it alone touches, which is why there are no locks."""
 
-    def __init__(self, place: Place, busy_timeout: float, name: str) -> None:
+    def __init__(
+        self, place: Place, statements: Statements, busy_timeout: float, name: str
+    ) -> None:
         self._place, self._path = place, place.path
+        self._statements = statements
         self._busy_timeout = busy_timeout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite {name}")
         self._connection: sqlite3.Connection | None = None
@@ -171,12 +147,34 @@ class Lane:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(CREATE_TABLE)
-        if connection.execute(COLUMNS, ("measurements",)).fetchall() != EXPECTED_COLUMNS:
+        self._ensure_table(connection)
+
+    def _ensure_table(self, connection: sqlite3.Connection) -> None:
+        create_table, *create_index = self._statements.create
+        connection.execute(create_table)
+        columns = connection.execute(COLUMNS, ("measurements",)).fetchall()
+        if columns != self._statements.columns:
             raise BackendUnavailable(
-                f"{self._path} has a table measurements of another shape: rename that table, "
-                f"or choose another file. Expected: {' '.join(CREATE_TABLE.split())}"
+                f"{self._path} has a table measurements {self._fault(columns)}"
             )
+        for statement in create_index:
+            connection.execute(statement)
+
+    def _fault(self, columns: list[tuple[str, str, int, int]]) -> str:
+        if columns == ONE.columns:
+            return (
+                f"of a single series. To keep it, leave series unset; to let it have many, run: "
+                f"{MANY.change}; and then rebuild"
+            )
+        if columns == MANY.columns:
+            return (
+                "with many series. To keep it, set series; to have one of them alone, in which the "
+                f"latest arrival for a timestamp stands, run: {ONE.change}; and then rebuild"
+            )
+        return (
+            "of another shape: rename that table, or choose another file. "
+            f"Expected: {self._statements.create_line}"
+        )
 
     def _write_ahead(self, connection: sqlite3.Connection) -> None:
         # SQLite does not apply its busy timeout to this change, which needs the file for itself.
@@ -201,17 +199,24 @@ class SqliteBackend:
     """A Backend in the file `path`, whose folder is created.
 
     `busy_timeout` is how many seconds a call waits for another process's write to end before it
-    raises BackendUnavailable. The sign of a zero is not kept: -0.0 reads back as 0.0.
+    raises BackendUnavailable. With `series` it keeps one row for each series and timestamp; a table
+    of the other shape is not touched. The sign of a zero is not kept: -0.0 reads back as 0.0.
 
     Reads wait neither for writes nor, where they look for single rows or pages, for those that go
     through a whole range; a ping waits for nothing.
     """
 
-    def __init__(self, path: str | PathLike[str], *, busy_timeout: float = 5.0) -> None:
+    def __init__(
+        self, path: str | PathLike[str], *, busy_timeout: float = 5.0, series: bool = False
+    ) -> None:
         self._path = Path(path)
         self._place = Place(self._path)
+        self._has_series = series
+        self._statements = MANY if series else ONE
+        self._row = _row_of_many if series else _row_of_one
         self._writes, self._reads, self._sums, self._pings = self._lanes = [
-            Lane(self._place, busy_timeout, name) for name in ("writes", "reads", "sums", "pings")
+            Lane(self._place, self._statements, busy_timeout, name)
+            for name in ("writes", "reads", "sums", "pings")
         ]
 
     def __repr__(self) -> str:
@@ -231,58 +236,119 @@ class SqliteBackend:
         """See Backend.ping."""
         await self._pings.run(self._ping)
 
-    async def upsert(self, measurements: Sequence[Measurement]) -> None:
+    async def upsert(self, measurements: Sequence[Measurement]) -> int:
         """See Backend.upsert."""
+        require_fitting(measurements, series=self._has_series)
 
-        def write(connection: sqlite3.Connection) -> None:
-            _write(connection, UPSERT, [_row(measurement) for measurement in winners(measurements)])
+        def write(connection: sqlite3.Connection) -> int:
+            winners, superseded = contest(measurements)
+            rows = [self._row(winner) for winner in winners]
+            with _transaction(connection):
+                inserted = connection.executemany(self._statements.insert, rows).rowcount
+                if inserted == len(rows):
+                    return superseded
+                table = [*self._others(connection, rows)]
+                connection.executemany(self._statements.upsert, rows)
+            return contest(measurements, table)[1]
 
-        await self._writes.run(write)
+        return await self._writes.run(write)
 
     async def delete(self, measurements: Sequence[Measurement]) -> None:
         """See Backend.delete."""
-        rows = [(timestamp_text(row.timestamp_utc), str(row.raw_id)) for row in measurements]
-        await self._writes.run(lambda connection: _write(connection, DELETE, rows))
+        require_fitting(measurements, series=self._has_series)
+        rows = [self._row(measurement) for measurement in measurements]
 
-    async def get(self, timestamp_utc: datetime) -> Measurement:
+        def write(connection: sqlite3.Connection) -> None:
+            with _transaction(connection):
+                connection.executemany(self._statements.delete, rows)
+
+        await self._writes.run(write)
+
+    async def get(self, timestamp_utc: datetime, series: str = "") -> Measurement:
         """See Backend.get."""
-        rows = await self._rows(GET, timestamp_text(timestamp_utc))
-        if not rows:
-            raise MeasurementNotFound(f"no measurement at {timestamp_text(timestamp_utc)}")
+        timestamp = timestamp_text(timestamp_utc)
+        if self._has_series:
+            require_storable([series])
+        place = (timestamp, series) if self._has_series else (timestamp,)
+        rows = await self._rows(self._statements.get, *place)
+        if not rows or rows[0].series != series:
+            of = f" of {series}" if series else ""
+            raise MeasurementNotFound(f"no measurement{of} at {timestamp}")
         return rows[0]
 
     async def find(
         self,
         *,
+        series: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: datetime | None = None,
+        after_series: str | None = None,
         limit: int = 100,
         descending: bool = False,
     ) -> list[Measurement]:
         """See Backend.find."""
-        bounds = window(since, until, after, limit, descending=descending)
-        texts = [None if bound is None else timestamp_text(bound) for bound in bounds]
-        return await self._rows(FIND_DESCENDING if descending else FIND_ASCENDING, *texts, limit)
+        bounds, names = page_texts(
+            since,
+            until,
+            after,
+            limit,
+            descending=descending,
+            after_series=after_series,
+            series=series,
+            has_series=self._has_series,
+        )
+        if series and not self._has_series:
+            return []
+        sql = (FIND_ONE, FIND_OF_SERIES, FIND_OF_ALL)[len(names)]
+        return await self._rows(descending_of(sql) if descending else sql, *bounds, limit, *names)
 
-    async def count(self) -> int:
+    async def count(self, *, series: str | None = None) -> int:
         """See Backend.count."""
-        return await self._sums.run(lambda connection: int(connection.execute(COUNT).fetchone()[0]))
+        if series and not self._has_series:
+            return 0
+        if series is None or not self._has_series:
+            return await self._sums.run(lambda connection: _number(connection, COUNT))
+        require_storable([series])
+        return await self._sums.run(lambda connection: _number(connection, COUNT_OF_SERIES, series))
 
     async def summarize(
-        self, *, since: datetime | None = None, until: datetime | None = None, buckets: int = 100
+        self,
+        *,
+        series: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        buckets: int = 100,
     ) -> list[Bucket]:
         """See Backend.summarize."""
+        of_series = [series] if self._has_series and series is not None else []
         spans = [
-            (timestamp_text(a), timestamp_text(b) if b else "~")
-            for a, b in await edges(self, since, until, buckets)
+            (timestamp_text(a), timestamp_text(b) if b else "~", *of_series)
+            for a, b in await edges(self, since, until, buckets, series)
         ]
+        summarize = SUMMARIZE_SERIES if of_series else SUMMARIZE
 
         def sums(connection: sqlite3.Connection) -> list[Bucket]:
-            rows = (connection.execute(SUMMARIZE, span).fetchone() for span in spans)
+            rows = (connection.execute(summarize, span).fetchone() for span in spans)
             return [self._bucket(*row) for row in rows if row[0]]
 
         return await self._sums.run(sums)
+
+    async def series(self, *, after: str | None = None, limit: int = 100) -> list[Series]:
+        """See Backend.series."""
+        if not self._has_series:
+            last = await self.find(limit=min(limit, 1), descending=True)
+            return [Series("", row.timestamp_utc) for row in last if after is None]
+        if limit < 0:
+            raise ValueError(f"limit is {limit}: give 0 or more")
+        first = "" if after is None else following(after)
+        require_storable([first])
+
+        def read(connection: sqlite3.Connection) -> list[Series]:
+            found = connection.execute(SERIES, (first, limit)).fetchall()
+            return [Series(name, self._time(last)) for name, last in found]
+
+        return await self._sums.run(read)
 
     async def back_up(self, file: Path) -> int:
         """Copy all rows, as they are at one moment, to a new file; return how many there are.
@@ -309,13 +375,31 @@ class SqliteBackend:
 
         return await self._reads.run(read)
 
+    def _others(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[Measurement]:
+        """Yield the rows of the table in the places of these, where they are not the same."""
+        for row in rows:
+            timestamp, _, _, _, *series = row
+            standing = connection.execute(self._statements.get, (timestamp, *series)).fetchone()
+            if standing not in (None, row):
+                with suppress(BackendError):  # whatever another program wrote there
+                    yield self._measurement(standing)
+
     def _measurement(self, row: Row) -> Measurement:
-        timestamp, mean, std_dev, raw_id = row
+        timestamp, mean, std_dev, raw_id, *series = row
         try:
-            return Measurement(datetime.fromisoformat(timestamp), mean, std_dev, UUID(raw_id))
+            time = datetime.fromisoformat(timestamp)
+            return Measurement(time, mean, std_dev, UUID(raw_id), *series)
         except (TypeError, ValueError) as error:
             raise BackendError(
                 f"{self._path} has a row {row!r} that is no measurement: delete it ({error})"
+            ) from error
+
+    def _time(self, text: str) -> datetime:
+        try:
+            return require_utc(datetime.fromisoformat(text))
+        except (TypeError, ValueError) as error:
+            raise BackendError(
+                f"{self._path} has a row at {text!r}, which is no timestamp: delete it ({error})"
             ) from error
 
     def _bucket(self, first: str, last: str, count: int, *values: float | None) -> Bucket:
@@ -331,13 +415,22 @@ class SqliteBackend:
             ) from error
 
 
-def _write(connection: sqlite3.Connection, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     with connection:
         # Asking for the write lock first means waiting for it here, never failing halfway.
         connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(sql, rows)
+        yield
 
 
-def _row(measurement: Measurement) -> Row:
+def _number(connection: sqlite3.Connection, sql: str, *parameters: str) -> int:
+    return int(connection.execute(sql, parameters).fetchone()[0])
+
+
+def _row_of_one(measurement: Measurement) -> Row:
     timestamp = timestamp_text(measurement.timestamp_utc)
     return timestamp, measurement.mean, measurement.std_dev, str(measurement.raw_id)
+
+
+def _row_of_many(measurement: Measurement) -> Row:
+    return *_row_of_one(measurement), measurement.series

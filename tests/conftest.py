@@ -29,10 +29,21 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, (os.cpu_count() or 1) + 1)
 
 
+# Another PostgreSQL than the one that the tests start, such as a Citus: the table `measurements` of
+# this database is dropped.
+GIVEN_URL = os.environ.get("DROPZONE_TEST_DATABASE_URL")
+EMPTY_GIVEN_DATABASE = "DROP TABLE IF EXISTS measurements"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only Linux has, elsewhere; pytest says how many tests that is."""
-    if sys.platform != "linux":
-        left_out = [item for item in items if item.get_closest_marker("linux")]
+    """Leave out what cannot be had: what only Linux has, elsewhere; rights on a server of others.
+
+    pytest says how many tests that is.
+    """
+    unavailable = {"linux"} if sys.platform != "linux" else set[str]()
+    unavailable |= {"own_server"} if GIVEN_URL else set()
+    if unavailable:
+        left_out = [item for item in items if unavailable & {m.name for m in item.iter_markers()}]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
@@ -54,13 +65,16 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-async def postgres_url(postgres_server: PostgresServer) -> str:
+async def postgres_url(request: pytest.FixtureRequest) -> str:
     """The address, password included, of a database that is empty for this test."""
-    url = postgres_server.url()
+    if GIVEN_URL:
+        url, empty = GIVEN_URL, EMPTY_GIVEN_DATABASE
+    else:
+        url, empty = request.getfixturevalue("postgres_server").url(), EMPTY_DATABASE
     writable = {"default_transaction_read_only": "off"}
     connection = await asyncpg.connect(url, server_settings=writable)
     try:
-        await connection.execute(EMPTY_DATABASE)
+        await connection.execute(empty)
     finally:
         await connection.close()
     return url

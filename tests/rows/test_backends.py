@@ -64,45 +64,11 @@ property_of_a_backend = settings(
 
 
 def row(
-    at: datetime | int = 0, raw_id: int = 1, mean: float = 0.5, std: float = 0.25
+    at: datetime | int = 0, raw_id: int = 1, mean: float = 0.5, std: float = 0.25, series: str = ""
 ) -> Measurement:
     """Make a measurement; a number is the seconds after NOON."""
     timestamp = at if isinstance(at, datetime) else NOON + at * SECOND
-    return Measurement(timestamp, mean, std, UUID(int=raw_id))
-
-
-@pytest.fixture(params=["memory", "sqlite", "postgres"])
-def maker(request: pytest.FixtureRequest, tmp_path: Path) -> Connect:
-    """Make a backend, each time on the same rows; the tests close it by way of `connect`."""
-    if request.param == "postgres":
-        url = request.getfixturevalue("postgres_url")
-        return lambda: PostgresBackend(url)
-    if request.param == "sqlite":
-        return lambda: SqliteBackend(tmp_path / "folder" / "rows.sqlite")
-    memory = MemoryBackend()
-    return lambda: memory
-
-
-@pytest.fixture
-async def connect(maker: Connect) -> AsyncIterator[Connect]:
-    """Make further backends on the same rows, closed at the end."""
-    made: list[Backend] = []
-
-    def make() -> Backend:
-        made.append(maker())
-        return made[-1]
-
-    yield make
-    for backend in made:
-        await backend.close()
-
-
-@pytest.fixture
-async def backend(connect: Connect) -> Backend:
-    """The backend under test, open and empty."""
-    backend = connect()
-    await backend.open()
-    return backend
+    return Measurement(timestamp, mean, std, UUID(int=raw_id), series)
 
 
 async def everything(backend: Backend) -> list[Measurement]:
@@ -1031,6 +997,7 @@ CALLS: list[Callable[[Backend], Awaitable[object]]] = [
 ]
 
 
+@pytest.mark.own_server
 async def test_postgres_away_and_back(
     postgres: PostgresBackend, postgres_server: PostgresServer
 ) -> None:
@@ -1047,6 +1014,7 @@ async def test_postgres_away_and_back(
         await call(postgres)
 
 
+@pytest.mark.own_server
 async def test_postgres_restarted_between_two_calls(
     postgres: PostgresBackend, postgres_server: PostgresServer
 ) -> None:
@@ -1085,6 +1053,7 @@ async def host_that_reboots(port: int) -> AsyncIterator[tuple[int, Callable[[], 
         yield host.sockets[0].getsockname()[1], lambda: boots.append(boots.pop() + 1)
 
 
+@pytest.mark.own_server
 async def test_postgres_host_rebooted(postgres_url: str, postgres_server: PostgresServer) -> None:
     """Of many connections that all died unnoticed, none fails a call: they are replaced at once."""
     async with host_that_reboots(postgres_server.port) as (port, reboot):
@@ -1096,6 +1065,7 @@ async def test_postgres_host_rebooted(postgres_url: str, postgres_server: Postgr
             assert await backend.count() == 1
 
 
+@pytest.mark.own_server
 async def test_postgres_down_at_the_start(
     postgres_url: str, postgres_server: PostgresServer
 ) -> None:
@@ -1110,6 +1080,7 @@ async def test_postgres_down_at_the_start(
         await backend.upsert([row()])
 
 
+@pytest.mark.own_server
 async def test_postgres_connections_cut(postgres: PostgresBackend, postgres_url: str) -> None:
     """Connections that an administrator ends are replaced without an error."""
     await asyncio.gather(*(postgres.ping() for _ in range(10)))
@@ -1129,6 +1100,7 @@ async def test_postgres_on_a_host_that_never_answers() -> None:
                 await backend.open()
 
 
+@pytest.mark.own_server
 @pytest.mark.parametrize("called", [True, False])
 async def test_postgres_falls_silent(
     postgres: PostgresBackend, postgres_url: str, called: bool
@@ -1174,6 +1146,7 @@ async def test_postgres_pool_exhausted(postgres_url: str) -> None:
         assert await waiting == 0
 
 
+@pytest.mark.own_server
 async def test_postgres_serialization_failure(postgres: PostgresBackend, postgres_url: str) -> None:
     """A transaction that another one overtook is unavailable: trying again helps."""
     database = postgres_url.rpartition("/")[2]
@@ -1276,6 +1249,7 @@ async def test_postgres_with_columns_of_ones_own(postgres_url: str) -> None:
         assert await everything(backend) == [row()]
 
 
+@pytest.mark.own_server
 async def test_postgres_without_the_right_to_create(postgres_url: str) -> None:
     """A user who may only use a table that exists can; without it, the message has its SQL."""
     async with (
@@ -1294,6 +1268,7 @@ async def test_postgres_without_the_right_to_create(postgres_url: str) -> None:
         await backend.close()
 
 
+@pytest.mark.own_server
 async def test_postgres_with_too_many_connections(postgres_url: str) -> None:
     """A server that has no connection left is unavailable."""
     async with (
@@ -1304,6 +1279,7 @@ async def test_postgres_with_too_many_connections(postgres_url: str) -> None:
             await backend.open()
 
 
+@pytest.mark.own_server
 async def test_postgres_on_a_standby(postgres: PostgresBackend, postgres_url: str) -> None:
     """A server that takes no writes is unavailable, and so are the upserts: nothing is refused."""
     database = postgres_url.rpartition("/")[2]
@@ -1351,6 +1327,7 @@ async def test_postgres_close_ends_its_connections(postgres_url: str) -> None:
 PASSWORD = "hunter2secret"
 
 
+@pytest.mark.own_server
 @pytest.mark.parametrize(
     "url",
     [
@@ -1385,6 +1362,7 @@ async def test_postgres_never_shows_the_password(url: str, postgres_server: Post
     assert PASSWORD not in shown
 
 
+@pytest.mark.own_server
 @pytest.mark.parametrize(
     "url", ["postgresql://dropzone:{}@127.0.0.1:{port}/nowhere", "postgresql://x:{}@127.0.0.1:1/a"]
 )

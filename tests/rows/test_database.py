@@ -21,6 +21,8 @@ from backends import NO_PAYLOAD, BackendError, BackendUnavailable, MeasurementNo
 from backends.postgres import TAKE_OVER, PostgresBackend
 from backends.sqlite import SqliteBackend
 
+pytestmark = pytest.mark.own_server
+
 Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 USER_OF_POOLER = 65534  # nobody: PgBouncer does not run as root
 

@@ -676,7 +676,7 @@ def test_process_prints_the_counts(program: Program):
     assert (done.returncode, done.stderr) == (OK, "")
     counts = json.loads(done.stdout)
     [rejection] = counts.pop("rejected")
-    assert counts == {"processed": 1, "failed": 1, "checked": 2, "remaining": 0}
+    assert counts == {"processed": 1, "failed": 1, "checked": 2, "remaining": 0, "superseded": 0}
     assert (rejection["raw_id"], rejection["code"]) == (str(bad), "time_stamp_missing")
     assert not program.payloads()
     assert program.payloads("rejected") == {bad: b'{"data": 1}'}

@@ -109,7 +109,7 @@ async def test_request_for_what_is_not_rejected(service: Service):
 async def test_request_by_series(service: Service, rejections: list[dict[str, Any]]):
     """To choose by series is refused while there is one alone, and nothing is done."""
     answer = await service("POST", "/rejected/discard?series=a")
-    check_problem(answer, 400, "query_invalid")
+    check_problem(answer, 400, "series_unset")
     assert "[transform] series" in answer.json["detail"]
     assert (await service("GET", "/rejected")).json["total"] == len(rejections)
 
@@ -240,6 +240,32 @@ async def test_by_code_and_time(program: Program, folder: Folder):
     assert asked(program, "discard", "--all") == {"discarded": 1}
     done = program.run("discard", "--series", "a")
     assert (done.returncode, "[transform] series" in done.stderr) == (CONFIGURATION, True)
+
+
+def of(device: str, second: int, value: object) -> bytes:
+    return body(second, value)[:-1] + f', "device": "{device}"}}'.encode()
+
+
+async def test_many_series(program: Program, folder: Folder):
+    """The row of a payload's own series goes, and the arrival before it comes back there."""
+    many = {"DROPZONE_TRANSFORM_SERIES": "device"}
+    for number, (device, value) in enumerate([("a", 1), ("b", 2), ("a", 3), ("b", 4)]):
+        folder.put(arrival(number), of(device, 0, value))
+    for number, device in enumerate("aab"):
+        folder.put(arrival(4 + number), of(device, 0, "bad"))
+    program.run("process", **many)
+    backend = SqliteBackend(program.home / "data" / "dropzone.sqlite", series=True)
+    done = program.run("discard", arrival(2), **many)
+    assert json.loads(done.stdout) == {"discarded": 1}
+    rows = [(row.series, row.mean) for row in await backend.find()]
+    await backend.close()
+    assert rows == [("a", 1.0), ("b", 4.0)]
+    done = program.run("discard", "--series", "a", **many)
+    assert json.loads(done.stdout) == {"discarded": 2}
+    assert folder.names("rejected") == [arrival(6)]
+    for command in ("verify", "rebuild"):
+        done = program.run(command, **many)
+        assert done.stdout.splitlines()[-1] == "all rows are right"
 
 
 @pytest.mark.parametrize("arguments", [(), (SOME_ID, "--all"), (SOME_ID, "--code", "x")])

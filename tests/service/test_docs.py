@@ -18,12 +18,13 @@ from test_workers import GUNICORN
 
 import dropzone
 from backends import timestamp_text
-from backends.postgres import CREATE_TABLE, TAKE_OVER
+from backends.postgres_statements import CHANGE_TO_MANY, CREATE_ONE, TAKE_OVER
 
 REPO = Path(__file__).parents[2]
 README = REPO / "README.md"
 API = REPO / "docs" / "api.md"
 BACKENDS = REPO / "docs" / "backends.md"
+SERIES = REPO / "docs" / "series.md"
 OPERATING = REPO / "docs" / "operating.md"
 PAGES = [README, REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 RAW_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
@@ -75,7 +76,7 @@ def test_links(page: Path):
 def test_settings_exist(page: Path):
     """Every variable that a page names is a setting."""
     named = set(re.findall(r"\bDROPZONE_[A-Z][A-Z_]*[A-Z]\b", page.read_text()))
-    assert named <= dropzone.VARIABLES.keys() | {"DROPZONE_CONFIG"}
+    assert named <= dropzone.VARIABLES.keys() | {"DROPZONE_CONFIG", "DROPZONE_TEST_DATABASE_URL"}
     keys = re.findall(r"`\[([\w.]+)\] (\w+)", page.read_text())
     assert {(*path.split("."), key) for path, key in keys} <= set(dropzone.VARIABLES.values())
 
@@ -244,7 +245,23 @@ def test_embedding(program: Program):
 def test_table():
     """The page on backends shows the statements that make the table and take over an older one."""
     shown = [block.strip() for block in blocks(section(BACKENDS, "PostgreSQL"), "sql")]
-    assert shown == [CREATE_TABLE.strip(), TAKE_OVER]
+    assert shown == [CREATE_ONE.strip(), TAKE_OVER]
+
+
+def test_series_statements():
+    """The page on series shows the statements that let a table of PostgreSQL have many."""
+    [shown] = blocks(section(SERIES, "On a table that has rows"), "sql")
+    assert shown == CHANGE_TO_MANY.format(key="measurements_pkey").lstrip()
+
+
+def test_series_examples():
+    """The page on series says rightly what names a series."""
+    table = section(SERIES, "What names a series")
+    rows = re.findall(r"^\| `(.*)` \| `(.*)` \| `(.*)` \|$", table, re.MULTILINE)
+    assert len(rows) == 5
+    for at, payload, series in rows:
+        body = payload.replace(", …", "").encode()
+        assert dropzone.series_in(body, dropzone.SeriesAt(at)) == series
 
 
 def test_backend_of_ones_own(program: Program):

@@ -88,6 +88,7 @@ async def test_example(program: Program, database: dict[str, str], option: str):
         "failed": 0,
         "checked": 1,
         "remaining": 0,
+        "superseded": 0,
         "rejected": [],
     }
     [row] = server.json("GET", "/measurements")["measurements"]

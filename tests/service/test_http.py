@@ -338,18 +338,17 @@ async def test_example(service: Service) -> None:
 async def test_process_counts(serve: Serve) -> None:
     """`/process` counts what it did, says what it rejected and why, and what is left."""
     service = await serve(batch=2)
-    assert await service.process() == dict.fromkeys(["processed", "failed", "checked"], 0) | {
-        "remaining": 0,
-        "rejected": [],
-    }
+    counts = ["processed", "failed", "checked", "remaining", "superseded"]
+    assert await service.process() == dict.fromkeys(counts, 0) | {"rejected": []}
     for day in range(1, 4):
         await service.land(reading(f"2019-05-0{day}T10:00:00Z"))
     bad = await service.land(reading(data=[1, "x"]))
     first = await service("POST", "/process?limit=2")
-    assert first.json == {"processed": 2, "failed": 0, "checked": 2, "remaining": 2, "rejected": []}
+    nothing = {"superseded": 0, "rejected": []}
+    assert first.json == {"processed": 2, "failed": 0, "checked": 2, "remaining": 2, **nothing}
     rest = await service.process()
     [why] = rest.pop("rejected")
-    assert rest == {"processed": 1, "failed": 1, "checked": 2, "remaining": 0}
+    assert rest == {"processed": 1, "failed": 1, "checked": 2, "remaining": 0, "superseded": 0}
     assert (why["raw_id"], why["code"]) == (bad, "value_not_numeric")
     assert 'data[1] is "x"' in why["detail"]
     assert datetime.fromisoformat(why["rejected_at"]).utcoffset() == timedelta(0)

@@ -40,7 +40,7 @@ from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
 from backends.raw import Form, Rejection, place_of
 from backends.sqlite import SqliteBackend
-from dropzone import Processor, Proof
+from dropzone import RULES, Processor, Proof, SeriesAt, TransformConfig
 
 T = TypeVar("T")
 DAY = 86_400_000  # milliseconds
@@ -50,7 +50,14 @@ RUN_SECONDS = 7.0
 
 def payload(second: int, value: int | None) -> bytes:
     """Return a payload; with None, one that is rejected."""
-    return b"bad" if value is None else body(second, value - 1, value + 1)
+    if value is None:
+        return b"bad"
+    return body(second, value - 1, value + 1)[:-1] + b', "device": "%s"}' % device(value).encode()
+
+
+def device(value: int) -> str:
+    """Return which of two devices sends a value."""
+    return "odd" if value % 2 else "even"
 
 
 FORMS: tuple[Form, ...] = ("ndjson", "json")
@@ -67,13 +74,13 @@ Content = tuple[int, int | None]  # second and value
 Payloads = dict[UUID, Content]
 
 
-def computed(payloads: Payloads) -> list[Measurement]:
+def computed(payloads: Payloads, rules: TransformConfig = RULES) -> list[Measurement]:
     """Return the table that the payloads make one after another, in order of arrival."""
     table = {}
     for raw_id, (second, value) in sorted(payloads.items()):
         if value is not None:
-            at = NOON + timedelta(seconds=second)
-            table[at] = Measurement(at, float(value), 1.0, raw_id)
+            at, series = NOON + timedelta(seconds=second), device(value) if rules.series else ""
+            table[at, series] = Measurement(at, float(value), 1.0, raw_id, series)
     return [row for _, row in sorted(table.items())]
 
 
@@ -127,15 +134,15 @@ class Fragile:
 class InMemory(Fragile, MemoryBackend):
     """Takes the folder that it has no need of."""
 
-    def __init__(self, _: Path) -> None:
-        super().__init__()
+    def __init__(self, _: Path, *, series: bool) -> None:
+        super().__init__(series=series)
 
 
 class InSqlite(Fragile, SqliteBackend):
     """Keeps its file in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "rows.sqlite")
+    def __init__(self, folder: Path, *, series: bool) -> None:
+        super().__init__(folder / "rows.sqlite", series=series)
 
 
 contents = st.tuples(st.integers(0, SECONDS - 1), st.sampled_from([1, 2, 3, -1, None]))
@@ -152,6 +159,7 @@ class Interleavings(RuleBasedStateMachine):
 
     kind: type[InMemory | InSqlite] = InMemory
     rebuilds = 0  # that an example may do: each starts processes
+    going_by = RULES
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +167,7 @@ class Interleavings(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp())
         self.folder = self.run(Folder(self.home / "data").opened())
         self.other = self.run(Folder(self.home / "other", node=7).opened())
-        self.backend = self.kind(self.home)
+        self.backend = self.kind(self.home, series=bool(self.going_by.series))
         self.payloads: Payloads = {}
         self.theirs: Payloads = {}
         self.discarded = set[UUID]()
@@ -169,6 +177,9 @@ class Interleavings(RuleBasedStateMachine):
 
     def run(self, work: Coroutine[None, None, T]) -> T:
         return self.runner.run(work)
+
+    def processor(self, batch: int = 4) -> Processor:
+        return processor_of(self.folder.store, self.backend, batch, self.going_by)
 
     def arrive(self, arrivals: list[tuple[int, int, Content]]) -> None:
         """Make payloads of some days in the past, in any order of arrival, pending."""
@@ -201,7 +212,7 @@ class Interleavings(RuleBasedStateMachine):
             if bodies[1:]:
                 raw_ids += await self.other.store.land(**lines(*bodies[1:]))
             self.theirs |= dict(zip(raw_ids, arrivals, strict=True))
-            await processor_of(self.other.store, self.backend, 3).process(limit)
+            await processor_of(self.other.store, self.backend, 3, self.going_by).process(limit)
 
         self.run(work())
 
@@ -229,7 +240,7 @@ class Interleavings(RuleBasedStateMachine):
         self.tampered |= self.backend.picky and self.unfinished
 
         async def work() -> None:
-            processors = [processor_of(self.folder.store, self.backend, batch) for _ in limits]
+            processors = [self.processor(batch) for _ in limits]
             await asyncio.gather(
                 *(one.process(limit) for one, limit in zip(processors, limits, strict=True))
             )
@@ -247,7 +258,7 @@ class Interleavings(RuleBasedStateMachine):
         self.arrive(arrivals)
         self.backend.dies, self.backend.stored = when, ()
         with suppress(BackendUnavailable):
-            self.run(processor_of(self.folder.store, self.backend, 4).process())
+            self.run(self.processor(4).process())
         self.folder.store.settle(self.wholly_stored()[:moved], [])
         self.backend.dies = ""
 
@@ -333,9 +344,6 @@ class Interleavings(RuleBasedStateMachine):
     def unfinished(self) -> bool:
         return self.note.exists()
 
-    def processor(self) -> Processor:
-        return processor_of(self.folder.store, self.backend, 4)
-
     @precondition(lambda self: self.folder.store.finished_days())
     @rule()
     def compact(self) -> None:
@@ -390,7 +398,7 @@ class Interleavings(RuleBasedStateMachine):
             found = 0
             if not by_other:
                 await self.processor().discards.finish()  # as the command does
-            proof = Proof(folder.store.portable(), self.backend)
+            proof = Proof(folder.store.portable(), self.backend, self.going_by)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
@@ -423,12 +431,14 @@ class Interleavings(RuleBasedStateMachine):
                 self.other.store.retry(rejection.raw_id)
             self.other_node([], None)
             left = {one: self.payloads[one] for one in self.payloads.keys() - self.discarded}
-            proving = [bool(at) for at, of in enumerate((left, self.theirs)) if computed(of)]
+            proving = [
+                bool(at) for at, of in enumerate((left, self.theirs)) if computed(of, self.going_by)
+            ]
             if self.tampered or self.discarded:  # where another node's row has to come back
                 for by_other in proving:
                     self.rebuild(None, delete_orphans=True, by_other=by_other)
             if proving or not self.tampered:
-                assert self.run(self.backend.find()) == computed(left | self.theirs)
+                assert self.run(self.backend.find()) == computed(left | self.theirs, self.going_by)
             bad = {raw_id for raw_id, (_, value) in left.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
@@ -464,17 +474,37 @@ class WithRebuildsInSqlite(WithRebuilds):
     kind = InSqlite
 
 
+class OfTwoDevices(Interleavings):
+    """The same, where each device has its series."""
+
+    going_by = TransformConfig(series=SeriesAt("device"))
+
+
+class OfTwoDevicesInSqlite(OfTwoDevices):
+    """The same, on a database that is a file."""
+
+    kind = InSqlite
+
+
+class OfTwoDevicesWithRebuilds(WithRebuildsInSqlite):
+    """The same, with rebuilds."""
+
+    going_by = OfTwoDevices.going_by
+
+
 MANY = settings(max_examples=20, stateful_step_count=20, deadline=None)
 FEW = settings(max_examples=8, stateful_step_count=25, deadline=None)
 
 
-@pytest.mark.parametrize("machine", [Interleavings, InterleavingsInSqlite])
+@pytest.mark.parametrize(
+    "machine", [Interleavings, InterleavingsInSqlite, OfTwoDevices, OfTwoDevicesInSqlite]
+)
 def test_any_interleaving(machine: type[Interleavings]):
     """Landing, processing, kills, retries, packing, discarding: all end in the computed table."""
     run_state_machine_as_test(machine, settings=MANY)
 
 
-@pytest.mark.parametrize("machine", [WithRebuilds, WithRebuildsInSqlite])
+@pytest.mark.parametrize("machine", [WithRebuilds, WithRebuildsInSqlite, OfTwoDevicesWithRebuilds])
 def test_any_interleaving_with_rebuilds(machine: type[Interleavings]):
     """So they do with rows that were tampered with, and rebuilds that may be killed halfway."""
     run_state_machine_as_test(machine, settings=FEW)

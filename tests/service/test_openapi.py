@@ -21,6 +21,7 @@ from backends import BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from dropzone import (
     ROUTES,
+    SERIES_PARAMETERS,
     AuthConfig,
     Config,
     JwtConfig,
@@ -31,11 +32,14 @@ from dropzone import (
     Rate,
     RawConfig,
     Secret,
+    SeriesAt,
     ServerConfig,
+    TransformConfig,
     create_app,
 )
 
 READING = {"time_stamp": "2019-05-01T10:00:00Z", "data": [0, 2]}
+LATER = READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}
 KEY = {"x-api-key": "sesam"}
 TOKEN = {"Authorization": "Bearer eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.e30.eA"}  # with a kid
 NOT_DESCRIBED = {("GET", "/docs/{asset}")}  # the files of the page
@@ -120,6 +124,18 @@ async def client(aiohttp_client: Any, tmp_path: Path, backend: Outage) -> Client
 
 
 @pytest.fixture
+async def many(aiohttp_client: Any, tmp_path: Path) -> Client:
+    """Serve three series with a row each, two of them at one moment."""
+    rules = TransformConfig(series=SeriesAt("device"))
+    config = msgspec.structs.replace(config_in(tmp_path / "many", "sesam"), transform=rules)
+    found = await aiohttp_client(create_app(config, backend=MemoryBackend(series=True)))
+    for device, reading in (("a", READING), ("b", READING), ("c", LATER)):
+        await found.post("/ingest", json=reading | {"device": device}, headers=KEY)
+    await found.post("/process", headers=KEY)
+    return found
+
+
+@pytest.fixture
 async def document(client: Client) -> dict[str, Any]:
     """Return the description as the service gives it."""
     answer = await client.get("/openapi.json")
@@ -170,30 +186,40 @@ async def test_operations(document: dict[str, Any]) -> None:
         assert named == re.findall(r"{(\w+)}", path)
 
 
-async def test_query_parameters(document: dict[str, Any]) -> None:
-    """The query parameters are the fields of the query types, each with its description."""
-    found = operations(document)
-    for route in ROUTES:
-        if (route.method, route.path) in found:
-            parameters = found[route.method, route.path]["parameters"]
-            described = [p for p in parameters if p["in"] == "query"]
-            fields = msgspec.structs.fields(route.query) if route.query else ()
-            assert [p["name"] for p in described] == [field.encode_name for field in fields]
-            assert not any(p.get("required") for p in described)
+async def test_query_parameters(document: dict[str, Any], many: Client) -> None:
+    """The query parameters are the fields of the query types, each with its description.
+
+    Those that name a series are described where there are series, and refused elsewhere.
+    """
+    of_many = await (await many.get("/openapi.json")).json()
+    for shown, left_out in ((document, SERIES_PARAMETERS), (of_many, set[str]())):
+        found = operations(shown)
+        for route in ROUTES:
+            if (route.method, route.path) in found:
+                parameters = found[route.method, route.path]["parameters"]
+                described = [p for p in parameters if p["in"] == "query"]
+                fields = msgspec.structs.fields(route.query) if route.query else ()
+                names = [f.encode_name for f in fields if f.encode_name not in left_out]
+                assert [p["name"] for p in described] == names
+                assert not any(p.get("required") for p in described)
     assert any(route.query for route in ROUTES)
 
 
-async def test_defaults_are_what_happens(client: Client, document: dict[str, Any]) -> None:
+async def test_of_many_series(many: Client) -> None:
+    """The description where there are series is valid, too."""
+    of_many = await (await many.get("/openapi.json")).json()
+    assert [str(error) for error in OpenAPIV31SpecValidator(of_many).iter_errors()] == []
+
+
+async def test_defaults_are_what_happens(many: Client, document: dict[str, Any]) -> None:
     """A request with every documented default written out gets what one without them gets."""
-    await client.post("/ingest", json=READING, headers=KEY)
-    await client.post("/process", headers=KEY)
     for (method, path), operation in operations(document).items():
         if method == "GET" and "{" not in path:
             schemas = {p["name"]: p["schema"] for p in operation["parameters"]}
             defaults = {name: s["default"] for name, s in schemas.items() if s.get("default")}
             if defaults:
-                plain = await client.get(path, headers=KEY)
-                spelled = await client.get(path, headers=KEY, params=defaults)
+                plain = await many.get(path, headers=KEY)
+                spelled = await many.get(path, headers=KEY, params=defaults)
                 assert await plain.read() == await spelled.read()
 
 
@@ -289,15 +315,14 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
             await ask("GET", "/raw/{raw_id}/payload", raw_id=raw_id)
         for moment in ("2019-05-01T10:00:00Z", "2019-05-01T10:00:01Z", "noon"):
             await ask("GET", "/measurements/{timestamp}", timestamp=moment)
-        for path in ("/measurements", "/measurements/summary", "/rejected"):
+        for path in ("/measurements", "/measurements/summary", "/rejected", "/series"):
             for tail in ("", "?limit=1", "?limit=0", "?after=x", "?unknown=1"):
                 await ask("GET", path, tail)
         await ask("GET", "/measurements", "?format=csv&order=desc")
         for path in ("/", "/health", "/ready", "/status", "/metrics", "/openapi.json", "/docs"):
             await ask("GET", path)
 
-    later = READING | {"time_stamp": "2019-05-02T10:00:00.5Z"}
-    bodies = [READING, READING, later, [], {"a": 1}, READING | {"data": []}]
+    bodies = [READING, READING, LATER, [], {"a": 1}, READING | {"data": []}]
     ids = [(await ask("POST", "/ingest", json=body))["raw_id"] for body in bodies]
     await ask("POST", "/ingest", data=b"{")
     await ask("POST", "/ingest", data=b"1" * 20_001)
@@ -335,11 +360,36 @@ async def all_answers(client: Client, backend: Outage, folder: Path) -> Answers:
     return found
 
 
+READS_OF_MANY = (  # a path of the description, and what is asked
+    ("/series", "/series"),
+    ("/series", "/series?limit=1"),
+    ("/series", "/series?after=%00"),
+    ("/measurements", "/measurements?limit=1"),
+    ("/measurements", "/measurements?series=b&format=csv"),
+    ("/measurements", "/measurements?after_series=b"),
+    ("/measurements/summary", "/measurements/summary?series=b"),
+    ("/measurements/{timestamp}", "/measurements/2019-05-01T10:00:00Z"),
+    ("/measurements/{timestamp}", "/measurements/2019-05-01T10:00:00Z?series=b"),
+    ("/measurements/{timestamp}", "/measurements/2019-05-01T10:00:00Z?series=d"),
+    ("/status", "/status"),
+)
+
+
+async def answers_of_many(many: Client) -> Answers:
+    """Ask where there are series."""
+    found: Answers = []
+    for template, path in READS_OF_MANY:
+        answer = await many.get(path, headers=KEY)
+        body = await answer.read()
+        found.append(("GET", template, answer.status, answer.content_type, body))
+    return found
+
+
 async def test_every_answer(
-    client: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
+    client: Client, many: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
 ) -> None:
     """Every answer that the service gives has a documented status, media type and shape."""
-    found = await all_answers(client, backend, tmp_path)
+    found = await answers_of_many(many) + await all_answers(client, backend, tmp_path)
     for method, path, status, media, body in found:
         responses = operations(document)[method, path]["responses"]
         assert str(status) in responses, (method, path, status, body)
@@ -358,14 +408,15 @@ async def test_every_answer(
 
 
 async def test_answers_have_no_other_members(
-    client: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
+    client: Client, many: Client, document: dict[str, Any], backend: Outage, tmp_path: Path
 ) -> None:
     """What answers hold is described: no member of theirs is missing from the schemas."""
     closed = json.loads(json.dumps(document))
     for name, schema in closed["components"]["schemas"].items():
         if schema.get("type") == "object" and name != Problem.__name__:
             schema.setdefault("additionalProperties", False)
-    for method, path, status, media, body in await all_answers(client, backend, tmp_path):
+    found = await answers_of_many(many) + await all_answers(client, backend, tmp_path)
+    for method, path, status, media, body in found:
         schema = operations(closed)[method, path]["responses"][str(status)]["content"][media]
         if "json" in media:
             errors = checker(closed, schema["schema"]).iter_errors(json.loads(body))
@@ -375,5 +426,5 @@ async def test_answers_have_no_other_members(
 async def test_answers_lack_no_member(document: dict[str, Any]) -> None:
     """What an answer always holds is described as required, so that clients can count on it."""
     for name, schema in document["components"]["schemas"].items():
-        rare = {"not_json"} if name == "AcceptedBatch" else set()
+        rare = {"AcceptedBatch": {"not_json"}, "Measurement": {"series"}}.get(name, set())
         assert set(schema.get("required", ())) == schema["properties"].keys() - rare, name

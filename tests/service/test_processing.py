@@ -34,7 +34,7 @@ from backends.postgres import PostgresBackend
 from backends.raw import COUNT_AT, Form, RawIds, day_of, first_of, form_of, payloads_in_name
 from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
-from dropzone import Processor, ProcessorBusy
+from dropzone import RULES, Processor, ProcessorBusy, TransformConfig
 
 NOON = datetime(2019, 5, 1, 12, tzinfo=UTC)
 FIRST_ARRIVAL = datetime(2024, 2, 29, 23, 59, 59, 998_000, tzinfo=UTC)
@@ -124,8 +124,10 @@ class Folder:
         return +Counter(states)
 
 
-def processor_of(store: RawStore, backend: Backend, batch: int) -> Processor:
-    return Processor(store.portable(), backend, batch=batch)
+def processor_of(
+    store: RawStore, backend: Backend, batch: int, rules: TransformConfig = RULES
+) -> Processor:
+    return Processor(store.portable(), backend, batch=batch, rules=rules)
 
 
 @pytest.fixture

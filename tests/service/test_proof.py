@@ -145,7 +145,7 @@ def in_postgres(folder: Folder, url: str) -> Book:
         other = await asyncpg.connect(url)
         await other.execute(DELETE + "$1", at)
         if row:
-            await other.execute(INSERT + "($1, $2, $3, $4)", *msgspec.structs.astuple(row))
+            await other.execute(INSERT + "($1, $2, $3, $4)", *msgspec.structs.astuple(row)[:4])
         await other.close()
 
     return Book(folder, PostgresBackend(url), overwrite, {"DROPZONE_DATABASE_URL": url})

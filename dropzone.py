@@ -98,6 +98,7 @@ from typing import (
     Self,
     TypeVar,
     cast,
+    get_args,
 )
 from urllib.parse import quote
 from uuid import UUID
@@ -2173,6 +2174,8 @@ class Worker:
 
     def end(self) -> None:
         """Let it end, and wait for that."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._pipe.send(None)  # a copy that was made later keeps this pipe open
         self._pipe.close()
         self._process.join()
 
@@ -2295,9 +2298,8 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of which a copy has the handler of the other
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            call, arguments = pipe.recv()
-            pipe.send(_outcome_of(call, arguments))
+        while asked := pipe.recv():
+            pipe.send(_outcome_of(*asked))
 
 
 def _outcome_of(
@@ -3544,7 +3546,8 @@ class Status(Struct, frozen=True):
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
     or names the file or folder that keeps payloads from being processed. `superseded` counts, since
     this process began, the payloads that met the row of another payload. `series` is null where
-    `[transform] series` is not set, and as long as the backend has not been asked.
+    `[transform] series` is not set, and as long as the backend has not been asked; `series_from` is
+    that setting, null where it is not set. `scopes` are what the key of this request may do.
     """
 
     now: datetime
@@ -3562,6 +3565,8 @@ class Status(Struct, frozen=True):
     processing: str
     superseded: int
     series: SeriesCount | None
+    series_from: str | None
+    scopes: list[Scope]
     node: int | None
     node_trouble: str | None
 
@@ -3592,13 +3597,24 @@ class SeriesPage(Struct, frozen=True):
     next: str | None
 
 
+class RejectedPayload(Rejection, frozen=True):
+    """A payload and why it was rejected; where `described` was asked for, more of its content.
+
+    That is the series that it names, if it names one, and the raw_id of the payload that came later
+    for the same timestamp and became a row, if there is one: it was corrected and sent again.
+    """
+
+    series: str | msgspec.UnsetType | None = msgspec.UNSET
+    superseded_by: UUID | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class RejectionPage(Struct, frozen=True):
     """Rejected payloads in order of arrival; `next` is the `after` of the page behind this one.
 
     `codes` counts all that were rejected in the time asked for, `total` those of the code, too.
     """
 
-    rejected: list[Rejection]
+    rejected: list[RejectedPayload]
     total: int
     codes: dict[str, int]
     next: UUID | None
@@ -3720,6 +3736,9 @@ class DiscardQuery(RetryQuery, frozen=True):
 
 
 class RejectedQuery(RetryQuery, frozen=True):
+    described: Annotated[
+        bool, Meta(description="With the series of each, and the payload that has corrected it.")
+    ] = False
     after: Annotated[UUID, Meta(description="The `next` of a page.")] | None = None
     limit: PageSize = 1000
 
@@ -4046,6 +4065,7 @@ class Notes(Struct):
 
     request_id: str
     caller: str = ""  # `key:gateway-7`; empty where no key is needed
+    scopes: Collection[str] = get_args(Scope)  # of the caller
     landed: Sequence[UUID] = ()
     refusal: str = ""  # the code of the problem document
     rate_headers: dict[str, str] = {}
@@ -4227,6 +4247,8 @@ async def status(request: web.Request) -> web.Response:
             processing=processing or "ok",
             superseded=superseded,
             series=await app[SERIES].look() if app[CONFIG].transform.series else None,
+            series_from=str(app[CONFIG].transform.series) or None,
+            scopes=[scope for scope in get_args(Scope) if scope in request[NOTES].scopes],
             node=app[CONFIG].node.id,
             node_trouble=twin.text() if twin else None,
         )
@@ -4661,7 +4683,25 @@ async def rejected(request: web.Request, query: RejectedQuery) -> web.Response:
     await app[REJECTED].look()  # what others have done in the folder
     async with reads.turn(request):
         found = await reads.run(quarantine, app[RAW], query)
+        if query.described:
+            rows = [await described(app, each) for each in found.rejected]
+            found = msgspec.structs.replace(found, rejected=rows)
         return json_answer(await reads.run(json_of, found))
+
+
+async def described(app: web.Application, rejection: RejectedPayload) -> RejectedPayload:
+    """Return a rejected payload with its series and what has corrected it, as far as is known."""
+    series, corrected_by = None, None
+    at, run = app[CONFIG].transform.series, app[READS].run
+    with contextlib.suppress(PayloadStoreError, OSError, BackendError):
+        _, body = await run(app[RAW].read, rejection.raw_id)
+        if at:
+            with contextlib.suppress(DataQualityError, PayloadNotJson):
+                series = await run(series_in, body, at)
+        row = await row_in_place_of(app, body)
+        if row and row.raw_id > rejection.raw_id:
+            corrected_by = row.raw_id
+    return msgspec.structs.replace(rejection, series=series, superseded_by=corrected_by)
 
 
 def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
@@ -4678,7 +4718,7 @@ def quarantine(payloads: Payloads, query: RejectedQuery) -> RejectionPage:
             limit=query.limit + 1,
         )
     total = codes.total() if query.code is None else codes[query.code]
-    shown = page[: query.limit]
+    shown = [RejectedPayload(**msgspec.structs.asdict(each)) for each in page[: query.limit]]
     return RejectionPage(shown, total, codes, shown[-1].raw_id if len(page) > len(shown) else None)
 
 
@@ -5517,8 +5557,9 @@ async def authenticate(request: web.Request) -> Collection[str]:
     if caller is None:
         wrong = "the API key is wrong" if given else "send an API key in the header x-api-key"
         raise DropzoneError(wrong, "key_refused", 401)
-    request[NOTES].caller, scopes = caller
-    return scopes
+    notes = request[NOTES]
+    notes.caller, notes.scopes = caller
+    return notes.scopes
 
 
 def bearer_in(request: web.Request) -> str:
@@ -5805,7 +5846,19 @@ PATH_SCHEMAS = {
 RARE = {  # members that are sent only if there is something
     (AcceptedBatch.__name__, "not_json"),
     (Measurement.__name__, "series"),
+    (RejectedPayload.__name__, "series"),
+    (RejectedPayload.__name__, "superseded_by"),
 }
+# The groups in which the routes are shown, by the beginning of their paths.
+TAGS = {
+    "/ingest": "Landing",
+    "/process": "Processing",
+    "/measurements": "Measurements",
+    "/series": "Measurements",
+    "/raw": "Payloads",
+    "/rejected": "Quarantine",
+}
+OTHER_TAG = "Service"
 
 
 def openapi_document(prefix: str, *, has_series: bool) -> dict[str, Any]:
@@ -5825,6 +5878,7 @@ def openapi_document(prefix: str, *, has_series: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": OPENAPI_INFO,
         "servers": [{"url": prefix or "/"}],
+        "tags": [{"name": name} for name in dict.fromkeys([*TAGS.values(), OTHER_TAG])],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": SECURITY_SCHEMES},
     }
@@ -5841,6 +5895,7 @@ def _operation(route: Route, *, has_series: bool) -> dict[str, Any]:
     summary, _, more = (inspect.getdoc(route.handler) or "").partition("\n\n")
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__,
+        "tags": [TAGS.get("/" + route.path.split("/")[1], OTHER_TAG)],
         "summary": summary,
         "description": more,
         "parameters": _parameters(route, has_series=has_series),

@@ -2,7 +2,8 @@
 
 Prints, for SQLite and PostgreSQL, the milliseconds from the start of a visit until the chart is
 drawn, and from the end of a drag until the zoomed chart is drawn; then the share of a core that the
-server takes for an open page, with nothing pending and with 100,000 payloads pending.
+server takes for an open page, with nothing pending and with 100,000 payloads pending. Last, with as
+many rows of 10,000 series, the first paint, the filter of their names, and the chart of one.
 
     python tests/benchmarks/page.py [ROWS]
 """
@@ -33,10 +34,11 @@ from postgres_server import PostgresServer  # noqa: E402
 
 from backends import Backend, Measurement  # noqa: E402
 from backends.postgres import PostgresBackend  # noqa: E402
+from backends.raw import next_raw_id, uuid_at  # noqa: E402
 from backends.sqlite import SqliteBackend  # noqa: E402
-from dropzone import next_raw_id, uuid_at  # noqa: E402
 
 PENDING = 100_000
+SERIES = 10_000
 WATCHED = 30.0  # seconds
 PORT = 18_480
 URL = f"http://127.0.0.1:{PORT}/"
@@ -52,6 +54,19 @@ async def fill(backend: Backend, rows: int) -> None:
             mean = math.sin(n / 90_000) + 0.2 * math.sin(n * n)
             at = begin + timedelta(seconds=2 * n)
             batch.append(Measurement(at, mean, 0.3 + 0.2 * math.sin(n / 7000), raw_id))
+        await backend.upsert(batch)
+    await backend.close()
+
+
+async def fill_series(backend: Backend, rows: int) -> None:
+    begin = datetime.now(UTC) - timedelta(seconds=rows // SERIES * 60)
+    raw_id = uuid_at(begin)
+    for minute in range(rows // SERIES):
+        batch = []
+        for n in range(SERIES):
+            raw_id = next_raw_id(raw_id)
+            at, mean = begin + timedelta(seconds=60 * minute), n + math.sin(minute / 9)
+            batch.append(Measurement(at, mean, 0.3, raw_id, f"meter-{n:05}"))
         await backend.upsert(batch)
     await backend.close()
 
@@ -123,6 +138,27 @@ async def measure(name: str, page: Page, pid: int) -> None:
     print(f"{name}: an open page takes {await share(page, pid):.2f} % of a core")
 
 
+async def measure_series(name: str, page: Page) -> None:
+    first = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    paints, charts, filters, choices = [], [], [], []
+    for n in range(5):
+        charts.append(await first_paint(page))
+        paints.append(await page.evaluate(first))
+        last = page.locator("#multiples polyline").nth(11)
+        await last.wait_for(state="attached")
+        field = page.locator("#series")
+        await field.fill(f"r-0{n}12")
+        typed = "document.querySelector('#series').dispatchEvent(new Event('input'))"
+        begun = "const begun = performance.now()"
+        took = f"(() => {{ {begun}; {typed}; return performance.now() - begun; }})()"
+        filters.append(await page.evaluate(took))
+        before = await page.evaluate("performance.now()")
+        await field.press("Enter")
+        choices.append(await drawn(page, before))
+    figures = {"first paint": paints, "chart": charts, "a key": filters, "one series": choices}
+    print(f"{name}:", ", ".join(f"{k} {statistics.median(v):.1f} ms" for k, v in figures.items()))
+
+
 async def go_on_landing(folder: Path, raw_id: UUID) -> None:
     """Put payloads into the folder, as another process would, so that it changes all the time."""
     while True:
@@ -159,6 +195,12 @@ async def main(rows: int) -> None:
                 coming = asyncio.create_task(go_on_landing(folder, raw_id))
                 print(f"and more coming: {await share(page, pid):.2f} % of a core")
                 coming.cancel()
+            shutil.rmtree(folder / "raw")
+            file = folder / "series.sqlite"
+            await fill_series(SqliteBackend(file, series=True), rows)
+            own = {"DROPZONE_STORAGE_SQLITE_PATH": str(file), "DROPZONE_TRANSFORM_SERIES": "device"}
+            with serving(folder, **own):
+                await measure_series(f"sqlite, {rows:,} rows of {SERIES:,} series", page)
             shutil.rmtree(folder / "raw")
             server = PostgresServer()
             try:

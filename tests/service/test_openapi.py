@@ -426,5 +426,24 @@ async def test_answers_have_no_other_members(
 async def test_answers_lack_no_member(document: dict[str, Any]) -> None:
     """What an answer always holds is described as required, so that clients can count on it."""
     for name, schema in document["components"]["schemas"].items():
-        rare = {"AcceptedBatch": {"not_json"}, "Measurement": {"series"}}.get(name, set())
+        rare = {
+            "AcceptedBatch": {"not_json"},
+            "Measurement": {"series"},
+            "RejectedPayload": {"series", "superseded_by"},
+        }.get(name, set())
         assert set(schema.get("required", ())) == schema["properties"].keys() - rare, name
+
+
+async def test_groups(document: dict[str, Any]) -> None:
+    """Every route stands in one group, the way of a payload first, for whoever reads them all."""
+    groups = [tag["name"] for tag in document["tags"]]
+    assert groups[:2] == ["Landing", "Processing"]
+    found = {
+        path: operation["tags"]
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+    }
+    assert found["/ingest"] == ["Landing"]
+    assert found["/rejected/retry"] == ["Quarantine"]
+    assert found["/health"] == ["Service"]
+    assert {name for [name] in found.values()} == {*groups}

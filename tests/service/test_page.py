@@ -5,6 +5,7 @@ Screenshots go to the folder that PAGE_SCREENSHOTS names, or else to pytest's te
 
 import asyncio
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import machine
+import msgspec
 import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, web
@@ -31,7 +33,18 @@ from backends.raw import next_raw_id, uuid_at
 from backends.raw.landing import RawStore
 from backends.raw.tally import MINUTES, NUMBERS, SLOT
 from backends.sqlite import SqliteBackend
-from dropzone import AuthConfig, Config, RawConfig, Secret, SqliteConfig, StorageConfig, create_app
+from dropzone import (
+    AuthConfig,
+    Config,
+    KeyConfig,
+    RawConfig,
+    Secret,
+    SeriesAt,
+    SqliteConfig,
+    StorageConfig,
+    TransformConfig,
+    create_app,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,10 +56,13 @@ expect.set_options(timeout=20_000)
 class Service:
     """A Dropzone on a port of its own, which can be stopped and started again."""
 
-    def __init__(self, folder: Path, key: str = "", prefix: str = "") -> None:
+    def __init__(self, folder: Path, key: str = "", prefix: str = "", series: str = "") -> None:
         storage = StorageConfig(sqlite=SqliteConfig(folder / "rows.sqlite"))
         raw = RawConfig(dir=folder / "raw")
-        self.config = Config(raw=raw, storage=storage, auth=AuthConfig(Secret(key)))
+        rules = TransformConfig(series=SeriesAt(series))
+        self.config = Config(
+            raw=raw, storage=storage, auth=AuthConfig(Secret(key)), transform=rules
+        )
         self.folder, self.key, self.prefix, self.port = folder, key, prefix, 0
 
     @property
@@ -102,6 +118,19 @@ async def service(folder: Path) -> AsyncIterator[Service]:
     await service.start()
     yield service
     await service.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def metered(folder: Path) -> AsyncIterator[Service]:
+    """A service whose payloads name their series."""
+    service = Service(folder, series="/device/id")
+    await service.start()
+    yield service
+    await service.stop()
+
+
+def of(device: str, seconds_ago: float, *data: object) -> dict[str, object]:
+    return payload(seconds_ago, *data) | {"device": {"id": device}}
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -299,6 +328,70 @@ async def test_away_and_back(service: Service, visit: Visit, watched: Watched) -
     await expect(page.locator("#say")).to_have_text("All is well")
 
 
+async def test_old_rejections(service: Service, visit: Visit) -> None:
+    """A payload that was rejected a week ago is counted, but does not make the headline."""
+    [raw_id] = await service.land(BAD[0])
+    await service("POST", "process")
+    page = await visit(service.url)
+    await expect(page.locator("#say")).to_contain_text("1 payload was rejected")
+    await expect(page.locator("#rejected-note")).to_have_text("1 in the last day")
+    await service.stop()
+    reason = service.folder / "rejected" / f"{raw_id}.reason.json"
+    old = json.loads(reason.read_bytes())
+    old["rejected_at"] = (NOW - timedelta(days=7)).isoformat()
+    reason.write_text(json.dumps(old))
+    await service.start()
+    await service.land(payload(1, 1))
+    page = await visit(service.url)
+    await expect(page.locator("#rejected-note")).to_contain_text("all older")
+    await expect(page.locator("#say")).to_have_text("All is well")
+
+
+async def test_a_backfill_leaves_the_rest_readable(service: Service, visit: Visit) -> None:
+    """A minute with a thousand times the usual arrivals flattens no other bar."""
+    await busy(service)
+    minute = int(time.time()) // 60
+    file = os.open(service.folder / "journal" / "tally", os.O_RDWR)
+    os.pwrite(file, slot(minute - 30, 100_000), SLOT.size * (1 + (minute - 30) % MINUTES))
+    os.close(file)
+    page = await visit(service.url)
+    await expect(page.locator("#minute")).to_have_text("peak 100,000 a minute")
+    await expect(page.locator("#bars .cut")).to_have_count(1)
+    heights = "els => els.map(e => Number(e.getAttribute('height'))).sort((a, b) => a - b)"
+    assert (await page.locator("#bars rect:not(.cut)").evaluate_all(heights))[30] > 20
+
+
+async def test_overwriting_devices(service: Service, visit: Visit) -> None:
+    """Where many payloads meet the row of another, the page says what it means and what to set."""
+    await service.land(*(payload(60 * n, n) for n in range(10)))
+    await service("POST", "process")
+    page = await visit(service.url)
+    await expect(page.locator("#processed")).to_have_text("10")
+    await expect(page.locator("#overwritten")).to_be_hidden()
+    await service.land(*(payload(60 * n, n + 5) for n in range(10)))
+    await service("POST", "process")
+    await expect(page.locator("#overwritten")).to_contain_text("10 payloads met the row of another")
+    await expect(page.locator("#overwritten")).to_contain_text("[transform] series")
+
+
+@pytest.mark.parametrize("width", [1366, 390], ids=["laptop", "phone"])
+async def test_what_is_seen_first(service: Service, visit: Visit, width: int) -> None:
+    """A laptop shows the whole chart at once; a phone keeps nothing free, and asks for no drop."""
+    await busy(service)
+    page = await visit(service.url, viewport={"width": width, "height": 768})
+    await expect(page.locator("#say")).to_have_text("All is well")
+    box = await page.locator("#chart").bounding_box()
+    await plot(page)
+    if width == 1366:
+        assert box
+        assert box["y"] + box["height"] < 768
+        return
+    await expect(page.get_by_text("Drop JSON")).to_be_hidden()
+    readout = page.locator("#readout")
+    empty = "e => e.getBoundingClientRect().bottom - e.lastChild.getBoundingClientRect().bottom"
+    assert await readout.evaluate(empty) < 10
+
+
 async def test_processing_that_cannot_work(service: Service, visit: Visit) -> None:
     """The page says that payloads cannot be processed, and names the folder that is the reason."""
     await service.land(payload(1, 1))
@@ -439,6 +532,141 @@ async def test_a_range_without_rows(service: Service, visit: Visit) -> None:
     await expect(page.locator("#chart .dot")).to_have_count(1)
 
 
+async def test_a_point_of_many_rows(service: Service, visit: Visit, watched: Watched) -> None:
+    """Where a point stands for many rows a click opens a receipt all the same; a button zooms."""
+    watched.expected = "404"  # these rows have no payloads
+    await busy(service)
+    page = await visit(service.url, viewport=PHONE, has_touch=True)
+    box = await plot(page)
+    await page.mouse.click(box["x"] + 200, box["y"] + 100)
+    receipt = page.locator("#receipt")
+    await expect(receipt).to_be_visible()
+    assert "raw=" in page.url
+    assert "since=" not in page.url
+    await page.keyboard.press("Escape")
+    await page.touchscreen.tap(box["x"] + 200, box["y"] + 100)
+    await page.get_by_role("button", name="Zoom in").tap()
+    await page.wait_for_url("**/#since=*")
+
+
+async def test_gaps(service: Service, visit: Visit) -> None:
+    """The line is broken where a single sample of a regular device is missing."""
+    missing = (12, 13, 30)
+    await service.land(*(payload(60 * n, n) for n in range(40) if n not in missing))
+    await service("POST", "process")
+    page = await visit(service.url)
+    await expect(page.locator("#chart .dot")).to_have_count(37)
+    await expect(page.locator("#chart .line")).to_have_count(3)
+
+
+async def test_a_typed_range(service: Service, visit: Visit) -> None:
+    """A range is typed in UTC, a day alone is whole, and what is no moment is said to be none."""
+    moments = ("2024-02-28T23:59:59Z", "2024-02-29T12:00:00Z", "2024-03-01T00:00:00Z")
+    await service.land(*({"time_stamp": at, "data": [1]} for at in moments))
+    await service("POST", "process")
+    page = await visit(service.url)
+    await expect(page.locator("#chart .dot")).to_have_count(3)
+    start, end = page.get_by_label("From (UTC)"), page.get_by_label("To (UTC)")
+    await start.fill("2024-02-30 25:00")
+    await end.fill("2024-02-29")
+    await end.press("Enter")
+    await expect(start).to_have_attribute("aria-invalid", "true")
+    await expect(page.locator("#mistyped")).to_contain_text("2026-01-31 08:00")
+    await start.fill("2024-02-29")
+    await end.press("Enter")
+    await expect(page.locator("#chart .dot")).to_have_count(1)
+    await expect(page.locator("#mistyped")).to_be_hidden()
+    assert "since=2024-02-29T00" in page.url
+    assert "until=2024-03-01T00" in page.url
+    await expect(end).to_have_value("2024-03-01 00:00")
+
+
+async def test_csv(guarded: Service, visit: Visit, watched: Watched) -> None:
+    """The rows of what is shown are saved as CSV, with the key that the page has."""
+    watched.expected = "401"
+    await guarded.land(*(payload(3600 * n, n) for n in range(4)))
+    await guarded("POST", "process")
+    page = await visit(guarded.url + "#range=hour")
+    await page.locator("#key").fill(KEY)
+    await page.locator("#key").press("Enter")
+    await expect(page.locator("#chart .dot")).to_have_count(1)
+    async with page.expect_download() as saving:
+        await page.get_by_role("button", name="CSV").click()
+    saved = await saving.value
+    assert saved.suggested_filename == "measurements.csv"
+    header, row = Path(await saved.path()).read_text().splitlines()
+    assert header.startswith("timestamp_utc,mean")
+    assert ",0.0," in row
+
+
+# ── Series ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_series(metered: Service, visit: Visit, shots: Path) -> None:
+    """One series is chosen by typing a part of its name, and stands in the address."""
+    await metered.land(*(of(f"meter-{n % 30}", n, n) for n in range(60)))
+    await metered("POST", "process")
+    page = await visit(metered.url)
+    await expect(page.locator("#how-many")).to_contain_text("30 series, none silent")
+    field = page.get_by_role("combobox", name="Series")
+    await field.fill("ETER-2")
+    options = page.get_by_role("option")
+    await expect(options).to_have_count(11)
+    await expect(options.last).to_contain_text("and 1 more")
+    await assert_accessible(page)
+    await page.screenshot(path=shots / "page-series.png", full_page=True)
+    await field.press("ArrowDown")
+    await field.press("ArrowDown")
+    chosen = await page.locator("#names [aria-selected=true]").text_content()
+    await field.press("Enter")
+    await page.wait_for_url(f"**/#series={chosen}")
+    await expect(page.locator("#chart .dot")).to_have_count(2)
+    other = await visit(page.url)
+    await expect(other.locator("#chart .dot")).to_have_count(2)
+    await expect(other.get_by_role("combobox", name="Series")).to_have_value(chosen or "")
+    await page.get_by_role("button", name="All series").click()
+    await page.wait_for_url(metered.url)
+    await expect(page.locator("#chart .dot")).to_have_count(60)
+
+
+async def test_a_silent_device(metered: Service, visit: Visit) -> None:
+    """The series that changed last are drawn side by side, and the silent are a click away."""
+    late = (of(f"late-{n}", 7200 + n, 1) for n in range(3))
+    await metered.land(*(of(f"meter-{n}", n, n) for n in range(20)), *late)
+    await metered("POST", "process")
+    page = await visit(metered.url)
+    await expect(page.locator("#how-many")).to_contain_text("23 series, 3 silent for an hour")
+    small = page.locator("#multiples li")
+    await expect(small).to_have_count(12)
+    await expect(small.first).to_contain_text("meter-0")
+    await expect(small.first.locator("polyline")).to_be_attached()
+    await page.get_by_role("button", name="Silent longest").click()
+    await expect(small.first).to_contain_text("late-2")
+    await expect(small.first).to_contain_text("silent for 2 h")
+    await small.first.get_by_role("button").click()
+    await page.wait_for_url("**/#series=late-2")
+    await expect(page.locator("#chart .dot")).to_have_count(1)
+
+
+async def test_ten_thousand_series(metered: Service, visit: Visit) -> None:
+    """With 10,000 series the page shows ten names at a time, and no more than a dozen charts."""
+    rows, raw_id = [], uuid_at(NOW - timedelta(days=1))
+    for n in range(10_000):
+        raw_id = next_raw_id(raw_id)
+        rows.append(Measurement(NOW - timedelta(seconds=n), n, 1, raw_id, f"meter-{n:05}"))
+    backend = SqliteBackend(metered.config.storage.sqlite.path, series=True)
+    await backend.upsert(rows)
+    await backend.close()
+    page = await visit(metered.url)
+    await expect(page.locator("#how-many")).to_contain_text("10,000 series")
+    field = page.get_by_role("combobox", name="Series")
+    await field.focus()
+    await expect(page.get_by_role("option")).to_have_count(11)
+    await field.fill("09876")
+    await expect(page.get_by_role("option")).to_have_text(["meter-09876"])
+    await expect(page.locator("#multiples li")).to_have_count(12)
+
+
 # ── Quarantine ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -451,22 +679,57 @@ async def test_quarantine(service: Service, visit: Visit, shots: Path) -> None:
     )
     group = page.locator("details", has_text="value_not_numeric")
     await group.locator("summary").click()
-    await expect(group.locator("li").first).to_contain_text('data[1] is "x", no number')
+    line = group.locator("li")
+    await expect(line).to_have_count(1)
+    await expect(line).to_contain_text('data[1] is "x", no number 3 times')
     await page.evaluate("scrollTo(0, 0)")
     await page.screenshot(path=shots / "page-quarantine.png", full_page=True)
-    await group.locator("li").first.get_by_role("button").click()
-    await expect(group.locator("li")).to_have_count(2)
-    await expect(page.locator("#said")).to_contain_text("1 payload is pending again")
-    await expect(page.locator("#pending")).to_have_text("1")
+    await line.get_by_role("button", name="Retry").click()
+    await expect(page.locator("#said")).to_contain_text("3 payloads are pending again")
+    await expect(page.locator("#pending")).to_have_text("3")
     await page.get_by_role("button", name="Process now").first.click()
-    await expect(page.locator("#said")).to_contain_text("0 processed, 1 rejected")
-    await expect(group.locator("li")).to_have_count(3)
+    await expect(page.locator("#said")).to_contain_text("0 processed, 3 rejected")
     await expect(group).to_contain_text("Retried 1 time")
     await group.get_by_role("button", name="Retry these 3").click()
     await expect(page.locator("details")).to_have_count(1)
     await page.get_by_role("button", name="Retry all").click()
     await expect(page.locator("#quarantined")).to_contain_text("Empty")
     await expect(page.locator("#rejected")).to_have_text("0")
+
+
+async def test_discarding(service: Service, visit: Visit) -> None:
+    """What will never be right is discarded when it was asked twice, and the rest stays."""
+    await service.land(*BAD)
+    await service("POST", "process")
+    page = await visit(service.url)
+    group = page.locator("details", has_text="value_not_numeric")
+    await group.locator("summary").click()
+    button = group.get_by_role("button", name="Discard these 3")
+    await button.click()
+    await group.get_by_role("button", name="Discard 3 payloads: sure?").click()
+    await expect(page.locator("#said")).to_contain_text("3 payloads are discarded")
+    await expect(page.locator("details")).to_have_count(1)
+    await expect(page.locator("#rejected")).to_have_text("2")
+
+
+async def test_quarantine_by_device(metered: Service, visit: Visit) -> None:
+    """Reasons stand by device, and what was corrected and sent again since says so."""
+    await metered.land(*(of(device, n, "x") for device in ("b", "a") for n in range(2)))
+    await metered("POST", "process")
+    [corrected] = await metered.land(of("a", 1, 1))
+    await metered("POST", "process")
+    page = await visit(metered.url)
+    await page.locator("summary").click()
+    lines = page.locator("details li")
+    await expect(lines).to_have_count(3)
+    await expect(lines.last).to_contain_text("b: ")
+    await expect(lines.last).to_contain_text("2 times")
+    again = lines.filter(has_text="corrected and sent again since")
+    await expect(again).to_have_count(1)
+    await expect(again).to_contain_text("a: ")
+    await assert_accessible(page)
+    await again.get_by_role("link", name="by this").click()
+    await expect(page.locator("#receipt")).to_contain_text(corrected)
 
 
 # ── Try it ────────────────────────────────────────────────────────────────────────────────────────
@@ -562,12 +825,37 @@ async def test_a_retried_upload_lands_once(
 
 
 async def test_an_example(service: Service, visit: Visit) -> None:
-    """Whoever has no file sends an example, and sees it become a row."""
+    """Whoever has no file sends an example, and one step later sees it as a row in the chart."""
+    await busy(service)
     page = await visit(service.url)
     await page.get_by_role("button", name="Send an example").click()
-    await expect(page.locator("#pending")).to_have_text("1")
-    await service("POST", "process")
+    await page.get_by_role("button", name="Make it a row").click()
+    await page.wait_for_url("**/#since=*")
+    await expect(page.locator("#files li")).to_contain_text("It is a row")
+    mean = re.search(r"mean ([\d.]+)", await page.locator("#files li").text_content() or "")
+    assert mean
+    await expect(page.locator("#readout")).to_contain_text(mean[1])
+    await expect(page.locator("#chart")).to_be_in_viewport()
+
+
+async def test_an_example_of_a_series(metered: Service, visit: Visit) -> None:
+    """The example names a series where payloads have to, and what the server processes is seen."""
+    page = await visit(metered.url)
+    await expect(page.locator("#pick")).to_be_visible()
+    await page.get_by_role("button", name="Send an example").click()
+    await expect(page.locator("#files li")).to_contain_text("It waits to be processed")
+    await metered("POST", "process")
+    await page.get_by_role("button", name="Show it in the chart").click()
+    await page.wait_for_url("**series=example")
     await expect(page.locator("#chart .dot")).to_have_count(1)
+
+
+async def test_a_trial_that_is_rejected(service: Service, visit: Visit) -> None:
+    """A dropped file that makes no row says why beside it."""
+    page = await visit(service.url)
+    await drop(page, "bad.json", '{"data": [1]}')
+    await page.get_by_role("button", name="Make it a row").click()
+    await expect(page.locator("#files li")).to_contain_text("the payload has no time_stamp")
 
 
 # ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
@@ -598,6 +886,30 @@ async def test_key(guarded: Service, visit: Visit, watched: Watched) -> None:
     await other.get_by_role("button", name="Use key").click()
     await expect(other.locator("#landed")).to_have_text("1")
     await expect(other.locator("#nothing")).to_contain_text("No measurements yet")
+
+
+async def test_a_key_that_may_only_read(tmp_path: Path, visit: Visit, watched: Watched) -> None:
+    """Nothing is offered that the key may not do."""
+    watched.expected = "401"
+    service = Service(tmp_path, key=KEY)
+    reader = KeyConfig("reader", Secret("sha256:" + hashlib.sha256(b"read").hexdigest()), ("read",))
+    service.config = msgspec.structs.replace(
+        service.config, auth=AuthConfig(Secret(KEY), keys=(reader,))
+    )
+    await service.start()
+    try:
+        await service.land(*BAD)
+        await service("POST", "process")
+        page = await visit(service.url)
+        await page.locator("#key").fill("read")
+        await page.locator("#key").press("Enter")
+        await expect(page.locator("#may-not-send")).to_be_visible()
+        await page.locator("summary").first.click()
+        await expect(page.locator("details li").first).to_be_visible()
+        for name in ("Send an example", "Choose files", "Retry", "Discard"):
+            await expect(page.get_by_role("button", name=name)).to_have_count(0)
+    finally:
+        await service.stop()
 
 
 async def test_refused(service: Service, visit: Visit, watched: Watched) -> None:

@@ -139,6 +139,7 @@ from backends import (
 )
 from backends.raw import (
     DISCARDING,
+    NODE_BITS,
     PIECE_BYTES,
     Activity,
     ArchiveAway,
@@ -148,6 +149,7 @@ from backends.raw import (
     Form,
     KeyReused,
     NoAccess,
+    Nodes,
     Observer,
     OpenPayload,
     PackDamaged,
@@ -156,6 +158,7 @@ from backends.raw import (
     PayloadStoreError,
     PayloadUnreadable,
     Portion,
+    RawIdElsewhere,
     RawIdUnknown,
     Rejection,
     State,
@@ -391,6 +394,10 @@ class RawConfig(Section, frozen=True):
     keep_local_days: Annotated[int, Meta(ge=0)] = 0
 
 
+class NodeConfig(Section, frozen=True):
+    id: Annotated[int, Meta(ge=0, le=(1 << NODE_BITS) - 1)] | None = None  # 0 unless set
+
+
 class ProcessConfig(Section, frozen=True):
     batch: Annotated[int, Meta(ge=1, le=100_000)] = 1000
     every: Annotated[float, Meta(ge=0)] = 0.0
@@ -471,6 +478,7 @@ class Config(Section, frozen=True, dict=True):
 
     server: ServerConfig = ServerConfig()
     raw: RawConfig = RawConfig()
+    node: NodeConfig = NodeConfig()
     process: ProcessConfig = ProcessConfig()
     transform: TransformConfig = TransformConfig()
     storage: StorageConfig = StorageConfig()
@@ -2401,6 +2409,7 @@ class Processor:
         self._metrics = metrics or Metrics()
         self._workers = workers or Workers()
         self._turn = asyncio.Lock()
+        self._next_look = 0.0  # for a twin
         self.discards = Discards(payloads, backend, rules, self, self._workers, self._metrics)
         self._so_far = Counter[str]()  # until it was said that many are superseded
 
@@ -2433,17 +2442,20 @@ class Processor:
             await self._workers.spread(batches, functools.partial(work, self._workers.run))
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
-            log.info(
-                "processed %d, rejected %d, %d pending",
-                result.processed,
-                result.failed,
-                result.remaining,
-            )
+            done = (result.processed, result.failed, result.remaining)
+            log.info("processed %d, rejected %d, %d pending", *done)
+        if result.processed:
+            await self._look_for_twin()
         self._look_for_devices(result)
         if stuck.count:
             rest = f"{stuck.count} payloads stay pending, {result.checked} were processed"
             raise NoAccess(f"{stuck.why}. {rest}")
         return result
+
+    async def _look_for_twin(self) -> None:
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + TWIN_PAUSE
+            await note_twin(self._payloads, self._backend)
 
     async def _process_in_thread(
         self, batches: Iterator[Work], work: Callable[..., Awaitable[None]], todo: int
@@ -2628,8 +2640,13 @@ def note_failed_write(workspace: Path, detail: str, name: str = FAILED_WRITE) ->
     now = datetime.now(UTC)
     before = failed_write(workspace, name)
     note = FailedWrite(before.since if before else now, now, detail)
+    write_note(workspace, FAILED_WRITE, note)  # the error itself is raised all the same
+
+
+def write_note(workspace: Path, name: str, note: Struct) -> None:
+    """Let a file appear whole, unless the disk refuses."""
     part = workspace / f"{name}.{os.getpid()}.part"
-    with contextlib.suppress(OSError):  # the error itself is raised all the same
+    with contextlib.suppress(OSError):
         part.write_bytes(msgspec.json.encode(note))
         part.rename(workspace / name)
 
@@ -2903,9 +2920,10 @@ class Proof:
     those to which payloads were added since.
 
     `counts` has how many rows are `right` by now, how many of each kind of finding, and how many
-    cannot be checked because their payload has `expired` or because they are `older` than Dropzone
-    (their raw_id is the nil UUID). `set_right` has how many of each kind a rebuild has mended, and
-    `damage` the first sentences on what cannot be read, or makes no row any more.
+    cannot be checked because their payload lies on another node (`elsewhere`), because it has
+    `expired`, or because they are `older` than Dropzone (their raw_id is the nil UUID). `set_right`
+    has how many of each kind a rebuild has mended, and `damage` the first sentences on what cannot
+    be read, or makes no row any more.
     """
 
     def __init__(
@@ -2937,6 +2955,7 @@ class Proof:
         `StorageUnavailable`, and with `refuse_empty` `ConfigError` where no payload makes a row.
         """
         self.counts.clear()
+        nodes = await asyncio.to_thread(self._payloads.nodes)
         has_series = series_option(self._rules)
         derived = create_backend("sqlite", path=self._scratch / "rows.sqlite", **has_series)
         try:
@@ -2948,10 +2967,7 @@ class Proof:
                 if right and row and same(right, row):
                     self.counts["right"] += 1
                     continue
-                if row and not right and await self._is_of_another_series(derived, row):
-                    verdict: Finding | str = Finding("differing", row, None)
-                else:
-                    verdict = await asyncio.to_thread(self._verdict, right, row)
+                verdict = await self._judge(nodes, derived, right, row)
                 if isinstance(verdict, Finding):
                     self.counts[verdict.kind] += 1
                     yield verdict
@@ -2961,6 +2977,16 @@ class Proof:
             await derived.close()
             await self._workers.close()
         shutil.rmtree(self._scratch)
+
+    async def _judge(
+        self, nodes: Nodes, derived: Backend, right: Measurement | None, row: Measurement | None
+    ) -> Finding | str:
+        """Say what is to be said of a row that is not the one that was derived."""
+        if row and lies_elsewhere(nodes, right, row):
+            return "elsewhere"
+        if row and not right and await self._is_of_another_series(derived, row):
+            return Finding("differing", row, None)
+        return await asyncio.to_thread(self._verdict, right, row)
 
     async def rebuild(
         self,
@@ -3114,6 +3140,86 @@ class Proof:
         if day_of(row.raw_id) < self._payloads.first_kept_day():
             return "expired"
         return Finding("orphaned", row, right)
+
+
+def lies_elsewhere(nodes: Nodes, right: Measurement | None, row: Measurement) -> bool:
+    """Say whether a row is for another node to prove, and none of this node's takes its place.
+
+    `right` is the row that the payloads of this node make. No payload is looked for: in a table of
+    many nodes most rows are of this kind. One that is here, whatever its raw_id says, has made
+    `right` or a row that has lost against it.
+    """
+    return (right is None or right.raw_id < row.raw_id) and nodes.is_others(row.raw_id)
+
+
+# ── Nodes: two with one number on one database ────────────────────────────────────────────────────
+
+TWIN = "twin.json"
+TWIN_SHOWN = timedelta(hours=1)  # after its last payload arrived
+TWIN_PAUSE = 60.0  # seconds between two looks at the rows of a processor
+
+
+class Twin(Struct, frozen=True):
+    """A payload that another Dropzone on the same database has landed as this node's."""
+
+    node: int
+    raw_id: UUID
+
+    def text(self) -> str:
+        """Say what is wrong, and what to do."""
+        return (
+            f"another Dropzone writes to this database as node {self.node}, too, as the row of "
+            f"{self.raw_id} shows, a payload that was not landed here: give each its own [node] id"
+        )
+
+    def is_recent(self) -> bool:
+        arrival = arrival_of(self.raw_id)
+        return arrival is not None and arrival > datetime.now(UTC) - TWIN_SHOWN
+
+
+async def find_twin(payloads: Payloads, backend: Backend) -> Twin | None:
+    """Look for the row of a twin among the thousand with the latest timestamps.
+
+    A row with this node's number is another folder's if that has marked its raw_id, and the payload
+    is not here. One that this folder has made is never taken for it, whatever became of its
+    payload, and wherever the folder was restored. Raises `BackendError` and TimeoutError.
+    """
+    async with asyncio.timeout(PING_PATIENCE):
+        rows = await backend.find(limit=AT_A_TIME, descending=True)
+    return await asyncio.to_thread(_twin_among, payloads, rows)
+
+
+def _twin_among(payloads: Payloads, rows: Iterable[Measurement]) -> Twin | None:
+    nodes = payloads.nodes()
+    for raw_id in sorted((row.raw_id for row in rows), reverse=True):
+        twin = Twin(nodes.number, raw_id)
+        if nodes.is_doubtful(raw_id) and twin.is_recent():
+            try:
+                payloads.read(raw_id)  # as an older version may have landed it here
+            except RawIdUnknown:
+                return twin
+            except (OSError, PayloadStoreError):
+                continue
+    return None
+
+
+def noted_twin(payloads: Payloads) -> Twin | None:
+    """Return the twin that a processor has noted, for as long as it was seen lately."""
+    with contextlib.suppress(OSError, ValueError):
+        text = (payloads.workspace / TWIN).read_bytes()
+        twin = msgspec.json.decode(text, type=Twin)
+        if twin.is_recent() and twin.node == payloads.nodes().number:
+            return twin
+    return None
+
+
+async def note_twin(payloads: Payloads, backend: Backend) -> None:
+    """Look for a twin; log one, and note it for every process that shows how the service is."""
+    with contextlib.suppress(BackendError, TimeoutError):
+        twin = await find_twin(payloads, backend)
+        if twin:
+            log.error("%s", twin.text())
+            await asyncio.to_thread(write_note, payloads.workspace, TWIN, twin)
 
 
 # ── Discarding: what is known to be bad goes, and the arrival before it comes back ────────────────
@@ -3530,6 +3636,11 @@ class Status(Struct, frozen=True):
     """What there is to see at a glance; see `Lately` for how old a count may be.
 
     `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
+    how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
+    `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
+    so of rows that could not be written, until some can. `processing` is `ok` or names the file or
+    folder that keeps payloads from being processed. `node` is the number of this node, null where
+    it has none; `node_trouble` says what is wrong with it, null where nothing is.
     how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
     `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
@@ -3558,6 +3669,8 @@ class Status(Struct, frozen=True):
     series: SeriesCount | None
     series_from: str | None
     scopes: list[Scope]
+    node: int | None
+    node_trouble: str | None
 
 
 class Summary(Struct, frozen=True):
@@ -3649,6 +3762,12 @@ class Problem(Struct, frozen=True):
     code: str
     request_id: str
     type: str = "about:blank"
+
+
+class Elsewhere(Problem, frozen=True, kw_only=True):
+    """The problem `raw_id_elsewhere`: the payload is not here, its raw_id names another `node`."""
+
+    node: int
 
 
 class ProcessQuery(Struct, frozen=True):
@@ -4228,6 +4347,7 @@ async def status(request: web.Request) -> web.Response:
     with contextlib.suppress(StorageUnavailable):  # of which `processing` tells
         rejected = await app[REJECTED].look()
         discarded = await app[DISCARDED].look()
+    twin = await in_glance(app, noted_twin, app[RAW])
     return answer(
         Status(
             now=datetime.now(UTC),
@@ -4248,6 +4368,8 @@ async def status(request: web.Request) -> web.Response:
             series=await app[SERIES].look() if app[CONFIG].transform.series else None,
             series_from=str(app[CONFIG].transform.series) or None,
             scopes=[scope for scope in get_args(Scope) if scope in request[NOTES].scopes],
+            node=app[CONFIG].node.id,
+            node_trouble=twin.text() if twin else None,
         )
     )
 
@@ -4597,9 +4719,19 @@ async def series(request: web.Request, query: SeriesQuery) -> web.Response:
     return json_answer(await request.app[READS].run(json_of, page), headers=headers)
 
 
-@Route("GET", "/raw/{raw_id}", "read", {200: (Receipt,)}, (404, 503), turns=RECEIPTS)
+@Route(
+    "GET",
+    "/raw/{raw_id}",
+    "read",
+    {200: (Receipt,), 404: (Problem, Elsewhere)},
+    (503,),
+    turns=RECEIPTS,
+)
 async def receipt(request: web.Request) -> web.Response:
-    """Return where a payload is and what became of it."""
+    """Return where a payload is and what became of it.
+
+    For a payload of another node it is 404 `raw_id_elsewhere`, with the number of that `node`.
+    """
     app, raw_id = request.app, raw_id_in(request)
     raw, run = app[RAW], request[TURNS].run
     state, body = await run(raw.read, raw_id)
@@ -4641,9 +4773,15 @@ async def row_in_place_of(app: web.Application, body: bytes) -> Measurement | No
     return None
 
 
-@Route("GET", "/raw/{raw_id}/payload", "read", {200: ("application/json",)}, (404,), turns=READS)
+@Route(
+    "GET",
+    "/raw/{raw_id}/payload",
+    "read",
+    {200: ("application/json",), 404: (Problem, Elsewhere)},
+    turns=READS,
+)
 async def payload(request: web.Request) -> web.StreamResponse:
-    """Return the exact bytes that arrived."""
+    """Return the exact bytes that arrived; for a payload of another node see its receipt."""
     reads, raw = request[TURNS], request.app[RAW]
     found = await reads.run(raw.open_payload, raw_id_in(request))
     if found.size <= PIECE_BYTES:
@@ -5504,7 +5642,7 @@ REFUSAL_CODES = (  # of problem documents
     *("payload_not_json", "payload_too_large", "idempotency_key_reused"),
     *("key_refused", "token_invalid", "scope_missing", "rate_limited", "issuer_unavailable"),
     *("not_found", "method_not_allowed", "expectation_failed", "series_unset"),
-    *("raw_id_unknown", "measurement_not_found"),
+    *("raw_id_unknown", "raw_id_elsewhere", "measurement_not_found"),
     *("draining", "overloaded", "processor_busy", "storage_full", "storage_unavailable"),
     *("backend_unavailable", "backend_error", "internal_error"),
 )
@@ -5512,6 +5650,7 @@ ERRORS_BELOW: dict[type[Exception], tuple[str, int]] = {  # the first that fits 
     BackendUnavailable: ("backend_unavailable", 503),
     MeasurementNotFound: ("measurement_not_found", 404),
     BackendError: ("backend_error", 500),
+    RawIdElsewhere: (RawIdElsewhere.code, 404),
     RawIdUnknown: (RawIdUnknown.code, 404),
     KeyReused: (KeyReused.code, 422),
     StorageFull: (StorageFull.code, 503),
@@ -5527,9 +5666,10 @@ def as_dropzone_error(error: Exception) -> DropzoneError:
     if isinstance(error, web.HTTPException):
         code = HTTPStatus(error.status).name.lower()
         return DropzoneError(error.reason, code, error.status)
+    extra = {"node": error.node} if isinstance(error, RawIdElsewhere) else {}
     for kind, (code, status) in ERRORS_BELOW.items():
         if isinstance(error, kind):
-            return DropzoneError(str(error), code, status)
+            return DropzoneError(str(error), code, status, **extra)
     return DropzoneError("an error inside Dropzone; its log names it by this request_id")
 
 
@@ -6000,6 +6140,7 @@ def store_of(config: Config, observer: Observer | None = None) -> PayloadStore:
         archive=archive_of(config, observer),
         keep_local_days=raw.keep_local_days,
         min_free_bytes=raw.min_free_bytes,
+        node=config.node.id,
         observer=observer,
     )
 
@@ -6011,7 +6152,7 @@ def archive_of(config: Config, observer: Observer | None) -> Archive | None:
     missing = needs_obstore()
     if missing:
         raise ConfigError(missing)
-    return Archive(config.raw.archive, observer=observer)
+    return Archive(config.raw.archive, config.node.id or 0, observer=observer)
 
 
 def backend_of(config: Config) -> Backend:
@@ -6473,6 +6614,7 @@ async def prove(
     summary = ProofSummary(
         folder=str(config.raw.dir.parent),
         backend=place_of_rows(config, backend),
+        node=config.node.id,
         right=proof.counts["right"],
         wrong={kind: proof.counts[kind] for kind in WRONG if proof.counts[kind]},
         unprovable={kind: proof.counts[kind] for kind in UNPROVABLE if proof.counts[kind]},
@@ -6516,16 +6658,19 @@ WRONG = {  # what each kind of wrong row is, and what to do about it
 }
 UNPROVABLE = {  # the same for rows that stand, as no payload says anything about them
     "orphaned": "cannot be checked, as their payload is not in this folder: look for a pack that "
-    "is lost, a disk that is not mounted, or another Dropzone on the same table; "
+    "is lost, a disk that is not mounted, or another Dropzone on the same table with the same "
+    "[node] id; "
     "rebuild --delete-orphans deletes them",
     "discarded": "cannot be checked, as their payload was discarded: process finishes a discard "
     "that was cut short; rows of an older copy are deleted by rebuild --delete-orphans",
     "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
     "restore it from a copy",
+    "elsewhere": "cannot be checked here, as their payload is on another node, whose verify does; "
+    "they stay",
     "expired": "cannot be checked, as their payload was deleted after keep_days; they stay",
     "older": "cannot be checked, as they are older than Dropzone and name no payload; they stay",
 }
-HARMLESS = {"expired", "older"}
+HARMLESS = {"elsewhere", "expired", "older"}
 
 
 class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
@@ -6538,6 +6683,7 @@ class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
 
     folder: str
     backend: str
+    node: int | None
     right: int
     wrong: dict[str, int]
     unprovable: dict[str, int]
@@ -6566,6 +6712,8 @@ class ProofSummary(Struct, frozen=True, tag_field="kind", tag="summary"):
             )
         elif self.is_all and self.right and not (wrong or unprovable or self.damage):
             lines.append("all rows are right")
+        elif self.is_all and self.unprovable.keys() == {"elsewhere"} and not (wrong or self.damage):
+            lines.append("all rows of this node are right")
         return "\n".join(lines)
 
 
@@ -6947,7 +7095,9 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     problems = await asyncio.to_thread(store_of(config).problems)
     troubles: dict[str, Sequence[str | None]] = {
         f"data folder {config.raw.dir}": problems["data folder"],
-        f"backend {config.storage.backend}": [await storage_trouble(config, backend)],
+        f"backend {config.storage.backend}": [
+            await storage_trouble(config, backend) or await twin_trouble(config, backend)
+        ],
         "clock": problems["clock"],
         "file descriptors": [descriptor_trouble()],
         "keys": [await key_trouble(config)],
@@ -6962,6 +7112,11 @@ async def check(config: Config, _: argparse.Namespace) -> int:
     print(f"note   settings are read from {settings_source(config)}")
     if config.raw.keep_local_days and not config.raw.archive:
         print("note   raw.keep_local_days deletes nothing, as no raw.archive is set")
+    number = store_of(config).nodes().number
+    if config.node.id is not None:
+        print(f"note   this is node {number}")
+    elif number:
+        print(f"note   [node] id is not set here, and this folder was that of node {number}")
     if not any(troubles["keys"]) and Guard(config).is_open:
         print("note   no API key is set, the API is open to everyone: set DROPZONE_API_KEY")
     return os.EX_CONFIG if any(any(found) for found in troubles.values()) else os.EX_OK
@@ -7044,6 +7199,15 @@ async def storage_trouble(config: Config, backend: Backend) -> str | None:
     ]
     trouble = next(filter(None, itertools.starmap(access_trouble, places)), None)
     return trouble or await trouble_of(backend)
+
+
+async def twin_trouble(config: Config, backend: Backend) -> str | None:
+    """Say it where another Dropzone has the same number; nothing is made for that."""
+    with contextlib.suppress(BackendError, TimeoutError):
+        if config.storage.backend != "sqlite" or os.path.exists(config.storage.sqlite.path):
+            twin = await find_twin(store_of(config).portable(), backend)
+            return twin.text() if twin else None
+    return None
 
 
 def descriptor_trouble() -> str | None:

@@ -16,6 +16,8 @@ rooms of this house, the upper ones knowing the lower ones only:
 - `archive.py`: packs in an object store;
 - `archiving.py`: their way there, and back to a new disk;
 - `unpacking.py`: large payloads of these, piece by piece;
+- `raw_ids.py`: what the bits of a raw_id say, and how new ones are made;
+- `nodes.py`: whose payloads are that are not here, where several Dropzones share a database;
 - `tally.py`: how many landed and were processed, for all processes together;
 - `backup.py`: a copy of all of it, made while payloads land;
 - `disk.py`: the few system calls that all of it rests on, on Linux and macOS.
@@ -26,20 +28,34 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from random import getrandbits
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Literal, Protocol
 from uuid import UUID
 
 from msgspec import Struct
 
 from backends import require_utc
+from backends.raw.raw_ids import COUNT_AT as COUNT_AT
+from backends.raw.raw_ids import MARK_AT as MARK_AT
+from backends.raw.raw_ids import MARK_BITS as MARK_BITS
+from backends.raw.raw_ids import MOST_IN_BATCH as MOST_IN_BATCH
+from backends.raw.raw_ids import NEXT as NEXT
+from backends.raw.raw_ids import NODE_BITS as NODE_BITS
+from backends.raw.raw_ids import SAME_MOMENT as SAME_MOMENT
+from backends.raw.raw_ids import Place as Place
+from backends.raw.raw_ids import RawIds as RawIds
+from backends.raw.raw_ids import begins_batch as begins_batch
+from backends.raw.raw_ids import came_alone as came_alone
+from backends.raw.raw_ids import mark_of as mark_of
+from backends.raw.raw_ids import next_raw_id as next_raw_id
+from backends.raw.raw_ids import node_in as node_in
+from backends.raw.raw_ids import place_of as place_of
+from backends.raw.raw_ids import texts_of as texts_of
 
 State = Literal["pending", "processed", "rejected", "discarded"]
 STATES: tuple[State, ...] = ("pending", "processed", "rejected", "discarded")
@@ -73,6 +89,19 @@ class KeyReused(PayloadStoreError):
     """An Idempotency-Key came with another body before."""
 
     code = "idempotency_key_reused"
+
+
+class RawIdElsewhere(RawIdUnknown):
+    """The payload of this raw_id is not here; its raw_id names another `node`."""
+
+    code = "raw_id_elsewhere"
+
+    def __init__(self, detail: str, node: int) -> None:
+        super().__init__(detail, node)
+        self.node = node
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class PayloadUnreadable(PayloadStoreError):
@@ -109,119 +138,6 @@ class FolderTaken(PayloadStoreError):
     """A backup cannot be put where it was to be put."""
 
     code = "folder_taken"
-
-
-# ── raw_id ────────────────────────────────────────────────────────────────────────────────────────
-
-
-#
-# A UUIDv7 (RFC 9562). Behind its milliseconds are 12 bits of their fraction (method 3), then:
-#
-#     12 bits   random, so that ids of one moment differ
-#     17 bits   how many payloads came in its batch; 0 for a payload that came alone
-#     17 bits   its place in the batch, from 0; random for a payload that came alone
-#     16 bits   the number of the node
-#
-# So a raw_id leads to the file of its batch, whose name has the first raw_id and the count. Those
-# of older versions have random bits there, and lead to no file.
-
-NODE_BITS, PLACE_BITS, COUNT_BITS, REST_BITS = 16, 17, 17, 12
-COUNT_AT, REST_AT = NODE_BITS + PLACE_BITS, NODE_BITS + PLACE_BITS + COUNT_BITS
-MOST_IN_BATCH = (1 << COUNT_BITS) - 1  # payloads
-VARIANT = 2 << 62  # of every UUID of RFC 9562
-NEXT = 1 << NODE_BITS  # from a raw_id to that of the next payload of a batch
-
-
-class Place(NamedTuple):
-    """Where a payload is in a batch: the first raw_id of so many payloads, and its place from 0."""
-
-    first: UUID
-    payloads: int
-    at: int
-
-    def name(self, form: Form) -> str:
-        """Return the name of the file of the batch."""
-        return f"{self.first}.{self.payloads}.{form}"
-
-
-def place_of(raw_id: UUID) -> Place | None:
-    """Return where a payload is in its batch, as far as its raw_id tells; None if it came alone."""
-    payloads = raw_id.int >> COUNT_AT & MOST_IN_BATCH
-    at = raw_id.int >> NODE_BITS & MOST_IN_BATCH
-    if at >= payloads:
-        return None
-    return Place(UUID(int=raw_id.int - at * NEXT), payloads, at)
-
-
-def begins_batch(raw_id: UUID, payloads: int) -> bool:
-    """Say whether a raw_id is the first one of a batch of so many payloads."""
-    return place_of(raw_id) == (raw_id, payloads, 0)
-
-
-def came_alone(raw_id: UUID) -> bool:
-    """Say whether a raw_id is one that this version gives to a payload that comes alone."""
-    return not raw_id.int >> COUNT_AT & MOST_IN_BATCH
-
-
-class RawIds(Sequence[UUID]):
-    """The raw_ids of a batch: `first` + k·2¹⁶ for k = 0, 1, … below the number of payloads."""
-
-    def __init__(self, first: UUID, payloads: int) -> None:
-        self.first = first
-        self._of = range(first.int, first.int + payloads * NEXT, NEXT)
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    def __iter__(self) -> Iterator[UUID]:
-        return (UUID(int=value) for value in self._of)
-
-    @overload
-    def __getitem__(self, index: int) -> UUID: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[UUID]: ...
-    def __getitem__(self, index: int | slice) -> UUID | list[UUID]:
-        if isinstance(index, slice):
-            return [UUID(int=value) for value in self._of[index]]
-        return UUID(int=self._of[index])
-
-    def texts(self) -> list[str]:
-        """Return them as text, which is much quicker than one by one."""
-        head, last = str(self.first)[:24], (1 << 48) - 1  # of which no payload changes a bit
-        return [f"{head}{value & last:012x}" for value in self._of]
-
-
-def texts_of(raw_ids: Sequence[UUID]) -> list[str]:
-    """Return raw_ids as text."""
-    return raw_ids.texts() if isinstance(raw_ids, RawIds) else list(map(str, raw_ids))
-
-
-def next_raw_id(last: UUID, count: int = 0, node: int = 0) -> UUID:
-    """Return a new raw_id that is greater than `last`, and than all of the batch of that.
-
-    It is so whatever the clock says. With a `count` it is the first one of a batch of so many
-    payloads; raises ValueError if those are more than a raw_id can tell.
-    """
-    if count > MOST_IN_BATCH:
-        raise ValueError(f"a batch has {MOST_IN_BATCH} payloads at most, not {count}")
-    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
-    random = getrandbits(REST_BITS + PLACE_BITS)
-    head = milliseconds << 24 | (rest << 12) // 1_000_000 << 12 | random >> PLACE_BITS
-    head = max(head, _head_of(last) + 1)
-    tail = (count << PLACE_BITS if count else random & MOST_IN_BATCH) << NODE_BITS | node
-    return UUID(
-        int=head >> 24 << 80
-        | (7 << 12 | head >> 12 & 0xFFF) << 64
-        | VARIANT
-        | (head & 0xFFF) << REST_AT
-        | tail
-    )
-
-
-def _head_of(raw_id: UUID) -> int:
-    """Return the bits by which raw_ids of one store differ and are ordered."""
-    value = raw_id.int
-    return value >> 80 << 24 | (value >> 64 & 0xFFF) << 12 | value >> REST_AT & 0xFFF
 
 
 # ── Names of files ────────────────────────────────────────────────────────────────────────────────
@@ -424,6 +340,23 @@ class Portion(Protocol):
         """
 
 
+class Nodes(Protocol):
+    """Tells whose a payload is that is not here, as far as its raw_id can; see `nodes.py`."""
+
+    @property
+    def number(self) -> int:
+        """The number of this node, from 0 to 65,535."""
+
+    def elsewhere(self, raw_id: UUID) -> int | None:
+        """Return the number of the other node whose payload this is, None if it names none."""
+
+    def is_others(self, raw_id: UUID) -> bool:
+        """Say whether it is another node's, also where nobody knows the number of that."""
+
+    def is_doubtful(self, raw_id: UUID) -> bool:
+        """Say whether it names this node, and another folder than this one has given it out."""
+
+
 class Payloads(Protocol):
     """Payloads in their states. It can be pickled, so that other processes can work on it, too.
 
@@ -439,8 +372,14 @@ class Payloads(Protocol):
     def process_lock(self) -> Path:
         """The file that a processor locks, so that one at a time is at work."""
 
+    def nodes(self) -> Nodes:
+        """Return what is known now of the nodes that share a database with this one."""
+
     def read(self, raw_id: UUID) -> tuple[State, bytes]:
-        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`."""
+        """Return the state of a payload and its bytes; raises `RawIdUnknown`, and `NoAccess`.
+
+        That is `RawIdElsewhere` where the payload lies on another node.
+        """
 
     def open_payload(self, raw_id: UUID) -> OpenPayload:
         """Return the same bytes to be read piece by piece; raises the same."""

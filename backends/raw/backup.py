@@ -50,6 +50,7 @@ from backends.raw.disk import (
     write_all,
 )
 from backends.raw.folders import Folders
+from backends.raw.nodes import FILE as NUMBERS
 from backends.raw.packs import NOTE
 
 # What a file system answers that is another one, that has no links, or not for this user.
@@ -132,7 +133,7 @@ class Backup:
         yield from _payloads("pending", self._source.raw, raw)
         yield from self._settle_rejected(raw, rejected)
         yield from self._copy_notes(ours / self._source.notes.folder.name)
-        for name in ("expired", DISCARDING):
+        for name in ("expired", DISCARDING, NUMBERS):
             yield from _copied("besides", f"{theirs}/{name}", f"{ours}/{name}")
         for name in ("tally", "last_raw_id"):
             _copy_locked(theirs / name, ours / name)

@@ -33,6 +33,7 @@ from backends.raw import (
     OpenPayload,
     PayloadUnreadable,
     Place,
+    RawIdElsewhere,
     RawIds,
     RawIdUnknown,
     Rejection,
@@ -60,6 +61,7 @@ from backends.raw.disk import (
     storage_error,
     sync_files_around,
 )
+from backends.raw.nodes import KnownNodes, Numbers, read_numbers
 from backends.raw.packs import Pack
 from backends.raw.rejections import RejectionIndex
 from backends.raw.tally import Tally
@@ -83,7 +85,8 @@ class Folders(Discarded):
 
     It holds nothing but paths and plain values, so that it can travel to other processes. Packs and
     discarded payloads are deleted `keep_days` days after their day, never where that is 0; packs in
-    an `archive` also there, and `keep_local_days` days after their day on this disk alone.
+    an `archive` also there, and `keep_local_days` days after their day on this disk alone. `node`
+    is the number of the node, None where it has none.
     """
 
     def __init__(
@@ -95,9 +98,15 @@ class Folders(Discarded):
         keep_days: int = 0,
         archive: Archive | None = None,
         keep_local_days: int = 0,
+        node: int | None = None,
     ) -> None:
         super().__init__(folder, processed, rejected, keep_days, archive, keep_local_days)
+        self.node = node
         self._index = RejectionIndex(self.journal / "rejected.sqlite")
+
+    def nodes(self) -> KnownNodes:
+        """See Payloads.nodes."""
+        return KnownNodes(read_numbers(self.journal) or Numbers(), self.node)
 
     # Looking for one payload
 
@@ -119,7 +128,10 @@ class Folders(Discarded):
             return found
         packed = self.look_in_packs(raw_id, Pack.open_payload)
         if packed is None:
-            raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+            node = self.nodes().elsewhere(raw_id)
+            if node is None:
+                raise RawIdUnknown(f"no payload has the raw_id {raw_id}")
+            raise RawIdElsewhere(f"{raw_id} is a payload of node {node}: ask there", node)
         return "processed", packed
 
     def _find_alone(self, raw_id: UUID) -> tuple[State, OpenPayload] | None:

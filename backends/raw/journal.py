@@ -79,6 +79,7 @@ from backends.raw.disk import (
     write_all,
 )
 from backends.raw.keys import Keys, KeyUse
+from backends.raw.nodes import Numbers, note_number
 
 log = logging.getLogger("dropzone")
 
@@ -390,6 +391,9 @@ class Restorer(Protocol):
     def greatest_raw_id(self) -> UUID:
         """Return the greatest raw_id that is known to have been given out."""
 
+    def publish(self, path: Path | str, body: bytes) -> None:
+        """Make a file appear whole."""
+
 
 class Journal:
     """The logs of one store, the counter of raw_ids, and the Idempotency-Keys.
@@ -397,8 +401,10 @@ class Journal:
     Its methods are called by one thread at a time; checkpoints run in a thread of their own.
     """
 
-    def __init__(self, folder: Path, payloads: Restorer) -> None:
+    def __init__(self, folder: Path, payloads: Restorer, node: int = 0) -> None:
         self._folder = folder
+        self._node = node  # which every raw_id names
+        self._numbers = Numbers()
         self._payloads = payloads
         self._log: Log | None = None
         self._full: list[Log] = []  # appended to no more, still to be checkpointed
@@ -532,6 +538,7 @@ class Journal:
                     last = max(last, *(entry.raw_id for entry in record.entries))
                 self._tell_damage(left)
             self._keys.drop_old()
+            self._numbers = note_number(self._folder, self._node, last, self._payloads.publish)
             self._set_last(last)
             self.checkpoint(logs)
             self._remove_abandoned((*self._folder.glob("*.part*"), *self._folder.glob("*.new")))
@@ -585,7 +592,8 @@ class Journal:
 
             def next_id(payloads: int) -> UUID:
                 nonlocal last
-                last = next_raw_id(last, payloads)  # which is behind all of a batch
+                # It is behind all of a batch.
+                last = next_raw_id(last, payloads, self._node, self._numbers.mark)
                 return last
 
             try:

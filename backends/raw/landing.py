@@ -255,7 +255,8 @@ class RawStore(Folders):
 
     `folder`, `processed`, `rejected`, `archive` and the days are those of `Folders`. Where fewer
     than `min_free_bytes` are free on the disk, or a twentieth of it if that is less, nothing is
-    landed. `observer` hears of each group that has landed.
+    landed. All raw_ids name the `node`, 0 where it has no number. `observer` hears of each group
+    that has landed.
     """
 
     def __init__(
@@ -268,6 +269,7 @@ class RawStore(Folders):
         archive: Archive | None = None,
         keep_local_days: int = 0,
         min_free_bytes: int = MIN_FREE_BYTES,
+        node: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         super().__init__(
@@ -277,6 +279,7 @@ class RawStore(Folders):
             keep_days=keep_days,
             archive=archive,
             keep_local_days=keep_local_days,
+            node=node,
         )
         self._min_free = min_free_bytes
         self._observer = observer
@@ -291,10 +294,13 @@ class RawStore(Folders):
         self._watch: asyncio.TimerHandle | None = None
         self._probing: asyncio.Future[str | None] | None = None
         self._closing: asyncio.Future[None] | None = None
+        self._writer = Writer(self._settings_of_writer())
+        self._journal = Journal(self.journal, self, node or 0)
+
+    def _settings_of_writer(self) -> dict[str, object]:
         folders = {"folder": self.raw, "processed": self.processed, "rejected": self.rejected}
         places = {name: str(each) for name, each in folders.items()}
-        self._writer = Writer({**places, "min_free_bytes": min_free_bytes})
-        self._journal = Journal(self.journal, self)
+        return {**places, "min_free_bytes": self._min_free, "node": self.node}
 
     def portable(self) -> Folders:
         """See PayloadStore.portable."""
@@ -305,6 +311,7 @@ class RawStore(Folders):
             keep_days=self.keep_days,
             archive=self.archive,
             keep_local_days=self.keep_local_days,
+            node=self.node,
         )
 
     async def open(self) -> None:

@@ -372,7 +372,7 @@ async def test_keys_can_be_read_alone(store: RawStore, folder: Path):
     await store.land(b"1", "key")
     back_up(store, folder.parent / "backup")
     names = [file.name for file in (folder.parent / "backup" / "journal").iterdir()]
-    assert sorted(names) == ["keys.sqlite", "last_raw_id", "tally"]
+    assert sorted(names) == ["keys.sqlite", "last_raw_id", "node", "tally"]
     alone = folder.parent / "alone.sqlite"
     shutil.copy(folder.parent / "backup" / "journal" / "keys.sqlite", alone)
     with closing(sqlite3.connect(alone)) as keys:

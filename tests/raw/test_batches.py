@@ -26,10 +26,10 @@ from test_rejections import opened_files
 
 from backends.raw import (
     COUNT_AT,
+    MARK_AT,
     MOST_IN_BATCH,
     NEXT,
     NODE_BITS,
-    REST_AT,
     Form,
     KeyReused,
     PayloadUnreadable,
@@ -115,7 +115,7 @@ def folders_in(folder: Path) -> Folders:
 
 def first_at(moment: datetime, payloads: int, number: int = 0) -> UUID:
     """Return the first raw_id of a batch that arrived at a moment."""
-    return UUID(int=uuid_at(moment).int | number << REST_AT | payloads << COUNT_AT)
+    return UUID(int=uuid_at(moment).int | number << MARK_AT | payloads << COUNT_AT)
 
 
 def put(
@@ -1031,7 +1031,7 @@ def test_a_day_of_all_kinds(folders: Folders):
     for number, kind in enumerate(KINDS.values()):
         of = bodies(1, 3, 4)
         sent |= zip(put(folders, kind, of, number=2 * number)[1], of, strict=True)
-        alone = UUID(int=uuid_at(LONG_AGO).int | (2 * number + 1) << REST_AT | 0x1FFFF << NODE_BITS)
+        alone = UUID(int=uuid_at(LONG_AGO).int | (2 * number + 1) << MARK_AT | 0x1FFFF << NODE_BITS)
         sent[alone] = b"[%d]" % number
         (folders.raw / f"{alone}.json").write_bytes(sent[alone])
     process(folders)

@@ -1,7 +1,8 @@
 """Any interleaving of landing, processing, kills, retries, rebuilds and packing ends in one table.
 
-So does discarding and what brings payloads back. That table is what a plain computation makes of
-all payloads that are not discarded, one after another.
+So does discarding and what brings payloads back, and another node that lands, processes and
+rebuilds on the same table. That table is what a plain computation makes of all payloads that are
+not discarded, one after another.
 """
 
 import asyncio
@@ -151,7 +152,10 @@ some = st.integers(0, 3)
 
 
 class Interleavings(RuleBasedStateMachine):
-    """One data folder, processors that come and go, and the payloads that were put in."""
+    """One data folder, processors that come and go, and the payloads that were put in.
+
+    Beside it there is another node on the same table, with a folder and payloads of its own.
+    """
 
     kind: type[InMemory | InSqlite] = InMemory
     rebuilds = 0  # that an example may do: each starts processes
@@ -162,8 +166,10 @@ class Interleavings(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.home = Path(tempfile.mkdtemp())
         self.folder = self.run(Folder(self.home / "data").opened())
+        self.other = self.run(Folder(self.home / "other", node=7).opened())
         self.backend = self.kind(self.home, series=bool(self.going_by.series))
         self.payloads: Payloads = {}
+        self.theirs: Payloads = {}
         self.discarded = set[UUID]()
         self.unnoted = False  # that a payload has left its batch, until it is rejected once more
         self.left = self.rebuilds
@@ -195,6 +201,20 @@ class Interleavings(RuleBasedStateMachine):
         bodies = [payload(*content) for content in arrivals]
         raw_ids = self.run(self.folder.store.land(**batch_of(bodies, form)))
         self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
+    @rule(arrivals=st.lists(contents, max_size=4), limit=limits)
+    def other_node(self, arrivals: list[Content], limit: int | None) -> None:
+        """The other node lands payloads, the first alone and the rest in a batch, and processes."""
+
+        async def work() -> None:
+            bodies = [payload(*content) for content in arrivals]
+            raw_ids = await land_each(self.other.store, bodies[:1])
+            if bodies[1:]:
+                raw_ids += await self.other.store.land(**lines(*bodies[1:]))
+            self.theirs |= dict(zip(raw_ids, arrivals, strict=True))
+            await processor_of(self.other.store, self.backend, 3, self.going_by).process(limit)
+
+        self.run(work())
 
     @rule(
         day=st.integers(0, 3),
@@ -366,22 +386,27 @@ class Interleavings(RuleBasedStateMachine):
 
     @precondition(lambda self: self.left and not self.unfinished)
     @precondition(lambda self: self.folder.store.count_processed())
-    @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans())
-    def rebuild(self, most: int | None, *, delete_orphans: bool) -> None:
-        """A rebuild runs to its end, or is killed after some findings."""
+    @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans(), by_other=st.booleans())
+    def rebuild(self, most: int | None, *, delete_orphans: bool, by_other: bool) -> None:
+        """A rebuild by either node runs to its end, or is killed after some findings."""
+        folder = self.other if by_other else self.folder
+        if not folder.store.count_processed():
+            return
         self.left -= 1
 
         async def work() -> None:
             found = 0
-            await self.processor().discards.finish()  # as the command does
-            proof = Proof(self.folder.store.portable(), self.backend, self.going_by)
+            if not by_other:
+                await self.processor().discards.finish()  # as the command does
+            proof = Proof(folder.store.portable(), self.backend, self.going_by)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
                     await rebuild.aclose()
                     return
                 found += 1
-            self.tampered = proof.counts["orphaned"] > 0  # some tamperings make rows of nothing
+            if not self.theirs:  # whose rows the other node would have to mend
+                self.tampered = proof.counts["orphaned"] > 0  # some make rows of nothing
 
         try:
             self.run(work())
@@ -392,8 +417,9 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         """At any moment, every payload is there, byte for byte."""
-        for raw_id, content in self.payloads.items():
-            assert self.folder.store.read(raw_id)[1] == payload(*content)
+        for folder, payloads in ((self.folder, self.payloads), (self.other, self.theirs)):
+            for raw_id, content in payloads.items():
+                assert folder.store.read(raw_id)[1] == payload(*content)
 
     def teardown(self) -> None:
         """Let everything come to its end, and hold the table against the plain computation."""
@@ -401,12 +427,18 @@ class Interleavings(RuleBasedStateMachine):
             self.backend.picky = False
             self.retry(len(self.payloads))
             self.process([], [None, None], 3)
+            for rejection in list(self.other.store.rejections()):
+                self.other.store.retry(rejection.raw_id)
+            self.other_node([], None)
             left = {one: self.payloads[one] for one in self.payloads.keys() - self.discarded}
-            if self.tampered and computed(left, self.going_by):
-                self.left += 1
-                self.rebuild(None, delete_orphans=True)
-            if computed(left, self.going_by) or not self.tampered:
-                assert self.run(self.backend.find()) == computed(left, self.going_by)
+            proving = [
+                bool(at) for at, of in enumerate((left, self.theirs)) if computed(of, self.going_by)
+            ]
+            if self.tampered or self.discarded:  # where another node's row has to come back
+                for by_other in proving:
+                    self.rebuild(None, delete_orphans=True, by_other=by_other)
+            if proving or not self.tampered:
+                assert self.run(self.backend.find()) == computed(left | self.theirs, self.going_by)
             bad = {raw_id for raw_id, (_, value) in left.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
@@ -418,6 +450,7 @@ class Interleavings(RuleBasedStateMachine):
                 assert self.folder.store.count_processed() == len(left) - len(bad)
         finally:
             self.run(self.folder.store.close())
+            self.run(self.other.store.close())
             self.run(self.backend.close())
             self.runner.close()
             shutil.rmtree(self.home)

@@ -62,9 +62,9 @@ def body(second: int = 0, *values: object) -> bytes:
 class Folder:
     """A data folder, its files put in and looked at as an operator does it."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, node: int | None = None) -> None:
         self.place = place
-        self.store = RawStore(place / "raw")
+        self.store = RawStore(place / "raw", node=node)
 
     async def opened(self) -> "Folder":
         await self.store.open()

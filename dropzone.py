@@ -38,6 +38,8 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
 import multiprocessing.process
 import operator
 import os
@@ -58,6 +60,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import traceback
 import warnings
 import zlib
 from array import array
@@ -75,8 +78,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -1853,6 +1855,7 @@ LOOK_PAUSE = 200  # the next look begins after so many times the duration of the
 WORKERS = min(4, os.cpu_count() or 1)
 NICE = 10  # by which processing leaves the processor to landing
 MUCH = 5000  # payloads, which a command does not process by itself alone
+TRIES = 3  # of a call whose process was killed
 SHORT = 2.0  # seconds of work that are not worth the start of processes
 WINDOW = 200_000  # payloads that are listed at a time, so that any number fits into memory
 PORTION_BYTES = 64 * 1024 * 1024  # that are read for one upsert, however few payloads that is
@@ -1996,16 +1999,53 @@ def settle_files(payloads: Payloads, work: Work, judged: JudgedFiles) -> bytes:
     return msgspec.msgpack.encode(Outcome(settled.processed, codes, shown, stuck))
 
 
+class Worker:
+    """A process that makes one call after another; `context` is how it is started."""
+
+    def __init__(self, context: multiprocessing.context.BaseContext) -> None:
+        # The pipe is its own: it breaks when the process ends, and no other process is in the way.
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=[theirs], daemon=True)  # type: ignore[attr-defined]
+        self._process.start()
+        theirs.close()
+
+    def call(
+        self, call: Callable[..., object], arguments: Sequence[object]
+    ) -> tuple[object, Exception | None]:
+        """Wait for a call; return its value and what it has raised, or raise `ProcessEnded`."""
+        try:
+            self._pipe.send((call, arguments))
+            outcome: tuple[object, Exception | None] = self._pipe.recv()
+        except (EOFError, OSError):
+            raise ProcessEnded from None
+        return outcome
+
+    def end(self) -> None:
+        """Let it end, and wait for that."""
+        self._pipe.close()
+        self._process.join()
+
+
+class ProcessEnded(Exception):
+    """A process has ended in the middle of a call."""
+
+
 class Workers:
-    """Processes for work that would hold up this one. The first call starts them."""
+    """Processes for work that would hold up this one. The first calls start them.
+
+    A thread waits for each that is at work. The process of one that is killed, by the system for
+    want of memory perhaps, is replaced, and its call is made again: it has to be one that may be
+    made twice.
+    """
 
     def __init__(self, count: int = WORKERS) -> None:
         self._count = count
-        self._pool: ProcessPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._idle = deque[Worker]()
 
     @property
     def are_there(self) -> bool:
-        return self._pool is not None
+        return bool(self._threads or self._idle)
 
     def fork(self) -> None:
         """Start the processes as copies of this one, which takes milliseconds.
@@ -2014,21 +2054,36 @@ class Workers:
         """
         gc.freeze()  # a collection would write to what they share
         copies = multiprocessing.get_context("fork")
-        self._pool = ProcessPoolExecutor(self._count, copies, _begin_worker)
-        self._pool.submit(os.getpid)  # all of them start with the first call
+        self._idle.extend(Worker(copies) for _ in range(self._count))
 
     async def run(self, call: Callable[..., T], *arguments: object) -> T:
         """Call a function of this module in one of them; raises what it raises."""
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = self._pool or ProcessPoolExecutor(self._count, spawn, _begin_worker)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
-        except BrokenProcessPool:
-            self._pool = None
+        self._threads = self._threads or ThreadPoolExecutor(self._count, "worker")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._call, call, arguments)
+
+    def _call(self, call: Callable[..., T], arguments: Sequence[object]) -> T:
+        for _ in range(TRIES):
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = Worker(multiprocessing.get_context("spawn"))
+            try:
+                value, error = worker.call(call, arguments)
+            except ProcessEnded:
+                worker.end()
+            else:
+                self._idle.append(worker)
+                if error:
+                    raise error
+                return cast("T", value)
             if not os.access(sys.executable, os.X_OK):
                 wrong = f"{user_name(os.geteuid())} may not run {sys.executable}"
-                raise StorageUnavailable(f"{wrong}: install it where every user may") from None
-            raise StorageUnavailable("a process of this service has ended; try again") from None
+                raise StorageUnavailable(f"{wrong}: install it where every user may")
+        raise StorageUnavailable(
+            f"a process of this service has ended {TRIES} times at the same work: see the system's "
+            "log whether it is killed for want of memory, and try again"
+        )
 
     def begin(self) -> asyncio.Future[Any]:
         """Start the processes; the future is done when they are ready, or cannot start."""
@@ -2062,9 +2117,15 @@ class Workers:
                 raise error
 
     async def close(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool:
-            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
+        """End them when they have made the calls that they are at."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        threads, self._threads = self._threads, None
+        if threads:
+            threads.shutdown(cancel_futures=True)
+        while self._idle:
+            self._idle.pop().end()
 
 
 def _take_note(done: asyncio.Future[Any]) -> None:
@@ -2073,11 +2134,30 @@ def _take_note(done: asyncio.Future[Any]) -> None:
         done.exception()
 
 
-def _begin_worker() -> None:
-    """Let landing go first, and end with the process that started this one, however it ends."""
+def _work(pipe: multiprocessing.connection.Connection) -> None:
+    """Make calls until nobody asks for another; let landing go first.
+
+    The process ends with the one that started it, however that ends.
+    """
     os.nice(max(0, NICE - os.nice(0)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process hears it, and closes this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of which a copy has the handler of the other
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            call, arguments = pipe.recv()
+            pipe.send(_outcome_of(call, arguments))
+
+
+def _outcome_of(
+    call: Callable[..., object], arguments: Sequence[object]
+) -> tuple[object, Exception | None]:
+    """Make a call; return its value and what it has raised."""
+    try:
+        return call(*arguments), None
+    except Exception as error:  # noqa: BLE001 (it is raised where the call was asked for)
+        error.add_note(traceback.format_exc())
+        return None, error
 
 
 def _end_with(process: multiprocessing.process.BaseProcess) -> None:
@@ -2773,9 +2853,10 @@ async def find_twin(payloads: Payloads, backend: Backend) -> Twin | None:
 
     A row with this node's number is another folder's if that has marked its raw_id, and the payload
     is not here. One that this folder has made is never taken for it, whatever became of its
-    payload, and wherever the folder was restored. Raises `BackendError`.
+    payload, and wherever the folder was restored. Raises `BackendError` and TimeoutError.
     """
-    rows = await backend.find(limit=AT_A_TIME, descending=True)
+    async with asyncio.timeout(PING_PATIENCE):
+        rows = await backend.find(limit=AT_A_TIME, descending=True)
     return await asyncio.to_thread(_twin_among, payloads, rows)
 
 
@@ -2805,7 +2886,7 @@ def noted_twin(payloads: Payloads) -> Twin | None:
 
 async def note_twin(payloads: Payloads, backend: Backend) -> None:
     """Look for a twin; log one, and note it for every process that shows how the service is."""
-    with contextlib.suppress(BackendError):
+    with contextlib.suppress(BackendError, TimeoutError):
         twin = await find_twin(payloads, backend)
         if twin:
             log.error("%s", twin.text())
@@ -5596,7 +5677,8 @@ WRONG = {  # what each kind of wrong row is, and what to do about it
 }
 UNPROVABLE = {  # the same for rows that stand, as no payload says anything about them
     "orphaned": "cannot be checked, as their payload is not in this folder: look for a pack that "
-    "is lost, a disk that is not mounted, or another Dropzone on the same table; "
+    "is lost, a disk that is not mounted, or another Dropzone on the same table with the same "
+    "[node] id; "
     "rebuild --delete-orphans deletes them",
     "unreadable": "cannot be checked, as their payload cannot be read, or makes no row any more: "
     "restore it from a copy",
@@ -6049,7 +6131,7 @@ async def storage_trouble(config: Config, backend: Backend) -> str | None:
 
 async def twin_trouble(config: Config, backend: Backend) -> str | None:
     """Say it where another Dropzone has the same number; nothing is made for that."""
-    with contextlib.suppress(BackendError):
+    with contextlib.suppress(BackendError, TimeoutError):
         if config.storage.backend != "sqlite" or os.path.exists(config.storage.sqlite.path):
             twin = await find_twin(store_of(config).portable(), backend)
             return twin.text() if twin else None

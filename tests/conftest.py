@@ -1,5 +1,6 @@
 """Fixtures for every test file."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ DROP SCHEMA public CASCADE;
 CREATE SCHEMA public;
 GRANT USAGE ON SCHEMA public TO PUBLIC;
 """
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as many tests wait; four at most, as many start programs."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -377,8 +377,8 @@ class Folders(Days):
         try:
             os.rename(source, f"{folder}/{name}")
             return True
-        except FileNotFoundError:
-            pass  # another processor has moved it
+        except FileNotFoundError:  # this very call may have moved it, and have been killed
+            return os.path.lexists(f"{folder}/{name}")
         except OSError as error:  # one odd file never stops the rest
             if error.errno in NO_WAY:
                 raise

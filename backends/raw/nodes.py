@@ -22,6 +22,7 @@ there were nodes, so that nothing hides a payload that is lost.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,10 @@ from msgspec import Struct
 from backends.raw import MARK_BITS, SAME_MOMENT, came_alone, mark_of, node_in, place_of, uuid_at
 from backends.raw.disk import sync_file
 
+log = logging.getLogger("dropzone")
+
 FILE = "node"  # in the journal
+CLOCKS_APART = 600_000  # milliseconds, at most
 LATEST = UUID(int=(1 << 128) - 1)
 
 
@@ -102,8 +106,13 @@ class KnownNodes(Struct, frozen=True):
             return False
         if came_alone(raw_id):
             return True
-        is_none_of_before = self.notes.was_empty and self.is_numbered
-        return place_of(raw_id) is not None and (raw_id > self.notes.since or is_none_of_before)
+        if self.notes.was_empty and self.is_numbered:
+            beginning = 0
+        elif self.notes.was_empty:  # and the clocks of the others may be behind
+            beginning = self.notes.since.int - (CLOCKS_APART << 80)
+        else:
+            beginning = self.notes.since.int
+        return place_of(raw_id) is not None and raw_id.int > beginning
 
 
 def read_numbers(journal: Path) -> Numbers | None:
@@ -123,6 +132,8 @@ def note_number(
     """
     known = read_numbers(journal)
     if known is None:
+        if (journal / FILE).exists():
+            log.warning("%s is damaged: the folder gets another mark", journal / FILE)
         behind_its_batch = UUID(int=last.int | SAME_MOMENT)
         since = behind_its_batch if last.int else uuid_at(datetime.now(UTC))
         known = Numbers(getrandbits(MARK_BITS), since, was_empty=not last.int)

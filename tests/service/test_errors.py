@@ -5,7 +5,14 @@ import pickle
 import pytest
 
 from backends import BackendError, BackendUnavailable, MeasurementNotFound
-from backends.raw import KeyReused, PayloadUnreadable, RawIdUnknown, StorageFull, StorageUnavailable
+from backends.raw import (
+    KeyReused,
+    PayloadUnreadable,
+    RawIdElsewhere,
+    RawIdUnknown,
+    StorageFull,
+    StorageUnavailable,
+)
 from dropzone import (
     ConfigError,
     DataQualityError,
@@ -25,6 +32,7 @@ ERRORS = [
 ]
 ERRORS_BELOW = [
     (RawIdUnknown("no payload has this raw_id"), "raw_id_unknown", 404),
+    (RawIdElsewhere("it is a payload of node 7", 7), "raw_id_elsewhere", 404),
     (KeyReused("this key came with another body before"), "idempotency_key_reused", 422),
     (StorageUnavailable("the disk refuses"), "storage_unavailable", 503),
     (StorageFull("the disk is full"), "storage_full", 503),

@@ -1,5 +1,7 @@
 """Any interleaving of landing, processing, kills, retries, rebuilds and packing ends in one table.
 
+So it does where another node lands, processes and rebuilds on the same table.
+
 That table is what a plain computation makes of all payloads, one after another.
 """
 
@@ -115,7 +117,10 @@ some = st.integers(0, 3)
 
 
 class Interleavings(RuleBasedStateMachine):
-    """One data folder, processors that come and go, and the payloads that were put in."""
+    """One data folder, processors that come and go, and the payloads that were put in.
+
+    Beside it there is another node on the same table, with a folder and payloads of its own.
+    """
 
     kind: type[InMemory | InSqlite] = InMemory
     rebuilds = 0  # that an example may do: each starts processes
@@ -125,8 +130,10 @@ class Interleavings(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.home = Path(tempfile.mkdtemp())
         self.folder = self.run(Folder(self.home / "data").opened())
+        self.other = self.run(Folder(self.home / "other", node=7).opened())
         self.backend = self.kind(self.home)
         self.payloads: Payloads = {}
+        self.theirs: Payloads = {}
         self.left = self.rebuilds
         self.tampered = False
 
@@ -153,6 +160,20 @@ class Interleavings(RuleBasedStateMachine):
         bodies = [payload(*content) for content in arrivals]
         raw_ids = self.run(self.folder.store.land(**batch_of(bodies, form)))
         self.payloads |= dict(zip(raw_ids, arrivals, strict=True))
+
+    @rule(arrivals=st.lists(contents, max_size=4), limit=limits)
+    def other_node(self, arrivals: list[Content], limit: int | None) -> None:
+        """The other node lands payloads, the first alone and the rest in a batch, and processes."""
+
+        async def work() -> None:
+            bodies = [payload(*content) for content in arrivals]
+            raw_ids = await land_each(self.other.store, bodies[:1])
+            if bodies[1:]:
+                raw_ids += await self.other.store.land(**lines(*bodies[1:]))
+            self.theirs |= dict(zip(raw_ids, arrivals, strict=True))
+            await processor_of(self.other.store, self.backend, 3).process(limit)
+
+        self.run(work())
 
     @rule(
         day=st.integers(0, 3),
@@ -281,21 +302,25 @@ class Interleavings(RuleBasedStateMachine):
             self.tampered = True
 
     @precondition(lambda self: self.left and self.folder.store.count_processed())
-    @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans())
-    def rebuild(self, most: int | None, *, delete_orphans: bool) -> None:
-        """A rebuild runs to its end, or is killed after some findings."""
+    @rule(most=st.none() | st.integers(0, 2), delete_orphans=st.booleans(), by_other=st.booleans())
+    def rebuild(self, most: int | None, *, delete_orphans: bool, by_other: bool) -> None:
+        """A rebuild by either node runs to its end, or is killed after some findings."""
+        folder = self.other if by_other else self.folder
+        if not folder.store.count_processed():
+            return
         self.left -= 1
 
         async def work() -> None:
             found = 0
-            proof = Proof(self.folder.store.portable(), self.backend)
+            proof = Proof(folder.store.portable(), self.backend)
             rebuild = proof.rebuild(delete_orphans=delete_orphans)
             async for _ in rebuild:
                 if found == most:
                     await rebuild.aclose()
                     return
                 found += 1
-            self.tampered = proof.counts["orphaned"] > 0  # some tamperings make rows of nothing
+            if not self.theirs:  # whose rows the other node would have to mend
+                self.tampered = proof.counts["orphaned"] > 0  # some make rows of nothing
 
         try:
             self.run(work())
@@ -306,8 +331,9 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         """At any moment, every payload is there, byte for byte."""
-        for raw_id, content in self.payloads.items():
-            assert self.folder.store.read(raw_id)[1] == payload(*content)
+        for folder, payloads in ((self.folder, self.payloads), (self.other, self.theirs)):
+            for raw_id, content in payloads.items():
+                assert folder.store.read(raw_id)[1] == payload(*content)
 
     def teardown(self) -> None:
         """Let everything come to its end, and hold the table against the plain computation."""
@@ -315,15 +341,19 @@ class Interleavings(RuleBasedStateMachine):
             self.backend.picky = False
             self.retry(len(self.payloads))
             self.process([], [None, None], 3)
+            for rejection in list(self.other.store.rejections()):
+                self.other.store.retry(rejection.raw_id)
+            self.other_node([], None)
             if self.tampered:
-                self.left += 1
-                self.rebuild(None, delete_orphans=True)
-            assert self.run(self.backend.find()) == computed(self.payloads)
+                for by_other in (False, True):
+                    self.rebuild(None, delete_orphans=True, by_other=by_other)
+            assert self.run(self.backend.find()) == computed(self.payloads | self.theirs)
             bad = {raw_id for raw_id, (_, value) in self.payloads.items() if value is None}
             assert self.folder.names("raw") == []
             assert set(self.folder.names("rejected")) == bad
         finally:
             self.run(self.folder.store.close())
+            self.run(self.other.store.close())
             self.run(self.backend.close())
             self.runner.close()
             shutil.rmtree(self.home)

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
+from power_cut import children_of
 from stores import land_each
 from test_cli import OK, PATIENCE, Program, closed_port
 
@@ -30,7 +31,7 @@ import dropzone
 from backends import Backend, BackendError, BackendUnavailable, Measurement
 from backends.memory import MemoryBackend
 from backends.postgres import PostgresBackend
-from backends.raw import COUNT_AT, Form, RawIds, first_of, form_of, payloads_in_name
+from backends.raw import COUNT_AT, Form, RawIds, day_of, first_of, form_of, payloads_in_name
 from backends.raw.landing import RawStore
 from backends.sqlite import SqliteBackend
 from dropzone import Processor, ProcessorBusy
@@ -61,9 +62,9 @@ def body(second: int = 0, *values: object) -> bytes:
 class Folder:
     """A data folder, its files put in and looked at as an operator does it."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, node: int | None = None) -> None:
         self.place = place
-        self.store = RawStore(place / "raw")
+        self.store = RawStore(place / "raw", node=node)
 
     async def opened(self) -> "Folder":
         await self.store.open()
@@ -594,6 +595,23 @@ async def test_killed_between_upsert_and_move(
         NOON + timedelta(seconds=second): (second * 2.0 + 1, arrival(second * 2 + 1))
         for second in range(500)
     }
+
+
+@pytest.mark.parametrize("done", [0, 1, 3000], ids="before {}".format)
+async def test_killed_workers(folder: Folder, program: Program, done: int):
+    """The processes of a run are killed, in the middle of moves too: others do their work."""
+    raw_ids = folder.fill(6000)
+    process = program.start("process")
+    moved = folder.place / "processed" / day_of(raw_ids[done]) / f"{raw_ids[done]}.json"
+    async with asyncio.timeout(PATIENCE):
+        while not (workers := children_of(process.pid)) or (done and not moved.exists()):
+            await asyncio.sleep(0)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    out, err = await asyncio.to_thread(process.communicate, timeout=PATIENCE)
+    assert process.returncode == OK, err.decode()
+    assert json.loads(out)["processed"] == 6000
+    assert folder.names("processed") == raw_ids
 
 
 # ── Batches ───────────────────────────────────────────────────────────────────────────────────────

@@ -752,21 +752,34 @@ async def test_the_backend_goes_away(book: Book):
 
 
 @sqlite
-async def test_a_killed_worker(book: Book, program: Program):
-    """A worker process that is killed is told of in a sentence: exit code 75; the next run ends."""
+@pytest.mark.parametrize("kills", [1, 1000], ids=["once", "again and again"])
+async def test_killed_workers(book: Book, program: Program, kills: int):
+    """A killed worker process costs time; if all are killed, a sentence tells: exit code 75."""
     for number in range(3000):
         book.folder.put(arrival(2 * DAY + number), payload(number, number))
     await book.process()
     process = program.start("verify")
     verifier = psutil.Process(process.pid)
     async with asyncio.timeout(PATIENCE):
-        while not (workers := list(filter(is_worker, verifier.children()))):
+        while kills and process.poll() is None:
+            for worker in workers_of(verifier)[:kills]:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
+                    kills -= 1
             await asyncio.sleep(0.001)
-    workers[0].kill()
     _, err = await asyncio.to_thread(process.communicate)
-    assert process.returncode == TRY_AGAIN
-    assert_explained(err.decode())
+    if kills:
+        assert process.returncode == TRY_AGAIN
+        assert_explained(err.decode())
+    else:
+        assert process.returncode == OK, err.decode()
     assert await book.findings() == []
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return list(filter(is_worker, process.children()))
+    return []
 
 
 def is_worker(process: psutil.Process) -> bool:

@@ -146,7 +146,8 @@ class Lane:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._write_ahead(connection)
-        connection.execute("PRAGMA synchronous = FULL")
+        for setting in ("PRAGMA synchronous = FULL", *self._statements.settings):
+            connection.execute(setting)
         self._ensure_table(connection)
 
     def _ensure_table(self, connection: sqlite3.Connection) -> None:

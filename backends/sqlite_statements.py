@@ -27,6 +27,9 @@ CREATE_INDEX = """
 CREATE INDEX IF NOT EXISTS measurements_by_time
 ON measurements (timestamp_utc, series, mean, std_dev)
 """
+# Rows of many series change many pages, again and again. So each connection keeps up to 16 MB of
+# them, and they go back to the file when there are 64 MB of them beside it.
+SETTINGS_OF_MANY = ("PRAGMA cache_size = -16384", "PRAGMA wal_autocheckpoint = 16384")
 COLUMNS = 'SELECT name, type, "notnull", pk FROM pragma_table_info(?) ORDER BY cid'
 VALUES = [("mean", "REAL", 1, 0), ("std_dev", "REAL", 1, 0), ("raw_id", "TEXT", 1, 0)]
 COLUMNS_OF_ONE = [("timestamp_utc", "TEXT", 1, 1), *VALUES]
@@ -144,6 +147,7 @@ class Statements:
     delete: str
     get: str
     change: str
+    settings: tuple[str, ...] = ()  # of a connection
 
     @property
     def create_line(self) -> str:
@@ -168,4 +172,5 @@ MANY = Statements(
     delete=DELETE_MANY,
     get=GET_MANY,
     change=_change(CREATE_MANY, MOVE_TO_MANY, CREATE_INDEX),
+    settings=SETTINGS_OF_MANY,
 )

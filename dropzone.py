@@ -2176,14 +2176,20 @@ class Outcome(Struct, frozen=True, array_like=True):
 OUTCOME = msgspec.msgpack.Decoder(Outcome)
 
 
-def settle_files(payloads: Payloads, work: Work, judged: JudgedFiles) -> bytes:
-    """Move files that were judged, and whose rows are stored; return `Outcome` as MessagePack."""
+def settle_files(
+    payloads: Payloads, work: Work, judged: JudgedFiles, *, again: bool = False
+) -> bytes:
+    """Move files that were judged, and whose rows are stored; return `Outcome` as MessagePack.
+
+    It may have been cut short before: `again` counts what was moved then, too.
+    """
     portions = itertools.chain.from_iterable(map(REJECTIONS_OF.decode, judged.rejected))
     rejected = sorted(portions, key=lambda rejection: rejection.raw_id)
     others = {f"{rejection.raw_id}.json" for rejection in rejected} | judged.unread.keys()
     names = [name for name in work.names[: judged.files] if name not in others]
     done = {name: work.end for name in names if work.end < payloads_in_name(name)}
-    settled = payloads.settle([name for name in names if name not in done], rejected, done)
+    whole = [name for name in names if name not in done]
+    settled = payloads.settle(whole, rejected, done, again=again)
     codes = Counter(rejection.code for rejection in settled.rejected)
     shown, stuck = settled.rejected[:REJECTIONS_SHOWN], list(settled.stuck.values())
     return msgspec.msgpack.encode(Outcome(settled.processed, codes, shown, stuck))
@@ -2210,6 +2216,10 @@ class Worker:
             raise ProcessEnded from None
         return outcome
 
+    def kill(self) -> None:
+        """End it in the middle of a call."""
+        self._process.kill()
+
     def end(self) -> None:
         """Let it end, and wait for that."""
         with contextlib.suppress(OSError):  # it has ended
@@ -2234,6 +2244,8 @@ class Workers:
         self._count = count
         self._threads: ThreadPoolExecutor | None = None
         self._idle = deque[Worker]()
+        self._busy = set[Worker]()
+        self._are_killed = False
 
     @property
     def are_there(self) -> bool:
@@ -2248,23 +2260,36 @@ class Workers:
         copies = multiprocessing.get_context("fork")
         self._idle.extend(Worker(copies) for _ in range(self._count))
 
-    async def run(self, call: Callable[..., T], *arguments: object) -> T:
-        """Call a function of this module in one of them; raises what it raises."""
+    async def run(
+        self, call: Callable[..., T], *arguments: object, again: Callable[..., T] | None = None
+    ) -> T:
+        """Call a function of this module in one of them; raises what it raises.
+
+        `again` is called instead once the process of a call was killed.
+        """
         self._threads = self._threads or ThreadPoolExecutor(self._count, "worker")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._call, call, arguments)
+        calls = itertools.chain([call], itertools.repeat(again or call, TRIES - 1))
+        return await loop.run_in_executor(self._threads, self._call, calls, arguments)
 
-    def _call(self, call: Callable[..., T], arguments: Sequence[object]) -> T:
-        for _ in range(TRIES):
+    def _call(self, calls: Iterator[Callable[..., T]], arguments: Sequence[object]) -> T:
+        for call in calls:
             try:
                 worker = self._idle.pop()
             except IndexError:
                 worker = Worker(multiprocessing.get_context("spawn"))
+            self._busy.add(worker)
+            if self._are_killed:
+                worker.kill()
             try:
                 value, error = worker.call(call, arguments)
             except ProcessEnded:
+                self._busy.discard(worker)
                 worker.end()
+                if self._are_killed:
+                    break
             else:
+                self._busy.discard(worker)
                 self._idle.append(worker)
                 if error:
                     raise error
@@ -2307,6 +2332,12 @@ class Workers:
         for error in await asyncio.gather(*lanes, return_exceptions=True):
             if error:
                 raise error
+
+    def kill(self) -> None:
+        """End those that are at work, in the middle of calls that are not made again."""
+        self._are_killed = True
+        for worker in set(self._busy):
+            worker.kill()
 
     async def close(self) -> None:
         """End them when they have made the calls that they are at."""
@@ -2581,7 +2612,10 @@ class Processor:
             for rows in judged.rows:
                 refused = await self._upsert(ROWS_OF.decode(rows), result)
                 judged.rejected.extend(_portions(refused))
-            settle = self._workers.run if len(judged.rejected) > 1 else run
+            settle: Callable[..., Awaitable[bytes]] = run
+            if run == self._workers.run or len(judged.rejected) > 1:
+                again = functools.partial(settle_files, again=True)
+                settle = functools.partial(self._workers.run, again=again)
             outcome = OUTCOME.decode(await settle(settle_files, self._payloads, work, judged))
             stuck.add([*judged.unread.values(), *outcome.stuck])
             self._metrics.processed.inc(outcome.processed)
@@ -3273,6 +3307,7 @@ class Discards:
         self._workers = workers
         self._metrics = metrics
         self._note = payloads.workspace / DISCARDING
+        self._looking = asyncio.Lock()
 
     async def discard(self, portions: Iterator[Sequence[UUID]]) -> int:
         """Discard payloads in any state, a portion at a time; return how many.
@@ -3301,7 +3336,9 @@ class Discards:
 
     async def finish(self, patience: float = LOCK_PATIENCE) -> None:
         """Finish a discard that was cut short, if there is one; raises the same."""
-        if await asyncio.to_thread(self._note.exists):
+        async with self._looking:  # who asks first goes on first
+            is_there = await asyncio.to_thread(self._note.exists)
+        if is_there:
             async with self._alone(patience):
                 await self._finish()
 
@@ -3548,11 +3585,9 @@ async def compact_by_itself(payloads: Payloads) -> None:
     """
     workers, bad = Workers(1), list[Exception]()
     with upkeep_lock(payloads):
-        process = 0
         try:
             for day in await asyncio.to_thread(payloads.finished_days):
                 try:
-                    process = await workers.run(os.getpid)
                     with audited("compact", "timer", day=day) as facts:
                         facts["packed"] = await workers.run(payloads.compact, day)
                 except (OSError, StorageUnavailable) as error:
@@ -3563,9 +3598,7 @@ async def compact_by_itself(payloads: Payloads) -> None:
             except ArchiveAway as error:
                 bad.append(error)
         except asyncio.CancelledError:  # a pack may take minutes, and stands a kill
-            if process:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGTERM)
+            workers.kill()
             raise
         finally:
             await workers.close()

@@ -475,8 +475,8 @@ def window_of_all(
     low, high = window(since, until, after, limit, descending=descending)
     if after is None or after_series is None:
         return (low, ""), (high, "")
-    if descending:  # `high` is `after`, or a bound before it
-        return (low, ""), (high, after_series if high == after else "")
+    if descending:
+        return (low, ""), (after, after_series) if until is None or after < until else (until, "")
     low = after if since is None else max(since, after)
     return (low, following(after_series) if low == after else ""), (until, "")
 

@@ -415,14 +415,19 @@ class Payloads(Protocol):
         """Return a number that is another one when payloads have entered or left a state."""
 
     def settle(
-        self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
+        self,
+        processed: Iterable[str],
+        rejected: Iterable[Rejection],
+        done: Mapping[str, int] = {},
+        *,
+        again: bool = False,
     ) -> Settled:
         """Move files out of pending, as far as this user may, and return what was done.
 
         `processed` are names; a batch among them moves as one, behind those of its payloads that
         are `rejected`, each of which gets a file of its own. Of the batches in `done` so many
         payloads are processed or rejected, and the rest stays pending. Doing it again, or a part of
-        it again, changes nothing.
+        it again, changes nothing; with `again` what was moved then counts as if it were moved now.
         """
 
     def processing_trouble(self, oldest: Sequence[str] = ()) -> str | None:

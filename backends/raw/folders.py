@@ -279,7 +279,12 @@ class Folders(Discarded):
     # Settling
 
     def settle(
-        self, processed: Iterable[str], rejected: Iterable[Rejection], done: Mapping[str, int] = {}
+        self,
+        processed: Iterable[str],
+        rejected: Iterable[Rejection],
+        done: Mapping[str, int] = {},
+        *,
+        again: bool = False,
     ) -> Settled:
         """See Payloads.settle."""
         processed, stuck = list(processed), dict[str, str]()
@@ -293,6 +298,8 @@ class Folders(Discarded):
             with contextlib.suppress(StorageUnavailable):  # then `take_stock` finds them
                 self._index.note(apart)
         moved = self._move_all((name for name in processed if name not in stuck), stuck)
+        if again:
+            moved += filter(self.is_processed, {*processed} - {*moved})
         before, count = self.notes.done(), 0
         for name in moved:
             count += self.count_between(name, before.get(name, 0))
@@ -387,8 +394,8 @@ class Folders(Discarded):
         try:
             os.rename(source, f"{folder}/{name}")
             return True
-        except FileNotFoundError:  # this very call may have moved it, and have been killed
-            return os.path.lexists(f"{folder}/{name}")
+        except FileNotFoundError:
+            pass  # another processor has moved it
         except OSError as error:  # one odd file never stops the rest
             if error.errno in NO_WAY:
                 raise

@@ -752,8 +752,8 @@ def test_synced_before_the_batch_lets_go(
     monkeypatch.setattr("backends.raw.disk.sync_file_system", lambda _: done.append("sync"))
 
     def note(source: object, target: object) -> None:
-        done.append(Path(str(target)).name)
         rename(str(source), str(target))
+        done.append(Path(str(target)).name)
 
     monkeypatch.setattr(os, "rename", note)
     folders.settle([name], [rejection_of(raw_ids[1]), rejection_of(raw_ids[4])])

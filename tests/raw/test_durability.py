@@ -845,7 +845,7 @@ async def test_clock_set_back_during_a_run(tmp_path: Path, monkeypatch: pytest.M
     """A clock that is set back while the store is open does not show in its raw_ids."""
     async with opened(tmp_path) as store:
         raw_ids = await land_each(store, [BODY] * 3)
-        monkeypatch.setattr(raw.time, "time_ns", lambda: 10**18)  # in the year 2001
+        monkeypatch.setattr(raw.raw_ids.time, "time_ns", lambda: 10**18)  # in the year 2001
         for _ in range(5):
             raw_ids += await land_each(store, [BODY] * 3)
     assert_increasing(raw_ids)

@@ -177,7 +177,8 @@ async def test_a_backend_that_takes_its_time(serve: Serve, path: str, call: str,
     with asking(service, path):
         await until(lambda: backend.asked.count(call) == at_once)
         await check_that_all_goes_on(service)
-        assert backend.asked.count(call) == at_once
+        looks = call == "find"  # for other nodes, by those who process
+        assert backend.asked.count(call) <= at_once + looks
     await asyncio.sleep(0.2)  # until it is noticed that they have gone
     backend.go.set()
     async with asyncio.timeout(30):
@@ -366,9 +367,10 @@ async def test_processing_in_order(tmp_path: Path):
 
 def test_the_description_is_made_once():
     """The document of the API is made once for each place that it is served at."""
-    assert openapi_json("/a") is openapi_json("/a")
-    assert json.loads(openapi_json("/a"))["servers"] == [{"url": "/a"}]
-    assert json.loads(openapi_json("/b"))["servers"] == [{"url": "/b"}]
+    assert openapi_json("/a", has_series=False) is openapi_json("/a", has_series=False)
+    for path in ("/a", "/b"):
+        description = json.loads(openapi_json(path, has_series=False))
+        assert description["servers"] == [{"url": path}]
 
 
 @pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1234])

@@ -597,7 +597,7 @@ async def test_receipt_of_each_state(service: Service) -> None:
     received = datetime.fromisoformat(pending.pop("received_at"))
     assert start - timedelta(milliseconds=1) <= received <= datetime.now(UTC)
     facts = {"raw_id": raw_id, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
-    nothing = dict.fromkeys(["measurement", "superseded_by", "rejection"])
+    nothing = dict.fromkeys(["measurement", "superseded_by", "rejection", "discarded_at"])
     assert pending == facts | nothing | {"state": "pending"}
 
     bad = await service.land(reading("2019-05-01T10:00:00"))
@@ -779,7 +779,7 @@ async def test_raw_ids_beside_a_batch(service: Service) -> None:
     answer = await service("POST", "/ingest", data=b"1\n2", headers=kind)
     first, last = map(UUID, answer.json["raw_ids"])
     before, behind = UUID(int=first.int - 2**16), UUID(int=last.int + 2**16)
-    others = (before, behind, UUID(int=first.int + 1), UUID(int=first.int + 2**33))
+    others = (before, behind, UUID(int=first.int + 2**33))
     for path in ("", "/payload"):
         for other in others:
             check_problem(await service("GET", f"/raw/{other}{path}"), 404, "raw_id_unknown")

@@ -43,7 +43,8 @@ from test_processing import (
 import dropzone
 from backends import Backend
 from backends.memory import MemoryBackend
-from backends.postgres import CREATE_TABLE, PostgresBackend
+from backends.postgres import PostgresBackend
+from backends.postgres_statements import CREATE_ONE
 from backends.raw import StorageUnavailable
 from backends.raw.days import earliest_names
 
@@ -295,7 +296,7 @@ async def _locked_table(url: str) -> AsyncIterator[str]:
 async def _no_connection_left(url: str) -> AsyncIterator[str]:
     """The server breaks the connections of a user, and has none left for it."""
     connection = await asyncpg.connect(url)
-    await connection.execute(CREATE_TABLE)
+    await connection.execute(CREATE_ONE)
     await connection.execute("CREATE ROLE many LOGIN PASSWORD 'p'")
     await connection.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON measurements TO many")
     yield re.sub("//.*@", "//many:p@", url)

@@ -2674,7 +2674,7 @@ def note_failed_write(workspace: Path, detail: str, name: str = FAILED_WRITE) ->
     now = datetime.now(UTC)
     before = failed_write(workspace, name)
     note = FailedWrite(before.since if before else now, now, detail)
-    write_note(workspace, FAILED_WRITE, note)  # the error itself is raised all the same
+    write_note(workspace, name, note)  # the error itself is raised all the same
 
 
 def write_note(workspace: Path, name: str, note: Struct) -> None:

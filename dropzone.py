@@ -43,6 +43,7 @@ import multiprocessing.context
 import multiprocessing.process
 import operator
 import os
+import pickle
 import pwd
 import re
 import resource
@@ -2839,7 +2840,7 @@ def age_of(names: Sequence[str]) -> float | None:
 
 CLUSTER_FORM = "--cluster is the address of a scheduler of Dask: tcp://host:8786, or tls://"
 SCHEDULER_PATIENCE = 10.0  # seconds for an answer
-WORKER_PATIENCE = 30.0  # seconds for the first worker, and without any
+WORKER_PATIENCE = 20.0  # seconds without any worker, half as many for the first
 LOOK_AT_CLUSTER = 2.0  # seconds between two looks
 PORTIONS_AHEAD = 3  # for each thread of a worker, so that none waits for its next one
 
@@ -2895,8 +2896,8 @@ class Cluster:
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are told here
         options: dict[str, Any] = {"asynchronous": True, "set_as_default": False}
         try:
-            async with asyncio.timeout(2 * SCHEDULER_PATIENCE):
-                return await connect(self._address, timeout=SCHEDULER_PATIENCE, **options)
+            async with asyncio.timeout(SCHEDULER_PATIENCE):
+                return await connect(self._address, timeout=SCHEDULER_PATIENCE / 2, **options)
         except Exception as error:  # noqa: BLE001 (whatever answers there is no scheduler of ours)
             raise self._away(f"no scheduler answers ({reason_of(error)})") from None
 
@@ -2923,7 +2924,7 @@ class Cluster:
 
     async def _compared(self, client: Any) -> int:
         """Wait for workers, compare their versions with those here; return their threads."""
-        deadline = time.monotonic() + WORKER_PATIENCE
+        deadline = time.monotonic() + WORKER_PATIENCE / 2
         while not (threads := await self._threads(client)):
             if time.monotonic() > deadline:
                 start = f"start some: dask worker {self._address} --nthreads 1"
@@ -2950,7 +2951,7 @@ class Cluster:
         from distributed import KilledWorker  # noqa: PLC0415
         from distributed.client import FutureCancelledError  # noqa: PLC0415
 
-        task = client.submit(call_for, versions(), call, args, pure=False)
+        task = client.submit(pickle.loads, pickle.dumps(FarCall(call, args)), pure=False)
         answer = asyncio.ensure_future(task.result())
         try:
             await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -2992,6 +2993,19 @@ def unfit(worker: str, reason: str) -> ConfigError:
 
 def reason_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
+
+
+class FarCall:
+    """A call that is made by unpickling this.
+
+    So it passes through the scheduler, which needs no Dropzone, as bytes.
+    """
+
+    def __init__(self, call: Callable[..., object], arguments: Sequence[object]) -> None:
+        self._call, self._arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return call_for, (versions(), self._call, self._arguments)
 
 
 def call_for(client: Mapping[str, str], call: Callable[..., T], arguments: Sequence[object]) -> T:

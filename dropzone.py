@@ -2893,7 +2893,8 @@ class Cluster:
         import distributed  # noqa: PLC0415 (an extra)
 
         connect: Any = distributed.Client  # it has no types
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are told here
+        for name in ("distributed", "distributed.client"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are told here
         options: dict[str, Any] = {"asynchronous": True, "set_as_default": False}
         try:
             async with asyncio.timeout(SCHEDULER_PATIENCE):
@@ -3253,8 +3254,8 @@ class Proof:
             made = DERIVED.decode(await run(derive, portion, self._rules))
             await derived.upsert(made.rows)
             self._note_damage(of, *made.damage)
-            of.finish_portion()
             progress(made.checked)
+            of.finish_portion()
 
         rules, rules_before = self._scratch / "rules.json", b""
         with contextlib.suppress(FileNotFoundError):

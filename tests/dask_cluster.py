@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from object_store import free_ports
 
@@ -51,10 +52,14 @@ class DaskCluster:
             assert time.monotonic() < deadline, "the scheduler does not start"
             time.sleep(0.05)
 
-    def add(self, variables: Mapping[str, object] = {}, path: Path = REPO) -> int:
-        """Start a worker of one thread, which imports Dropzone from `path`; return its id."""
-        options = [self.address, "--host", "127.0.0.1", "--no-dashboard", "--no-nanny"]
-        options += ["--nthreads", "1", "--death-timeout", "60"]
+    def add(
+        self,
+        variables: Mapping[str, object] = MappingProxyType({}),
+        path: Path = REPO,
+        options: Sequence[str] = ("--no-nanny", "--nthreads", "1"),
+    ) -> int:
+        """Start a worker, which imports Dropzone from `path`; return its id."""
+        options = [self.address, *options, "--host", "127.0.0.1", "--no-dashboard"]
         given = {name: str(text) for name, text in variables.items()}
         worker = self._ask("worker", options, {"PYTHONPATH": str(path), **given})
         self.workers.append(worker)

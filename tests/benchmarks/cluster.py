@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
-REPO = Path(__file__).parents[2]
+from ingest import REPO
+
 sys.path.append(str(REPO))
 sys.path.append(str(REPO / "tests"))
 from dask_cluster import DaskCluster

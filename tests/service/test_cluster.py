@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from dask_cluster import DaskCluster
 from object_store import ObjectStore
 from obstore.store import from_url
 from test_cli import DROPZONE, OK, PATIENCE, TRY_AGAIN, Program, assert_explained, closed_port
+from test_docs import blocks, section
 from test_packs import processed_in
 from test_processing import body
 
@@ -30,7 +32,8 @@ from dropzone import __version__
 program = test_processing.program  # a fixture
 REPO = Path(DROPZONE).parent
 NOT_RIGHT, CONFIGURATION = 1, 78
-FAR, NEAR = 40, 20  # payloads; of each some days
+FAR, NEAR = 40, 20  # payloads
+FAR_DAYS, NEAR_DAYS = 8, 4
 DAY_MS = 86_400_000
 PREFIXES = count()
 
@@ -47,14 +50,20 @@ class Proving:
         for name in ("raw", "rejected", "processed", "journal"):
             (program.home / "data" / name).mkdir(parents=True)
         for number in range(FAR):
-            processed_in(program.home / "data", [body(number)], 2 + number % 8 * DAY_MS)
+            processed_in(
+                program.home / "data", [body(number)], 2 + number + number % FAR_DAYS * DAY_MS
+            )
         folders = self.folders(keep_local_days=1)
         for day in folders.finished_days():
             folders.compact(day)
         for name in folders.to_archive():
             folders.archive_pack(name)
         for number in range(NEAR):
-            processed_in(program.home / "data", [body(FAR + number)], (20 + number % 4) * DAY_MS)
+            processed_in(
+                program.home / "data",
+                [body(FAR + number)],
+                number + (20 + number % NEAR_DAYS) * DAY_MS,
+            )
 
     def folders(self, keep_local_days: int = 0) -> Folders:
         archive = Archive(self.url)
@@ -100,7 +109,9 @@ def summary(done: "subprocess.CompletedProcess[str]") -> dict[str, object]:
 def error_of(done: "subprocess.CompletedProcess[str]", code: int) -> str:
     """Return the one line that says why a command has ended with this code."""
     assert done.returncode == code, done
-    [line] = [line for line in done.stderr.splitlines() if "dropzone.audit" not in line]
+    assert "Traceback" not in done.stderr
+    assert " distributed." not in done.stderr  # what Dask logs of it
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("dropzone: ")]
     assert_explained(line)
     return line
 
@@ -137,7 +148,7 @@ def test_workers_read_the_archive_themselves(proving: Proving, cluster: DaskClus
     assert done.returncode == OK, done
     assert (summary(done)["right"], summary(done)["damage"]) == (FAR + NEAR, [])
     store = from_url(proving.url, client_options={"allow_http": True})
-    name = sorted(each["path"] for page in obstore.list(store) for each in page)[0]
+    name = min(each["path"] for page in obstore.list(store) for each in page)
     obstore.put(store, name, b"x" * obstore.head(store, name)["size"])
     done = proving.run("verify", cluster.address, **proving.workers)
     assert done.returncode == NOT_RIGHT, done
@@ -169,6 +180,11 @@ def test_goes_on_where_it_was_stopped(proving: Proving, cluster: DaskCluster):
     proving.hold()
     process = proving.start("rebuild", cluster.address)
     proving.await_held(worker, process)
+    derived = proving.program.home / "data" / "journal" / "derived" / "done"
+    deadline = time.monotonic() + PATIENCE
+    while not derived.exists() or len(derived.read_text().splitlines()) < NEAR_DAYS:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     begun = time.monotonic()
     os.kill(cluster.scheduler, signal.SIGKILL)
     error = error_of(ended(process), TRY_AGAIN)
@@ -180,6 +196,18 @@ def test_goes_on_where_it_was_stopped(proving: Proving, cluster: DaskCluster):
         "rebuild", "--json", DROPZONE_RAW_ARCHIVE=proving.url, **proving.workers
     )
     assert summary(done)["set_right"] == {"missing": FAR + NEAR}
+
+
+def test_as_the_page_says(proving: Proving, cluster: DaskCluster):
+    """Workers that are started as the page on proof says it take part in what it shows."""
+    [commands] = blocks(section(REPO / "docs" / "proof.md", "On a cluster"), "sh")[1:]
+    _, worker, *proofs = map(shlex.split, commands.splitlines())
+    assert worker[:3] == ["dask", "worker", "tcp://scheduler:8786"]
+    cluster.add(proving.workers, options=worker[3:])
+    for _, _, command, option, _ in reversed(proofs):
+        assert option == "--cluster"
+        done = proving.run(command, cluster.address)
+        assert (done.returncode, summary(done)["right"]) == (OK, FAR + NEAR), done
 
 
 # ── What is in the way ────────────────────────────────────────────────────────────────────────────

@@ -2840,7 +2840,7 @@ def age_of(names: Sequence[str]) -> float | None:
 
 CLUSTER_FORM = "--cluster is the address of a scheduler of Dask: tcp://host:8786, or tls://"
 SCHEDULER_PATIENCE = 10.0  # seconds for an answer
-WORKER_PATIENCE = 20.0  # seconds without any worker, half as many for the first
+WORKER_PATIENCE = 15.0  # seconds without any worker, half as many for the first
 LOOK_AT_CLUSTER = 2.0  # seconds between two looks
 PORTIONS_AHEAD = 3  # for each thread of a worker, so that none waits for its next one
 
@@ -6699,7 +6699,7 @@ async def prove(
     require_series_for(config, args)
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
-        workers = Cluster(args.cluster) if args.cluster else None
+        workers = None if args.cluster is None else Cluster(args.cluster)
         proof, is_first = Proof(store.portable(), timed_backend, config.transform, workers), True
         with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             try:
@@ -7471,7 +7471,7 @@ def line_for(user: str, arguments: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code (of sysexits.h; docs/operating.md has them all)."""
     args = arguments(argv)
-    if __name__ == "__main__" and getattr(args, "cluster", None):
+    if __name__ == "__main__" and getattr(args, "cluster", None) is not None:
         # Workers of a cluster find by its name what is to be called; their __main__ is another one.
         return cast("int", importlib.import_module("dropzone").main(argv))
     try:

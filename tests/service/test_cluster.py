@@ -215,13 +215,14 @@ def test_as_the_page_says(proving: Proving, cluster: DaskCluster):
 
 def test_workers_that_are_killed_again_and_again(proving: Proving, cluster: DaskCluster):
     """A portion at which several workers have ended is given up: try again."""
-    for _ in range(2):
-        cluster.add(proving.workers)
+    worker = cluster.add(proving.workers)
     proving.hold()
     process = proving.start("verify", cluster.address)
-    for worker in cluster.workers:
-        proving.await_held(worker, process)
-        os.kill(worker, signal.SIGKILL)
+    proving.await_held(worker, process)
+    os.kill(worker, signal.SIGKILL)
+    worker = cluster.add(proving.workers)  # which is given the same one first
+    proving.await_held(worker, process)
+    os.kill(worker, signal.SIGKILL)
     assert "2 workers have ended at the same portion" in error_of(ended(process), TRY_AGAIN)
 
 
@@ -232,19 +233,17 @@ def test_workers_that_go(proving: Proving, cluster: DaskCluster):
     process = proving.start("verify", cluster.address)
     proving.await_held(worker, process)
     os.kill(worker, signal.SIGKILL)
-    assert "no worker for 20 s" in error_of(ended(process), TRY_AGAIN)
+    assert "no worker for 15 s" in error_of(ended(process), TRY_AGAIN)
 
 
 def test_a_scheduler_that_hangs(proving: Proving, cluster: DaskCluster):
-    """A scheduler that stops to answer ends the command, and so does one that never did."""
+    """A scheduler that does not answer any more ends the command: try again."""
     worker = cluster.add(proving.workers)
     proving.hold()
     process = proving.start("verify", cluster.address)
     proving.await_held(worker, process)
     os.kill(cluster.scheduler, signal.SIGSTOP)
     assert "the scheduler is lost" in error_of(ended(process), TRY_AGAIN)
-    error = error_of(proving.run("verify", cluster.address), TRY_AGAIN)
-    assert f"the cluster {cluster.address}: no scheduler answers" in error
 
 
 def test_no_workers(proving: Proving, cluster: DaskCluster):

@@ -2306,28 +2306,27 @@ async def in_lanes(
     work: Callable[[Run, T], Awaitable[None]], *streams: tuple[Iterator[T], Run, int]
 ) -> None:
     """Do some work for each item of some streams, so many of one at a time; see Workers.spread."""
-    stopped = False
+    errors = list[BaseException]()
 
     async def lane(items: Iterator[T], run: Run, turn: asyncio.Lock) -> None:
-        nonlocal stopped
         try:
-            while not stopped:
+            while not errors:
                 async with turn:
                     item = await asyncio.to_thread(next, items, None)
                 if item is None:
                     break
                 await work(run, item)
-        except BaseException:
-            stopped = True
+        except BaseException as error:
+            errors.append(error)
             raise
 
     lanes = list[Coroutine[Any, Any, None]]()
     for items, run, count in streams:
         turn = asyncio.Lock()
         lanes += [lane(items, run, turn) for _ in range(count)]
-    for error in await asyncio.gather(*lanes, return_exceptions=True):
-        if error:
-            raise error
+    await asyncio.gather(*lanes, return_exceptions=True)
+    if errors:
+        raise errors[0]
 
 
 def _take_note(done: asyncio.Future[Any]) -> None:

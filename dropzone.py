@@ -3020,6 +3020,8 @@ def call_for(client: Mapping[str, str], call: Callable[..., T], arguments: Seque
         return call(*arguments)
     except ArchiveAway as error:
         raise ArchiveAway(f"{error} (for the worker {worker} of the cluster)") from None
+    except ImportError as error:
+        raise unfit(worker, reason_of(error)) from None
 
 
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────

@@ -296,6 +296,16 @@ def test_a_worker_without_dropzone(proving: Proving, cluster: DaskCluster, tmp_p
     assert "No module named 'dropzone'" in error
 
 
+def test_a_worker_without_the_other_extra(proving: Proving, cluster: DaskCluster, tmp_path: Path):
+    """A worker that has no library for the archive is named, and what it lacks."""
+    (tmp_path / "obstore").mkdir()
+    (tmp_path / "obstore" / "__init__.py").write_text("raise ModuleNotFoundError('no obstore')")
+    cluster.add(proving.workers | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"})
+    error = error_of(proving.run("verify", cluster.address), CONFIGURATION)
+    assert "tcp://127.0.0.1:" in error.removeprefix(f"dropzone: {cluster.address}")
+    assert "of the cluster cannot take part: no obstore" in error
+
+
 def test_a_worker_that_cannot_reach_the_archive(proving: Proving, cluster: DaskCluster):
     """Where a worker cannot reach the archive, both are named: try again."""
     with closed_port() as port:

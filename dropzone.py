@@ -43,6 +43,7 @@ import multiprocessing.context
 import multiprocessing.process
 import operator
 import os
+import pickle
 import pwd
 import re
 import resource
@@ -100,7 +101,7 @@ from typing import (
     cast,
     get_args,
 )
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -161,6 +162,7 @@ from backends.raw import (
     RawIdElsewhere,
     RawIdUnknown,
     Rejection,
+    Source,
     State,
     StorageFull,
     StorageUnavailable,
@@ -2195,6 +2197,9 @@ def settle_files(
     return msgspec.msgpack.encode(Outcome(settled.processed, codes, shown, stuck))
 
 
+Run = Callable[..., Awaitable[Any]]  # a call of a function with its arguments, somewhere else
+
+
 class Worker:
     """A process that makes one call after another; `context` is how it is started."""
 
@@ -2241,7 +2246,7 @@ class Workers:
     """
 
     def __init__(self, count: int = WORKERS) -> None:
-        self._count = count
+        self.count = count
         self._threads: ThreadPoolExecutor | None = None
         self._idle = deque[Worker]()
         self._busy = set[Worker]()
@@ -2258,7 +2263,7 @@ class Workers:
         """
         gc.freeze()  # a collection would write to what they share
         copies = multiprocessing.get_context("fork")
-        self._idle.extend(Worker(copies) for _ in range(self._count))
+        self._idle.extend(Worker(copies) for _ in range(self.count))
 
     async def run(
         self, call: Callable[..., T], *arguments: object, again: Callable[..., T] | None = None
@@ -2267,7 +2272,7 @@ class Workers:
 
         `again` is called instead once the process of a call was killed.
         """
-        self._threads = self._threads or ThreadPoolExecutor(self._count, "worker")
+        self._threads = self._threads or ThreadPoolExecutor(self.count, "worker")
         loop = asyncio.get_running_loop()
         calls = itertools.chain([call], itertools.repeat(again or call, TRIES - 1))
         return await loop.run_in_executor(self._threads, self._call, calls, arguments)
@@ -2304,34 +2309,19 @@ class Workers:
 
     def begin(self) -> asyncio.Future[Any]:
         """Start the processes; the future is done when they are ready, or cannot start."""
-        begun = asyncio.gather(*(self.run(os.getpid) for _ in range(self._count)))
+        begun = asyncio.gather(*(self.run(os.getpid) for _ in range(self.count)))
         begun.add_done_callback(_take_note)
         return begun
 
-    async def spread(self, items: Iterator[T], work: Callable[[T], Awaitable[None]]) -> None:
+    async def spread(
+        self, items: Iterator[T], work: Callable[[Run, T], Awaitable[None]], far: Iterable[T] = ()
+    ) -> None:
         """Do some work for each item, two more at a time than there are processes.
 
+        `work` is handed `run`, and the item; a cluster has another one for items that are `far`.
         After an error no other item is begun; it is raised when those under way are done with.
         """
-        turn, stopped = asyncio.Lock(), False
-
-        async def lane() -> None:
-            nonlocal stopped
-            try:
-                while not stopped:
-                    async with turn:
-                        item = await asyncio.to_thread(next, items, None)
-                    if item is None:
-                        break
-                    await work(item)
-            except BaseException:
-                stopped = True
-                raise
-
-        lanes = (lane() for _ in range(self._count + 2))
-        for error in await asyncio.gather(*lanes, return_exceptions=True):
-            if error:
-                raise error
+        await in_lanes(work, (itertools.chain(far, items), self.run, self.count + 2))
 
     def kill(self) -> None:
         """End those that are at work, in the middle of calls that are not made again."""
@@ -2349,6 +2339,33 @@ class Workers:
             threads.shutdown(cancel_futures=True)
         while self._idle:
             self._idle.pop().end()
+
+
+async def in_lanes(
+    work: Callable[[Run, T], Awaitable[None]], *streams: tuple[Iterator[T], Run, int]
+) -> None:
+    """Do some work for each item of some streams, so many of one at a time; see Workers.spread."""
+    errors = list[BaseException]()
+
+    async def lane(items: Iterator[T], run: Run, turn: asyncio.Lock) -> None:
+        try:
+            while not errors:
+                async with turn:
+                    item = await asyncio.to_thread(next, items, None)
+                if item is None:
+                    break
+                await work(run, item)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    lanes = list[Coroutine[Any, Any, None]]()
+    for items, run, count in streams:
+        turn = asyncio.Lock()
+        lanes += [lane(items, run, turn) for _ in range(count)]
+    await asyncio.gather(*lanes, return_exceptions=True)
+    if errors:
+        raise errors[0]
 
 
 def _take_note(done: asyncio.Future[Any]) -> None:
@@ -2463,14 +2480,14 @@ class Processor:
             pending = await asyncio.to_thread(count_places)
             todo = pending if limit is None else min(limit, pending)
 
-            async def work(run: Callable[..., Awaitable[Any]], some: Work) -> None:
+            async def work(run: Run, some: Work) -> None:
                 await self._process_some(run, some, result, stuck)
                 progress(result.checked, todo)
 
             batches = self._works(todo)
             if not self._workers.are_there:
                 await self._process_in_thread(batches, work, todo)
-            await self._workers.spread(batches, functools.partial(work, self._workers.run))
+            await self._workers.spread(batches, work)
             result.remaining = await asyncio.to_thread(self._payloads.count_pending)
         if result.checked:
             done = (result.processed, result.failed, result.remaining)
@@ -2595,7 +2612,7 @@ class Processor:
                 todo -= count
 
     async def _process_some(
-        self, run: Callable[..., Awaitable[Any]], work: Work, result: ProcessResult, stuck: Stuck
+        self, run: Run, work: Work, result: ProcessResult, stuck: Stuck
     ) -> None:
         """Read, transform, upsert and move; large files in several portions.
 
@@ -2865,6 +2882,199 @@ def age_of(names: Sequence[str]) -> float | None:
     return max(0.0, time.time() - arrival.timestamp()) if arrival else None
 
 
+# ── A cluster: other machines derive what is in the archive ──────────────────────────────────────
+#
+# Workers of Dask read the archive by themselves, with the credentials of their own environment; all
+# that travels is where payloads lie, and the rules. What lies on this disk stays with the processes
+# of this machine, which are at work at the same time.
+
+CLUSTER_FORM = "--cluster is the address of a scheduler of Dask: tcp://host:8786, or tls://"
+SCHEDULER_PATIENCE = 10.0  # seconds for an answer
+WORKER_PATIENCE = 15.0  # seconds without any worker, half as many for the first
+LOOK_AT_CLUSTER = 2.0  # seconds between two looks
+PORTIONS_AHEAD = 3  # for each thread of a worker, so that none waits for its next one
+
+
+class ClusterAway(DropzoneError):
+    """The scheduler or its workers do not answer: try again."""
+
+    code, status = "cluster_away", 503
+
+
+class Cluster:
+    """The workers of a Dask cluster and the processes of this machine: see `Workers`."""
+
+    def __init__(self, address: str) -> None:
+        """Raises `ConfigError` where this is no address, or the package is not there."""
+        parts = urlsplit(address)
+        try:
+            is_address = parts.scheme in ("tcp", "tls") and parts.hostname and parts.port
+        except ValueError:  # the port is no number
+            is_address = False
+        if not is_address:
+            raise ConfigError(f"{address}: {CLUSTER_FORM}")
+        if not importlib.util.find_spec("distributed"):
+            raise ConfigError(
+                "--cluster needs the package distributed: pip install 'dropzone[cluster]'"
+            )
+        self._address = address
+        self._own = Workers()
+
+    async def spread(
+        self, items: Iterator[T], work: Callable[[Run, T], Awaitable[None]], far: Iterable[T] = ()
+    ) -> None:
+        """See Workers.spread; raises `ClusterAway`, and `ConfigError` for another version."""
+        client = await self._connected()
+        watch = asyncio.ensure_future(self._watch(client))
+        try:
+            threads = await self._compared(client)
+            run = functools.partial(self._run_far, client, watch)
+            near = (items, self._own.run, self._own.count + 2)
+            await in_lanes(work, near, (iter(far), run, PORTIONS_AHEAD * threads))
+        finally:
+            watch.cancel()
+            with contextlib.suppress(Exception):  # it has hung, or is lost
+                await asyncio.wait_for(client.close(), SCHEDULER_PATIENCE)
+
+    async def close(self) -> None:
+        await self._own.close()
+
+    async def _connected(self) -> Any:
+        import distributed  # noqa: PLC0415 (an extra)
+
+        connect: Any = distributed.Client  # it has no types
+        for name in ("distributed", "distributed.client"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are told here
+        options: dict[str, Any] = {"asynchronous": True, "set_as_default": False}
+        try:
+            async with asyncio.timeout(SCHEDULER_PATIENCE):
+                return await connect(self._address, timeout=SCHEDULER_PATIENCE / 2, **options)
+        except Exception as error:  # noqa: BLE001 (whatever answers there is no scheduler of ours)
+            raise self._away(f"no scheduler answers ({reason_of(error)})") from None
+
+    def _away(self, what: str) -> ClusterAway:
+        return ClusterAway(f"the cluster {self._address}: {what}; what was derived is kept")
+
+    async def _threads(self, client: Any) -> int:
+        """Return how many threads the workers have."""
+        try:
+            async with asyncio.timeout(SCHEDULER_PATIENCE):
+                return sum((await client.nthreads()).values())
+        except Exception as error:  # noqa: BLE001 (of any layer below)
+            raise self._away(f"the scheduler is lost ({reason_of(error)})") from None
+
+    async def _watch(self, client: Any) -> NoReturn:
+        """Raise `ClusterAway` once the scheduler does not answer, or has no workers."""
+        seen = time.monotonic()
+        while True:
+            if await self._threads(client):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > WORKER_PATIENCE:
+                raise self._away(f"no worker for {WORKER_PATIENCE:.0f} s")
+            await asyncio.sleep(LOOK_AT_CLUSTER)
+
+    async def _compared(self, client: Any) -> int:
+        """Wait for workers, compare their versions with those here; return their threads."""
+        deadline = time.monotonic() + WORKER_PATIENCE / 2
+        while not (threads := await self._threads(client)):
+            if time.monotonic() > deadline:
+                start = f"start some: dask worker {self._address} --nthreads 1"
+                raise self._away(f"it has no workers; {start}")
+            await asyncio.sleep(LOOK_AT_CLUSTER / 10)
+        asked = client.run(versions, on_error="return")
+        try:
+            async with asyncio.timeout(WORKER_PATIENCE):
+                answers: dict[str, object] = await asked
+        except Exception as error:  # noqa: BLE001 (of any layer below)
+            raise self._away(f"its workers do not answer ({reason_of(error)})") from None
+        for worker, answer in answers.items():
+            if isinstance(answer, OSError):
+                continue  # it has just ended
+            if isinstance(answer, Exception):
+                raise unfit(worker, reason_of(answer))
+            require_versions(worker, cast("dict[str, str]", answer))
+        return threads
+
+    async def _run_far(
+        self, client: Any, watch: asyncio.Future[NoReturn], call: Callable[..., T], *args: object
+    ) -> T:
+        """Have a worker make a call; it is made again elsewhere where one ends in the middle."""
+        from distributed import KilledWorker  # noqa: PLC0415
+        from distributed.client import FutureCancelledError  # noqa: PLC0415
+
+        task = client.submit(pickle.loads, pickle.dumps(FarCall(call, args)), pure=False)
+        answer = asyncio.ensure_future(task.result())
+        try:
+            await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+            return cast("T", answer.result())
+        except FutureCancelledError:
+            raise self._away("the scheduler is lost") from None
+        except KilledWorker as error:
+            wrong = f"{error.allowed_failures + 1} workers have ended at the same portion"
+            raise self._away(f"{wrong}: see whether they have too little memory") from None
+        except (DropzoneError, PayloadStoreError):
+            raise
+        except Exception as error:
+            raise unfit("a worker", reason_of(error)) from error
+        finally:
+            answer.cancel()
+            task.release()
+
+
+def versions() -> dict[str, str]:
+    """Return what has to be of one version where something is derived together."""
+    distributed: Any = importlib.import_module("distributed")  # an extra
+    python = ".".join(map(str, sys.version_info[:2]))
+    libraries = {"msgspec": msgspec.__version__, "distributed": distributed.__version__}
+    return {"Dropzone": __version__, "Python": python, **libraries}
+
+
+def require_versions(worker: str, theirs: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where a worker has another version of something."""
+    for name, ours in versions().items():
+        if theirs.get(name) != ours:
+            raise unfit(worker, f"it has {name} {theirs.get(name)}, and here is {ours}")
+
+
+def unfit(worker: str, reason: str) -> ConfigError:
+    return ConfigError(f"{worker} of the cluster cannot take part: {reason}")
+
+
+def reason_of(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+class FarCall:
+    """A call that is made by unpickling this.
+
+    So it passes through the scheduler, which needs no Dropzone, as bytes.
+    """
+
+    def __init__(self, call: Callable[..., object], arguments: Sequence[object]) -> None:
+        self._call, self._arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return call_for, (versions(), self._call, self._arguments)
+
+
+def call_for(client: Mapping[str, str], call: Callable[..., T], arguments: Sequence[object]) -> T:
+    """Make a call in a worker, which may have come later than versions were compared."""
+    from distributed import get_worker  # noqa: PLC0415 (an extra)
+
+    worker = get_worker().address
+    for name, ours in versions().items():
+        if client[name] != ours:
+            raise unfit(worker, f"it has {name} {ours}, and the client has {client[name]}")
+    try:
+        return call(*arguments)
+    except ArchiveAway as error:
+        raise ArchiveAway(f"{error} (for the worker {worker} of the cluster)") from None
+    except ImportError as error:
+        raise unfit(worker, reason_of(error)) from None
+
+
 # ── Proof: the rows against the payloads that they name ───────────────────────────────────────────
 
 
@@ -2946,6 +3156,31 @@ def series_option(rules: TransformConfig) -> dict[str, bool]:
     return {"series": True} if rules.series else {}
 
 
+class Underway:
+    """A pack or a folder that is being derived; `done` is the file that names those which are."""
+
+    def __init__(self, source: Source, done: Path) -> None:
+        self._source, self._done = source, done
+        self._open = 1  # portions that are not finished; one stands for those not begun
+        self._lock = threading.Lock()
+        self.is_damaged = False
+
+    def begin_portions(self) -> Iterator[Portion]:
+        for portion in self._source.portions:
+            with self._lock:
+                self._open += 1
+            yield portion
+
+    def finish_portion(self) -> None:
+        """Note a portion that is derived; with the last one, and without damage, the whole."""
+        with self._lock:
+            self._open -= 1
+            is_done = not (self._open or self.is_damaged)
+        if is_done:
+            with self._done.open("a") as file:
+                file.write(f"{self._source.name}\n")
+
+
 class Proof:
     """Derives the table again from all that is processed, and compares it with the backend's.
 
@@ -2961,12 +3196,16 @@ class Proof:
     """
 
     def __init__(
-        self, payloads: Payloads, backend: Backend, rules: TransformConfig = RULES
+        self,
+        payloads: Payloads,
+        backend: Backend,
+        rules: TransformConfig = RULES,
+        workers: Workers | Cluster | None = None,
     ) -> None:
         self._payloads = payloads
         self._backend = backend
         self._rules = rules
-        self._workers = Workers()
+        self._workers = workers or Workers()
         self._scratch = payloads.workspace / DERIVED_FOLDER
         self.counts = Counter[str]()
         self.set_right = Counter[str]()
@@ -3071,11 +3310,13 @@ class Proof:
         if trouble:
             raise NoAccess(trouble)
 
-        async def derive_portion(portion: Portion) -> None:
-            made = DERIVED.decode(await self._workers.run(derive, portion, self._rules))
+        async def derive_portion(run: Run, item: tuple[Underway, Portion]) -> None:
+            of, portion = item
+            made = DERIVED.decode(await run(derive, portion, self._rules))
             await derived.upsert(made.rows)
-            self._note_damage(*made.damage)
+            self._note_damage(of, *made.damage)
             progress(made.checked)
+            of.finish_portion()
 
         rules, rules_before = self._scratch / "rules.json", b""
         with contextlib.suppress(FileNotFoundError):
@@ -3090,25 +3331,27 @@ class Proof:
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         if finished:
             log.warning("going on with a run that was stopped; to begin anew, delete %s", done)
-        for name, portions in self._payloads.portions():
-            if name in finished:
-                continue
-            damages_before = self._damages
-            await self._workers.spread(self._readable(portions), derive_portion)
-            if self._damages == damages_before:
-                with done.open("a") as file:
-                    file.write(f"{name}\n")
+        sources = await asyncio.to_thread(lambda: list(self._payloads.portions()))
+        near, far = list[Underway](), list[Underway]()
+        for source in sources:
+            if source.name not in finished:
+                (far if source.is_far else near).append(Underway(source, done))
+        await self._workers.spread(self._readable(near), derive_portion, self._readable(far))
         if self._damages > len(self.damage):
             self.damage.append(f"and {self._damages - len(self.damage)} more")
 
-    def _readable(self, portions: Iterator[Portion]) -> Iterator[Portion]:
-        """Yield portions up to where a lost index or the disk is in the way."""
-        try:
-            yield from portions
-        except (PackDamaged, OSError) as error:
-            self._note_damage(sentence_of(error))
+    def _readable(self, sources: Sequence[Underway]) -> Iterator[tuple[Underway, Portion]]:
+        """Yield portions, of each source up to where a lost index or the disk is in the way."""
+        for source in sources:
+            try:
+                for portion in source.begin_portions():
+                    yield source, portion
+            except (PackDamaged, OSError) as error:
+                self._note_damage(source, sentence_of(error))
+            source.finish_portion()
 
-    def _note_damage(self, *sentences: str) -> None:
+    def _note_damage(self, source: Underway, *sentences: str) -> None:
+        source.is_damaged |= bool(sentences)
         self._damages += len(sentences)
         self.damage += sentences[: DAMAGE_SHOWN - len(self.damage)]
 
@@ -3442,9 +3685,8 @@ class Discards:
     async def _standing_at(self, slots: Collection[tuple[datetime, str]]) -> list[Measurement]:
         """Return the rows that all processed payloads make of these timestamps and series."""
         standing, few = list[Measurement](), await asyncio.to_thread(self._are_few)
-        run = asyncio.to_thread if few else self._workers.run
 
-        async def look(portion: Portion) -> None:
+        async def look(run: Run, portion: Portion) -> None:
             made = DERIVED.decode(await run(derive, portion, self._rules, slots))
             standing[:] = winners([*standing, *made.rows])
             for sentence in made.damage:
@@ -3455,14 +3697,14 @@ class Discards:
             await self._workers.spread(portions, look)
         else:
             while (portion := await asyncio.to_thread(next, portions, None)) is not None:
-                await look(portion)
+                await look(asyncio.to_thread, portion)
         return standing
 
     def _readable(self) -> Iterator[Portion]:
         """Yield all that is processed, as far as a lost pack or the disk is not in the way."""
-        for _, portions in self._payloads.portions():
+        for source in self._payloads.portions():
             try:
-                yield from portions
+                yield from source.portions
             except (PackDamaged, OSError) as error:
                 log.error("a row may not come back: %s", sentence_of(error))  # noqa: TRY400
 
@@ -6632,7 +6874,8 @@ async def prove(
     require_series_for(config, args)
     async with opened(config, backend, must_exist=True) as (store, timed_backend, _):
         payloads = await asyncio.to_thread(count_readable, store)
-        proof, is_first = Proof(store.portable(), timed_backend, config.transform), True
+        workers = None if args.cluster is None else Cluster(args.cluster)
+        proof, is_first = Proof(store.portable(), timed_backend, config.transform, workers), True
         with upkeep_lock(store), tqdm(total=payloads, unit=" payloads", disable=None) as bar:
             try:
                 async for finding in way_of(proof)(args.since, args.until, bar.update):
@@ -7305,6 +7548,8 @@ def _add_options(added: Parsers) -> None:
         added[name].add_argument("--series", metavar="NAME", help="rows of this series alone")
         text = "a JSON object on each line, the summary last"
         added[name].add_argument("--json", action="store_true", help=text)
+        text = "derive what is in the archive on this cluster of Dask, tcp://scheduler:8786"
+        added[name].add_argument("--cluster", metavar="ADDRESS", help=text)
     added["rebuild"].add_argument("--dry-run", action="store_true", help="do as verify does")
     added["rebuild"].add_argument(
         "--delete-orphans", action="store_true", help="delete rows whose payload is not there"
@@ -7423,8 +7668,12 @@ def line_for(user: str, arguments: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code (of sysexits.h; docs/operating.md has them all)."""
+    args = arguments(argv)
+    if __name__ == "__main__" and getattr(args, "cluster", None) is not None:
+        # Workers of a cluster find by its name what is to be called; their __main__ is another one.
+        return cast("int", importlib.import_module("dropzone").main(argv))
     try:
-        return perform(arguments(argv))
+        return perform(args)
     except KeyboardInterrupt:  # the next run goes on where this one was interrupted
         return 128 + signal.SIGINT
     except BrokenPipeError:  # nobody reads standard output any more

@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
 from msgspec import Struct
@@ -357,6 +357,17 @@ class Nodes(Protocol):
         """Say whether it names this node, and another folder than this one has given it out."""
 
 
+class Source(NamedTuple):
+    """A pack or a folder of processed payloads: its name, and portions to read.
+
+    Where it `is_far`, it is in the archive alone: its portions need nothing of this disk.
+    """
+
+    name: str
+    portions: Iterator[Portion]
+    is_far: bool = False
+
+
 class Payloads(Protocol):
     """Payloads in their states. It can be pickled, so that other processes can work on it, too.
 
@@ -496,8 +507,8 @@ class Payloads(Protocol):
     def count_discarded(self) -> int:
         """Return how many payloads are discarded; it opens no file."""
 
-    def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
-        """Yield the packs and folders of all that is processed: a name, and portions to read.
+    def portions(self) -> Iterator[Source]:
+        """Yield the packs and folders of all that is processed.
 
         The name of one to which payloads were added is another name.
         """

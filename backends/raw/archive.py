@@ -336,6 +336,11 @@ class Archived:
                     key, max(start, begin) - begin, min(end, behind) - begin
                 )
 
+    def damage_at(self, start: int) -> str:
+        """Say where a damaged byte of the pack lies."""
+        key, begin, _ = next(each for each in reversed(self.objects) if each[1] <= start)
+        return f"{self.archive.place(key)} is damaged at byte {start - begin}"
+
     def places(self) -> list[str]:
         """Return the urls of the objects."""
         return [self.archive.place(key) for key, _, _ in self.objects]

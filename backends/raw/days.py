@@ -27,6 +27,7 @@ from backends.raw import (
     PayloadUnreadable,
     Portion,
     RawIds,
+    Source,
     State,
     StorageUnavailable,
     day_of,
@@ -225,16 +226,18 @@ class Days(Places):
         names = [f"{raw_id}.json", *(place.name(form) for form in FORMS if place)]
         return any((self.folder("processed", raw_id) / name).exists() for name in names)
 
-    def portions(self) -> Iterator[tuple[str, Iterator[Portion]]]:
+    def portions(self) -> Iterator[Source]:
         """See Payloads.portions."""
         for pack in self.packs():
-            yield f"{pack.path.name} {pack.written}", pack.portions(self.left_pack(pack))
+            name = f"{pack.path.name} {pack.written}"
+            yield Source(name, pack.portions(self.left_pack(pack)), pack.is_far)
         for entry in sorted(os.scandir(self.processed), key=lambda entry: entry.name):
             if entry.is_dir():
                 name = f"{entry.name} {entry.stat().st_mtime_ns}"
-                yield name, self._portions_in(Path(entry.path))
+                yield Source(name, self._portions_in(Path(entry.path)))
         for name, count in self.done().items():
-            yield f"{name} {count}", iter([FolderPortion(self, self.raw, [name], count)])
+            portion = FolderPortion(self, self.raw, [name], count)
+            yield Source(f"{name} {count}", iter([portion]))
 
     def _portions_in(self, folder: Path) -> Iterator[Portion]:
         names, _ = earliest_names(folder, WINDOW)

@@ -200,12 +200,7 @@ class Pack:
         start, end = self._place_of(number)
         with self._damage_at(start):
             packed = b"".join(self._pieces(start, end))
-        return self.unpack(number, packed)
-
-    def unpack(self, number: int, packed: bytes) -> dict[UUID, bytes]:
-        """Return the payloads of a member by its bytes; raises `PackDamaged`."""
-        with self._damage_at(self._place_of(number)[0]):
-            return _read_member(packed, self.index(), number)
+            return _read_member(packed, self.index().members[number][0])
 
     def _lost(self) -> PackDamaged:
         return PackDamaged(
@@ -256,15 +251,11 @@ class Pack:
                 start += len(piece)
 
     def _far_pieces(self, start: int, end: int) -> Iterator[bytes]:
-        archived = self.archived()
         try:
-            yield from archived.pieces(start, end)
-        except ObjectMissing as error:
+            yield from _far_pieces(self.archived(), self.path.name, start, end)
+        except PackDamaged:
             self.archived()  # it may have expired meanwhile
-            wrong = f"{archived.archive.place(str(error))} is missing, a part of {self.path.name}"
-            others = [place for place in archived.places() if not place.endswith(str(error))]
-            rest = f", of which {', '.join(others)} are still there" if others else ""
-            raise PackDamaged(f"{wrong}{rest}: restore it from a copy") from None
+            raise
 
     @property
     def note_path(self) -> Path:
@@ -295,9 +286,7 @@ class Pack:
         """Return where a byte lies, on this disk or in the archive."""
         if self.path.exists() or not self.archive:
             return f"{self.path} is damaged at byte {start}"
-        objects = self.archived().objects
-        key, begin, _ = next(each for each in reversed(objects) if each[1] <= start)
-        return f"{self.archive.place(key)} is damaged at byte {start - begin}"
+        return self.archived().damage_at(start)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _text_bytes(self, number: int) -> int:
@@ -342,7 +331,7 @@ class Pack:
         self.note_path.unlink(missing_ok=True)
         Path(f"{self.path}{INDEX}").unlink(missing_ok=True)
 
-    def portions(self, left: frozenset[UUID] = frozenset()) -> Iterator[PackPortion]:
+    def portions(self, left: frozenset[UUID] = frozenset()) -> Iterator[PackPortion | FarPortion]:
         """Yield the members of this pack, without what has `left` it.
 
         Where they have a long way, some of them travel together.
@@ -355,29 +344,41 @@ class Pack:
         for raw_id in left:
             number = bisect.bisect(firsts, raw_id) - 1
             by_portion.setdefault(number - number % step, set()).add(raw_id)
+        archived = self.archived() if self.is_far else None
         for number in range(0, len(firsts), step):
-            yield PackPortion(self, number, step, frozenset(by_portion.get(number, ())))
-
-    def fetch(self, first: int, count: int) -> Iterator[tuple[int, bytes]]:
-        """Yield so many members, as far as there are any, and their bytes; by one request."""
-        behind = min(first + count, len(self.index().members))
-        places = [self._place_of(number) for number in range(first, behind)]
-        begin, end = places[0][0], places[-1][1]
-        is_small = end - begin <= AT_ONCE * LARGE_MEMBER
-        with self._damage_at(begin):
-            packed = b"".join(self._pieces(begin, end)) if is_small else b""
-            for number, (start, stop) in enumerate(places, first):
-                one = packed[start - begin : stop - begin]
-                yield number, one if is_small else b"".join(self._pieces(start, stop))
+            gone = frozenset(by_portion.get(number, ()))
+            if archived:
+                numbers = range(number, min(number + step, len(firsts)))
+                members = tuple((firsts[each], *self._place_of(each)) for each in numbers)
+                yield FarPortion(archived, self.path.name, members, gone)
+            else:
+                yield PackPortion(self, number, gone)
 
 
 @dataclass(frozen=True)
 class PackPortion:
-    """Members of a pack: a `Portion`."""
+    """A member of a pack: a `Portion`."""
 
     pack: Pack
     number: int
-    count: int = 1
+    left: frozenset[UUID] = frozenset()  # of its payloads, which are passed over
+
+    def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
+        """See Portion.payloads."""
+        found = self.pack.member(self.number).items()
+        return ((raw_id, body) for raw_id, body in found if raw_id not in self.left)
+
+
+@dataclass(frozen=True)
+class FarPortion:
+    """Members of a pack that is in the archive alone: a `Portion`.
+
+    It knows where they lie, and needs nothing of this disk: it can travel to another machine.
+    """
+
+    archived: Archived
+    name: str  # of the pack
+    members: tuple[tuple[UUID, int, int], ...]  # the first raw_id, and the place in the pack
     left: frozenset[UUID] = frozenset()  # of its payloads, which are passed over
 
     def payloads(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
@@ -385,16 +386,37 @@ class PackPortion:
         return ((raw_id, body) for raw_id, body in self._all() if raw_id not in self.left)
 
     def _all(self) -> Iterator[tuple[UUID, bytes | PayloadStoreError]]:
-        if self.count == 1:
-            yield from self.pack.member(self.number).items()
-            return
-        for number, packed in self.pack.fetch(self.number, self.count):
+        for first, begin, packed in self._fetched():
             try:
-                found = self.pack.unpack(number, packed)
+                with _damage_at(functools.partial(self.archived.damage_at, begin)):
+                    found = _read_member(packed, first)
             except PackDamaged as error:  # the members behind it are whole
-                yield self.pack.index().members[number][0], error
+                yield first, error
             else:
                 yield from found.items()
+
+    def _fetched(self) -> Iterator[tuple[UUID, int, bytes]]:
+        """Yield the members: the first raw_id, the place and the bytes; by as few requests."""
+        begin, end = self.members[0][1], self.members[-1][2]
+        is_small = end - begin <= AT_ONCE * LARGE_MEMBER
+        packed = self._read(begin, end) if is_small else b""
+        for first, start, stop in self.members:
+            one = packed[start - begin : stop - begin] if is_small else self._read(start, stop)
+            yield first, start, one
+
+    def _read(self, start: int, end: int) -> bytes:
+        return b"".join(_far_pieces(self.archived, self.name, start, end))
+
+
+def _far_pieces(archived: Archived, name: str, start: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a pack in the archive between two places."""
+    try:
+        yield from archived.pieces(start, end)
+    except ObjectMissing as error:
+        wrong = f"{archived.archive.place(str(error))} is missing, a part of {name}"
+        others = [place for place in archived.places() if not place.endswith(str(error))]
+        rest = f", of which {', '.join(others)} are still there" if others else ""
+        raise PackDamaged(f"{wrong}{rest}: restore it from a copy") from None
 
 
 def _write_member(file: BinaryIO, lines: Sequence[PackLine]) -> tuple[UUID, int]:
@@ -415,9 +437,9 @@ def _damage_at(place: Callable[[], str]) -> Iterator[None]:
         raise PackDamaged(f"{place()}, restore it from a copy: {error}") from error
 
 
-def _read_member(packed: bytes, index: PackIndex, number: int) -> dict[UUID, bytes]:
+def _read_member(packed: bytes, first: UUID) -> dict[UUID, bytes]:
     payloads = _payloads_in(gzip.decompress(packed))
-    if index.members[number][0] not in payloads:
+    if first not in payloads:
         raise ValueError("it has other payloads than its index says")
     return payloads
 
@@ -492,7 +514,7 @@ def _check_pack(path: Path, index: PackIndex, payloads: Iterator[tuple[UUID, byt
         for number, start in enumerate(starts[:-1]):
             packed = file.read(starts[number + 1] - start)
             with _damage_at(lambda: f"{path} is damaged"):
-                payloads_there = _read_member(packed, index, number)
+                payloads_there = _read_member(packed, index.members[number][0])
             for found in payloads_there.items():
                 if next(payloads, None) != found:
                     raise StorageUnavailable(f"{path} is not what was written; {kept}")

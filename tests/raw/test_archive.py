@@ -122,7 +122,7 @@ def local_packs(folders: Folders) -> list[str]:
 
 
 def in_portions(folders: Folders) -> dict[UUID, object]:
-    portions = [portion for _, each in folders.portions() for portion in each]
+    portions = [portion for each in folders.portions() for portion in each.portions]
     return {raw_id: each for portion in portions for raw_id, each in portion.payloads()}
 
 

@@ -165,8 +165,8 @@ def proved(folders: Folders) -> dict[UUID, bytes]:
     """Return all that the portions of what is processed yield, each of it once."""
     found = [
         payload
-        for _, portions in folders.portions()
-        for portion in portions
+        for source in folders.portions()
+        for portion in source.portions
         for payload in portion.payloads()
     ]
     assert len(dict(found)) == len(found)

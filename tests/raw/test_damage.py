@@ -842,8 +842,8 @@ PACKS: dict[str, Callable[[bytes], bytes | None]] = {
 
 
 def read_all(folders: Folders) -> None:
-    for _, portions in folders.portions():
-        for portion in portions:
+    for source in folders.portions():
+        for portion in source.portions:
             list(portion.payloads())
 
 

@@ -319,6 +319,7 @@ def test_error_codes():
     given = codes_in(REPO / "dropzone.py") | codes_in(REPO / "backends" / "raw" / "__init__.py")
     given -= {
         "config_invalid",
+        "cluster_away",
         "payload_store_error",
         "payload_unreadable",
         "folder_taken",

@@ -492,8 +492,8 @@ class OfTwoDevicesWithRebuilds(WithRebuildsInSqlite):
     going_by = OfTwoDevices.going_by
 
 
-MANY = settings(max_examples=20, stateful_step_count=20, deadline=None)
-FEW = settings(max_examples=8, stateful_step_count=25, deadline=None)
+MANY = settings(max_examples=12, stateful_step_count=20, deadline=None)
+FEW = settings(max_examples=5, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
 from power_cut import GONE, Service, children_of, state_of, wait_for
-from stores import land_each, lines
+from stores import land_each
 from test_cli import LINE, OK, PATIENCE, Program, Server
 from test_http import Outage
 from test_processing import (
@@ -566,10 +566,8 @@ def test_listing_holds_few_names(tmp_path: Path):
 
 async def test_a_large_backlog_is_shared_from_the_start(folder: Folder, program: Program):
     """For much that is pending the command forks itself, and what it has forked ends with it."""
-    count = dropzone.MUCH
-    bodies = [body(number, number) for number in range(count)]
-    for start in range(0, count, 500):
-        await folder.store.land(**lines(*bodies[start : start + 500]))
+    count = 3 * dropzone.MUCH
+    folder.fill(count, lambda number: body(number, number))
     process = program.start("process", DROPZONE_PROCESS_BATCH=10)
     own, forked = power_cut.command_of(process.pid), list[int]()
     while len(forked) < dropzone.WORKERS and process.poll() is None:

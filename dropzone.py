@@ -2289,16 +2289,19 @@ class Workers:
             try:
                 value, error = worker.call(call, arguments)
             except ProcessEnded:
-                self._busy.discard(worker)
                 worker.end()
                 if self._are_killed:
                     break
+            except BaseException:  # what does not pass through a pipe costs no process
+                self._idle.append(worker)
+                raise
             else:
-                self._busy.discard(worker)
                 self._idle.append(worker)
                 if error:
                     raise error
                 return cast("T", value)
+            finally:
+                self._busy.discard(worker)
             if not os.access(sys.executable, os.X_OK):
                 wrong = f"{user_name(os.geteuid())} may not run {sys.executable}"
                 raise StorageUnavailable(f"{wrong}: install it where every user may")
@@ -3911,11 +3914,6 @@ class Status(Struct, frozen=True):
     """What there is to see at a glance; see `Lately` for how old a count may be.
 
     `landed` has how many payloads landed in each of the last 60 minutes, this one last; `processed`
-    how many there were ever; `rejected` those of now, by code. Below `reserve_bytes` of
-    `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong; `failed_write` says
-    so of rows that could not be written, until some can. `processing` is `ok` or names the file or
-    folder that keeps payloads from being processed. `node` is the number of this node, null where
-    it has none; `node_trouble` says what is wrong with it, null where nothing is.
     how many there were ever; `rejected` those of now, by code, and `discarded` those of now. Below
     `reserve_bytes` of `free_bytes` payloads are refused. `backend` is `ok` or says what is wrong;
     `failed_write` says so of rows that could not be written, until some can. `processing` is `ok`
@@ -3923,7 +3921,9 @@ class Status(Struct, frozen=True):
     since when packs do not get there, and why; null without one. `superseded` counts, since this
     process began, the payloads that met the row of another payload. `series` is null where
     `[transform] series` is not set, and as long as the backend has not been asked; `series_from` is
-    that setting, null where it is not set. `scopes` are what the key of this request may do.
+    that setting, null where it is not set. `scopes` are what the key of this request may do. `node`
+    is the number of this node, null where it has none; `node_trouble` says what is wrong with it,
+    null where nothing is.
     """
 
     now: datetime

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import struct
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -424,6 +425,16 @@ async def test_a_worker_that_is_killed(folder: Folder):
     assert (result.processed, result.remaining) == (600, 0)
     assert folder.names("processed") == raw_ids
     assert await backend.count() == 600
+
+
+async def test_what_cannot_be_sent_costs_no_worker():
+    """A call whose arguments cannot travel raises, and its process is there for the next one."""
+    workers = dropzone.Workers(1)
+    before = await workers.run(os.getpid)
+    with pytest.raises(TypeError):
+        await workers.run(print, threading.Lock())
+    assert await workers.run(os.getpid) == before
+    await workers.close()
 
 
 def workers_of(service: Service) -> list[int]:
